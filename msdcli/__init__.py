@@ -1,0 +1,1 @@
+"""Multi-student distillation: one conditional diffusion teacher, K one-step students."""
