@@ -1,0 +1,56 @@
+"""The command line: one file per verb; torch is imported only inside the commands."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from msdcli import console, errors
+from msdcli.cli import distill, export, fid, partition, recipes, sample, status
+
+
+class Verbs(TyperGroup):
+    """Turns whatever ends a command into one sentence and an exit code (MSD_DEBUG=1: the traceback instead)."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (Exception, KeyboardInterrupt) as error:
+            if os.environ.get("MSD_DEBUG") or hasattr(error, "exit_code"):  # typer's own have one
+                raise
+            code, message, hint = errors.explain(error)
+            console.fail(message, hint)
+            raise typer.Exit(code) from None
+
+
+app = typer.Typer(
+    name="msd",
+    cls=Verbs,
+    help="Distil one diffusion teacher into K one-step students, each for its own part of the conditions.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog="Start: msd distill digits. The same command again resumes. Exit codes: 0 done, 1 failed while working, "
+    "2 something for you to fix, 130 interrupted.",
+)
+for verb in (recipes, partition, distill, status, sample, fid, export):
+    verb.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        console.say(f"msd {importlib.metadata.version('msdcli')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", help="Print the version.", callback=_version)) -> None: ...
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

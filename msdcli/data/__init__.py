@@ -1,0 +1,21 @@
+"""One file per data set; a recipe's `data: {name: digits}` is the class in digits.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from msdcli.data.base import Dataset
+
+if TYPE_CHECKING:
+    from msdcli.recipe import DataSettings
+
+
+def open_data(settings: DataSettings) -> Dataset:
+    """Open the data set that a recipe names."""
+    if settings.name == "digits":
+        from msdcli.data.digits import Digits
+
+        return Digits(settings)
+    from msdcli.data.toy2d import Toy2d
+
+    return Toy2d(settings)

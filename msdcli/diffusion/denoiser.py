@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
@@ -11,12 +16,17 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def image_mean(values: Tensor) -> Tensor:
+    """Average `values` [batch, ...] over everything but the batch: one number per image."""
+    return values.flatten(1).mean(1)
+
+
 class Denoiser(nn.Module):
     """D(x, sigma, condition): a raw network F inside EDM's preconditioning (Eq. 7 and Table 1).
 
     `net(c_in * x, c_noise, condition)` is the raw network. `x` [batch, *shape] float32, `sigma` [batch] float32,
     `condition` [batch] int64 class numbers, or None for an unconditional network. The preconditioning is float32
-    whatever the network computes in. Subclasses for other parametrisations override `forward` alone.
+    whatever the network computes in. Subclasses for other parametrisations override `forward` and `features`.
     """
 
     def __init__(self, net: nn.Module, *, shape: tuple[int, ...], num_classes: int, sigma_data: float = 0.5) -> None:
@@ -27,11 +37,65 @@ class Denoiser(nn.Module):
         self.sigma_data = sigma_data
 
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
-        sigma = per_image(sigma.to(torch.float32), x)
-        variance = sigma.square() + self.sigma_data**2
+        sigma = sigma.to(torch.float32)
+        sigma_ = per_image(sigma, x)
+        variance = sigma_.square() + self.sigma_data**2
         c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
+        c_out = sigma_ * self.sigma_data / variance.sqrt()
         c_in = 1 / variance.sqrt()
-        c_noise = sigma.log() / 4
-        F_x = self.net(c_in * x, c_noise.flatten(), condition)
+        F_x = self.net(c_in * x, sigma.log() / 4, condition)
         return c_skip * x + c_out * F_x.to(torch.float32)
+
+    def features(self, x: Tensor, sigma: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
+        """Return the encoder's features at the named `taps`, without running the decoder."""
+        sigma = sigma.to(torch.float32)
+        c_in = 1 / (per_image(sigma, x).square() + self.sigma_data**2).sqrt()
+        return self.net.features(c_in * x, sigma.log() / 4, condition, taps)  # type: ignore[operator]
+
+
+def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """EDM's loss weight lambda(sigma) = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Table 1)."""
+    return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()
+
+
+def lognormal(normal: Tensor, P_mean: float, P_std: float) -> Tensor:
+    """Turn unit normal numbers into EDM's training noise levels: ln(sigma) ~ N(P_mean, P_std^2)."""
+    return (normal * P_std + P_mean).exp()
+
+
+def karras_sigmas(num: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Return `num` noise levels from `sigma_max` down to `sigma_min` (Eq. 5), float64."""
+    ramp = torch.linspace(0, 1, num, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + ramp * (low - high)) ** rho
+
+
+def karras_draw(u: Tensor, span: Sequence[float], *, num: int = 1000) -> Tensor:
+    """Map uniform numbers `u` in [0, 1) to entries of the ascending `num`-step Karras schedule.
+
+    `span` is the part of the schedule that is drawn from, as fractions of its length: [0.02, 0.98] is DMD2's.
+    """
+    schedule = karras_sigmas(num).flip(0).to(u)
+    low, high = round(span[0] * num), max(round(span[1] * num), round(span[0] * num) + 1)
+    index = (low + u * (high - low)).long().clamp(max=num - 1)
+    return schedule[index]
+
+
+def one_step(net: nn.Module, z: Tensor, sigma_init: float, condition: Tensor | None) -> Tensor:
+    """The generator G(z, c) = D(sigma_init z, sigma_init, c): one network evaluation."""
+    sigma = torch.full((len(z),), sigma_init, device=z.device)
+    return net(sigma_init * z, sigma, condition)
+
+
+def matching_gradient(D_fake: Tensor, D_teacher: Tensor, y: Tensor) -> Tensor:
+    """Distribution matching's gradient with respect to the image y (DMD, arXiv 2311.18828, Eq. 7 and 8).
+
+    In denoiser form g = (D_fake - D_teacher) / w, with w = mean |y - D_teacher| of each image.
+    """
+    w = per_image(image_mean((y - D_teacher).abs()), y).clamp(min=1e-5)
+    return (D_fake - D_teacher) / w
+
+
+def surrogate(y: Tensor, gradient: Tensor) -> Tensor:
+    """One loss per image whose derivative with respect to y is `gradient` / (numbers in an image)."""
+    return 0.5 * image_mean((y - (y - gradient).detach()).square())

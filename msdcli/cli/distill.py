@@ -1,0 +1,84 @@
+"""`msd distill`: everything from a recipe to measured students."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msdcli import console
+from msdcli.cli import options
+
+if TYPE_CHECKING:
+    from msdcli.engine.events import Progress
+    from msdcli.engine.pipeline import Outcome
+
+
+def register(app: typer.Typer) -> None:
+    app.command("distill")(distill)
+
+
+def distill(
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    student: Annotated[int | None, typer.Option(help="Train this student only: one Slurm array task or GPU.")] = None,
+    json_: options.Json = False,
+    dry_run: options.DryRun = False,
+    worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
+) -> None:
+    """Train teacher and students, sample and measure: whatever of it is not done yet.
+
+    Run the same command again to resume, also while other processes or hosts work on the same run.
+    """
+    from msdcli.recipe import load
+
+    loaded = load(recipe, overrides)
+    if dry_run:
+        _plan(loaded)
+        return
+    from msdcli.engine import pipeline
+
+    if worker:
+        from msdcli.engine.workers import die_with_parent, encode
+
+        def tell(event: Progress | str) -> None:
+            sys.stdout.write(encode(event) + "\n")
+            sys.stdout.flush()
+
+        die_with_parent()
+        pipeline.distill(loaded, tell, worker=True)
+        return
+    with console.Monitor(quiet=json_) as monitor:
+        outcome = pipeline.distill(loaded, monitor, student=student)
+    _show(outcome, json_)
+
+
+def _plan(recipe: object) -> None:
+    from msdcli.engine import pipeline
+    from msdcli.recipe import Recipe
+
+    assert isinstance(recipe, Recipe)
+    sys.stdout.write(recipe.to_yaml())
+    for line in pipeline.plan(recipe):
+        console.err.print(console.escape(line))
+
+
+def _show(outcome: Outcome, json_: bool) -> None:
+    from msdcli.cli.fid import cost_table, show
+    from msdcli.engine.accounting import costs
+
+    if json_:
+        result = outcome.measurement.to_json() if outcome.measurement else None
+        console.print_json(
+            {"run": str(outcome.run.root), "unfinished": outcome.unfinished, "measurement": result, "cost": costs(outcome.run)}
+        )
+        return
+    cost_table(costs(outcome.run))
+    if outcome.measurement is None:
+        left = f"students still to do: {', '.join(map(str, outcome.unfinished))}" if outcome.unfinished else "all students are done"
+        console.say(f"{outcome.run.root}: {left}; `msd distill {outcome.run.root}` finishes and measures the run")
+        return
+    show(outcome.measurement, brief=True)
+    console.say(f"samples: {outcome.grid}")
+    console.say(f"run:     {outcome.run.root}  (next: msd sample {outcome.run.root} --classes 3,7 -n 64)")

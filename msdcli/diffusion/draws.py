@@ -1,0 +1,105 @@
+"""The random draws of one turn of training: the same numbers whenever, wherever and in whatever order they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor
+
+from msdcli.seeds import derive
+
+if TYPE_CHECKING:
+    from msdcli.data.base import Dataset
+
+
+def generator(*parts: int | str, device: torch.device | str = "cpu") -> Generator:
+    """Return a torch generator seeded with `derive(*parts)`."""
+    return torch.Generator(device).manual_seed(derive(*parts))
+
+
+def image_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Return unit noise [len(numbers), *shape] on the CPU; image i's depends on `seed` and i alone."""
+    return torch.stack([torch.randn(shape, generator=generator("image", seed, number)) for number in numbers])
+
+
+class Source:
+    """Where a student's draws come from: its part of the data, resident on the device, and the teacher's pairs.
+
+    `classes` are the student's conditions; `pairs` is (z, y, c) of the teacher, or None where no stage needs them.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        classes: Sequence[int],
+        *,
+        pairs: tuple[Tensor, Tensor, Tensor] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.shape = data.shape
+        self.device = torch.device(device)
+        self.classes = torch.tensor(list(classes), device=self.device)
+        labels = data.labels(range(len(data)))
+        self.numbers = torch.isin(labels, self.classes.cpu()).nonzero().flatten()
+        self.images = data.images(self.numbers.tolist()).to(self.device)
+        self.image_labels = labels[self.numbers].to(self.device)
+        self._pairs = None if pairs is None else [t.to(self.device) for t in pairs]
+        self._pairs_of_part: Tensor | None = None
+
+    def pairs_of(self, only_part: bool) -> tuple[Sequence[Tensor], Tensor]:
+        """Return the pairs and the numbers of those that may be drawn."""
+        assert self._pairs is not None, "this objective needs the teacher's pairs"
+        if not only_part:
+            return self._pairs, torch.arange(len(self._pairs[0]), device=self.device)
+        if self._pairs_of_part is None:
+            self._pairs_of_part = torch.isin(self._pairs[2], self.classes).nonzero().flatten()
+        return self._pairs, self._pairs_of_part
+
+
+class Draws:
+    """The draws of turn `turn` of a step: a function of (key, turn, purpose), where `key` is seed, student, stage, step."""
+
+    def __init__(self, source: Source, batch: int, key: tuple[int | str, ...], turn: int) -> None:
+        self.source = source
+        self.batch = batch
+        self.key = key
+        self.turn = turn
+
+    def of_step(self) -> Draws:
+        """The draws that all turns of the step share."""
+        return Draws(self.source, self.batch, self.key, -1)
+
+    def normal(self, purpose: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """Return unit normal numbers [batch, *shape]; an image's shape unless given."""
+        size = (self.batch, *(self.source.shape if shape is None else shape))
+        return torch.randn(size, generator=self._generator(purpose), device=self.source.device)
+
+    def uniform(self, purpose: str) -> Tensor:
+        """Return uniform numbers in [0, 1), [batch]."""
+        return torch.rand(self.batch, generator=self._generator(purpose), device=self.source.device)
+
+    def real(self) -> tuple[Tensor, Tensor]:
+        """Return real images of the student's part and their classes."""
+        index = self._index("real", len(self.source.images), self.batch)
+        return self.source.images[index], self.source.image_labels[index]
+
+    def labels(self, how: str) -> Tensor:
+        """Return conditions of the student's part: `uniform` over classes, or as frequent as in the `data`."""
+        if how == "data":
+            return self.source.image_labels[self._index("labels", len(self.source.images), self.batch)]
+        return self.source.classes[self._index("labels", len(self.source.classes), self.batch)]
+
+    def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return unit noise z, the teacher's sample y from it, and its class: `count` pairs, or as many as the batch."""
+        (z, y, c), allowed = self.source.pairs_of(only_part)
+        index = allowed[self._index("pairs", len(allowed), count or self.batch)]
+        return z[index], y[index], c[index]
+
+    def _index(self, purpose: str, high: int, count: int) -> Tensor:
+        device = self.source.device
+        return torch.randint(high, (count,), generator=self._generator(purpose), device=device)
+
+    def _generator(self, purpose: str) -> Generator:
+        return generator(*self.key, self.turn, purpose, device=self.source.device)

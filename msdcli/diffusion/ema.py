@@ -1,0 +1,29 @@
+"""The moving average of a network's weights that samples are drawn from."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """An exponential moving average of `net`, warmed up so that a short run is not held by its start.
+
+    The decay at update t is min(decay, (1 + t) / (10 + t)).
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        self._averages = [*self.net.parameters()]
+        self._buffers = [*self.net.buffers()]
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, num_updates: int) -> None:
+        """Move towards `net`, after its update number `num_updates` (from 0)."""
+        decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
+        torch._foreach_lerp_(self._averages, [p.detach() for p in net.parameters()], 1 - decay)
+        for average, buffer in zip(self._buffers, net.buffers(), strict=True):
+            average.copy_(buffer)

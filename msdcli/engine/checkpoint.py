@@ -1,0 +1,153 @@
+"""Weights and training state on disk: safetensors and JSON, written in one piece, checked when read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from msdcli import nets
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.ema import EMA
+from msdcli.errors import UserError
+from msdcli.recipe import Network, NetworkSettings
+from msdcli.rundir import file_hash, read_json, write_json, writing
+
+WEIGHTS, MODEL, STATE = "model.safetensors", "model.json", "state.safetensors"
+FORMAT = 1
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors in one piece."""
+    with writing(path) as temporary:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata=metadata)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read named tensors and the file's metadata. UserError if the file is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            # Clones: memory of our own, aligned as a fresh tensor's is, so that a resumed run takes the same kernels.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or truncated: {error}") from None
+
+
+def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy tensors into a network: every name and shape must fit."""
+    own = net.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        names = "; ".join(f"{what} {', '.join(n[:3])}" for what, n in (("missing", missing), ("unknown", extra)) if n)
+        raise UserError(f"{path} does not fit the network: {names}")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise UserError(f"{path}: {name} has shape {[*tensors[name].shape]}, the network wants {[*tensor.shape]}")
+        tensor.copy_(tensors[name])
+
+
+def save_model(folder: Path, net: Denoiser, network: NetworkSettings, record: dict[str, Any]) -> None:
+    """Write a denoiser as model.safetensors and model.json; the JSON comes last and makes the folder complete."""
+    save_tensors(folder / WEIGHTS, net.state_dict())
+    description = {
+        "format": FORMAT,
+        "network": network.model_dump(mode="json"),
+        "shape": list(net.shape),
+        "num_classes": net.num_classes,
+        "sigma_data": net.sigma_data,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "sha256": file_hash(folder / WEIGHTS),
+    }
+    write_json(folder / MODEL, description | record)
+
+
+def load_model(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
+    """Read a denoiser and its description. UserError if a file is missing, damaged, or another than was written."""
+    if not (folder / MODEL).is_file():
+        raise UserError(f"no model at {folder}: {MODEL} is missing")
+    description = read_json(folder / MODEL)
+    try:
+        network = TypeAdapter[NetworkSettings](Network).validate_python(description["network"])
+        shape, classes = tuple(description["shape"]), description["num_classes"]
+        net = nets.build(network, shape=shape, num_classes=classes, sigma_data=description["sigma_data"])
+    except (KeyError, TypeError, ValidationError) as error:
+        raise UserError(f"{folder / MODEL} does not describe a network msd knows: {error}") from None
+    tensors, _ = load_tensors(folder / WEIGHTS)
+    if description.get("sha256") not in (None, file_hash(folder / WEIGHTS)):
+        raise UserError(f"{folder / WEIGHTS} is not the file that {MODEL} describes: its hash differs")
+    load_weights(net, tensors, folder / WEIGHTS)
+    return net.requires_grad_(False).eval(), description
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a model was written here and finished."""
+    return (folder / MODEL).is_file() and (folder / WEIGHTS).is_file()
+
+
+class TrainState:
+    """All that a stage must remember: networks, optimizers, the average, the step, and the cost so far.
+
+    Nothing else is saved, because nothing else is needed: draws derive from the step.
+    """
+
+    def __init__(self, nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], ema: EMA) -> None:
+        self.nets = nets
+        self.optimizers = optimizers
+        self.ema = ema
+        self.step = 0
+        self.cost = {"seconds": 0.0, "images": 0.0, "flops": 0.0}
+
+    def save(self, folder: Path) -> None:
+        """Write the state in one piece."""
+        numbers = {"step": self.step} | self.cost
+        save_tensors(folder / STATE, dict(self._tensors()), {k: repr(v) for k, v in numbers.items()})
+
+    def load(self, folder: Path) -> bool:
+        """Take up the state in `folder`, if there is one."""
+        if not (folder / STATE).exists():
+            return False
+        tensors, numbers = load_tensors(folder / STATE)
+        for name, optimizer in self.optimizers.items():
+            self._load_moments(name, optimizer, tensors)
+        for name, tensor in self._tensors():
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                raise UserError(f"{folder / STATE} is of another network: {name} does not fit")
+            tensor.copy_(tensors[name])
+        self.step = int(numbers["step"])
+        self.cost = {k: float(numbers[k]) for k in self.cost}
+        return True
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, net in [*self.nets.items(), ("ema", self.ema.net)]:
+            for key, tensor in net.state_dict().items():
+                yield f"{name}.{key}", tensor
+        for name, optimizer in self.optimizers.items():
+            for i, moments in optimizer.state_dict()["state"].items():
+                for key, value in moments.items():
+                    yield f"optimizer.{name}.{i}.{key}", value
+
+    def _load_moments(self, name: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith(f"optimizer.{name}."):
+                i, moment = key.rsplit(".", 2)[-2:]
+                state.setdefault(int(i), {})[moment] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def inherit(nets: dict[str, nn.Module], folder: Path) -> list[str]:
+    """Give `nets` the weights of the networks of the same name that the stage in `folder` ended with; return the names."""
+    tensors, _ = load_tensors(folder / STATE)
+    names = sorted({key.split(".", 1)[0] for key in tensors} & nets.keys())
+    for name in names:
+        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        load_weights(nets[name], own, folder / STATE)
+    return names

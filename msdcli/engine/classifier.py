@@ -1,0 +1,41 @@
+"""The classifier that judges samples: trained on the data with a fixed seed and fixed settings, once per data set."""
+
+from __future__ import annotations
+
+import torch
+
+from msdcli.data.base import Dataset
+from msdcli.diffusion.draws import Source
+from msdcli.engine import checkpoint
+from msdcli.engine.distill import train
+from msdcli.engine.events import Report
+from msdcli.nets.classifier import Classifier
+from msdcli.objectives.classify import Classification
+from msdcli.recipe import Recipe, StageSettings
+from msdcli.rundir import RunDir, file_hash, key, link, lock, read_json, write_json
+
+# Part of the metric's definition: to change any of it is to make another metric.
+TRAINING = StageSettings(objective="classify", steps=400, batch=128, lr=2e-3, ema=0.99)
+
+
+def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> tuple[Classifier, str]:
+    """Return the frozen classifier and its weights' hash, after training or reusing it."""
+    section = recipe.data.model_dump(mode="json")
+    folder = run.shared / f"classifier-{key('classifier', section, TRAINING.model_dump(mode='json'))}"
+    weights = folder / checkpoint.WEIGHTS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Classifier(data.shape, len(data.class_names))
+    with lock(folder, "the classifier", wait=report):
+        if not checkpoint.is_complete(folder):
+            source = Source(data, range(len(data.class_names)), device=device)
+            goal = Classification(network.to(device).train())
+            state = train(
+                goal, TRAINING, source, folder, key=("classifier",), what="classifier", checkpoint_seconds=60, report=report
+            )
+            checkpoint.save_tensors(weights, state.ema.net.state_dict())
+            write_json(folder / checkpoint.MODEL, {"classifier": section, "sha256": file_hash(weights)})
+    tensors, _ = checkpoint.load_tensors(weights)
+    checkpoint.load_weights(network, tensors, weights)
+    link(folder, run.classifier)
+    return network.to(device).requires_grad_(False).eval(), read_json(folder / checkpoint.MODEL)["sha256"]

@@ -1,0 +1,87 @@
+"""Pairs of noise and image from the teacher's deterministic sampler, made once per teacher, shard by shard."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from msdcli.data.base import Dataset
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.draws import image_noise
+from msdcli.diffusion.sampler import heun
+from msdcli.engine import checkpoint
+from msdcli.engine.events import Progress, Report
+from msdcli.errors import UserError
+from msdcli.recipe import Recipe, SolverSettings
+from msdcli.rundir import RunDir, key, lock, write_json
+from msdcli.seeds import derive
+
+RECORD = "pairs.json"
+
+
+def labels_for(data: Dataset, numbers: range) -> Tensor:
+    """Return the class of sample number i: that of image i (modulo their number), so that classes are as frequent as in the data."""
+    return data.labels([i % len(data) for i in numbers])
+
+
+def sample_teacher(teacher: Denoiser, z: Tensor, classes: Tensor, solver: SolverSettings, *, batch: int = 512) -> Tensor:
+    """Return the teacher's samples from unit noise `z`, in batches."""
+    device = next(teacher.parameters()).device
+    options = solver.model_dump()
+    chunks = zip(z.split(batch), classes.split(batch), strict=True)
+    return torch.cat([heun(teacher, z_.to(device), c_.to(device), **options).cpu() for z_, c_ in chunks])
+
+
+class Pairs:
+    """The pairs of one teacher: folder, shards, and the rule that pair i depends on the seed and on i alone."""
+
+    def __init__(self, run: RunDir, recipe: Recipe, data: Dataset, teacher_hash: str) -> None:
+        settings = recipe.pairs
+        self.settings, self.solver, self.data = settings, recipe.teacher.solver, data
+        parts = (teacher_hash, recipe.data.model_dump(mode="json"), self.solver.model_dump(), settings.seed, settings.shard)
+        self.folder = run.shared / f"pairs-{key('pairs', *parts)}"
+        self.teacher_hash = teacher_hash
+
+    def shards(self) -> list[tuple[Path, range]]:
+        """The files that are needed and the pairs in each (the last may hold more than are asked for)."""
+        size = self.settings.shard
+        return [(self.folder / f"{i // size:06d}.safetensors", range(i, i + size)) for i in range(0, self.settings.count, size)]
+
+    def provide(self, teacher: Denoiser, report: Report) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (z, y, c) after making the shards that nobody has made; several processes share the work."""
+        todo = self.shards()
+        started, made, patient = time.monotonic(), 0, False
+        while todo := [(path, numbers) for path, numbers in todo if not path.exists()]:
+            for path, numbers in todo:
+                try:
+                    with lock(self.folder / f".{path.stem}", "a shard of pairs"):
+                        if not path.exists():
+                            self._make(path, numbers, teacher)
+                            made += len(numbers)
+                            seconds = time.monotonic() - started
+                            report(Progress("pairs", made, self.settings.count, "pairs", {}, made / seconds))
+                except UserError:
+                    patient = True  # somebody else is at it
+            if patient:
+                time.sleep(0.2)
+        return self.read()
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (z, y, c) from complete shards; the noise is derived again."""
+        parts = [checkpoint.load_tensors(path)[0] for path, _ in self.shards()]
+        count = self.settings.count
+        y, c = torch.cat([p["y"] for p in parts])[:count], torch.cat([p["c"] for p in parts])[:count]
+        return self.noise(range(count)), y, c
+
+    def noise(self, numbers: range) -> Tensor:
+        """Return the unit noise of the pairs `numbers`."""
+        return image_noise(derive("pairs", self.settings.seed), list(numbers), self.data.shape)
+
+    def _make(self, path: Path, numbers: range, teacher: Denoiser) -> None:
+        classes = labels_for(self.data, numbers)
+        y = sample_teacher(teacher, self.noise(numbers), classes, self.solver)
+        checkpoint.save_tensors(path, {"y": y, "c": classes})
+        write_json(self.folder / RECORD, {"teacher": self.teacher_hash, "solver": self.solver.model_dump(), "seed": self.settings.seed})

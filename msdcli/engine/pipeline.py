@@ -1,0 +1,180 @@
+"""The order of work behind `msd distill`: teacher, partition, pairs, K students, samples, measurements.
+
+Every step is skipped when its artifact is complete, so the same command resumes, and several processes or hosts can run it
+on one directory at once: each takes the students that nobody else is at.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msdcli import nets
+from msdcli.data import open_data
+from msdcli.data.base import Dataset
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.draws import Source
+from msdcli.engine import checkpoint, device, fid, partition, sample, teacher, workers
+from msdcli.engine.distill import Student, distill_student, is_finished
+from msdcli.engine.events import Report
+from msdcli.engine.pairs import Pairs
+from msdcli.errors import UserError
+from msdcli.partition import Partition
+from msdcli.recipe import Recipe
+from msdcli.rundir import RunDir, holder_of, lock, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `distill` did: the run, its measurement and picture (None where only some students were asked for), what is left."""
+
+    run: RunDir
+    measurement: fid.Measurement | None
+    grid: Path | None
+    unfinished: list[int]
+
+
+def check(recipe: Recipe) -> Dataset:
+    """Build everything once, small and without writing: UserError now is better than after an hour. Return the data."""
+    data = open_data(recipe.data)
+    num_classes = len(data.class_names)
+    partition.check(recipe.partition, num_classes)
+    if recipe.teacher.path is not None:
+        checkpoint.load_model(Path(recipe.teacher.path))
+    with torch.device("meta"):
+        for network in (recipe.teacher.network, recipe.student_network):
+            nets.build(network, shape=data.shape, num_classes=num_classes, sigma_data=recipe.teacher.sigma_data)
+    device.resolve(recipe.device)
+    return data
+
+
+def distill(recipe: Recipe, report: Report, *, student: int | None = None, worker: bool = False) -> Outcome:
+    """Do all that is left of a run, or only one `student`; a `worker` trains the students that are free and stops there.
+
+    Raises UserError for what the user can fix, Interrupted (resumable) on Ctrl-C.
+    """
+    data = check(recipe)
+    if student is not None and student >= recipe.partition.students:
+        raise UserError(f"student {student} does not exist: there are 0 to {recipe.partition.students - 1}")
+    run = RunDir(recipe.run_dir)
+    if not worker:
+        adopt(run, recipe, data, report)
+    on = device.prepare(recipe)
+    frozen, teacher_hash = teacher.provide(run, recipe, data, on, report)
+    bench = Bench(run, recipe, data, frozen, Pairs(run, recipe, data, teacher_hash), provide_partition(run, recipe, data, frozen), on)
+
+    everyone = range(recipe.partition.students)
+    num_workers = 1 if worker or student is not None else device.num_workers(recipe, on)
+    if num_workers > 1 and bench.unfinished(everyone):
+        workers.run(run, num_workers, on, report)
+    else:
+        bench.train(everyone if student is None else [student], report, skip_held=student is None)
+    left = bench.unfinished(everyone)
+    if worker or student is not None:
+        return Outcome(run, None, None, left)
+    if left:
+        names = ", ".join(f"student {k} ({holder_of(run.student(k)) or 'nobody is at it'})" for k in left)
+        raise UserError(f"not all students are finished: {names}", hint=f"msd status {run.root}; the same command goes on")
+    return Outcome(run, fid.measure(run, report), preview(run, data), [])
+
+
+def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
+    """Claim the run directory for the recipe and note this command, its versions and the data in run.json."""
+    run.check(recipe)  # before even a lock is written there
+    with lock(run.root, "the run directory", wait=report):
+        run.adopt(recipe)
+        known: dict[str, Any] = read_json(run.record_file) if run.record_file.exists() else {"commands": []}
+        known["commands"].append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "line": sys.argv})
+        known |= {
+            "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
+            "class_names": data.class_names,
+            "shape": list(data.shape),
+        }
+        write_json(run.record_file, known)
+
+
+def provide_partition(run: RunDir, recipe: Recipe, data: Dataset, frozen: Denoiser) -> Partition:
+    """Return the run's partition, made once."""
+    with lock(run.root, "the run directory", wait=lambda _: None):
+        if not run.partition.exists():
+            partition.make(recipe.partition, data, frozen).save(run.partition)
+    return Partition.load(run.partition)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where students are trained: everything that they share."""
+
+    run: RunDir
+    recipe: Recipe
+    data: Dataset
+    teacher: Denoiser
+    pairs: Pairs
+    partition: Partition
+    device: torch.device
+
+    def folders(self, number: int) -> list[Path]:
+        return [self.run.stage(number, i, stage.objective) for i, stage in enumerate(self.recipe.stages)]
+
+    def unfinished(self, numbers: Sequence[int]) -> list[int]:
+        stages = self.recipe.stages
+        return [k for k in numbers if not all(map(is_finished, self.folders(k), stages))]
+
+    def train(self, numbers: Sequence[int], report: Report, *, skip_held: bool) -> None:
+        """Train the unfinished students among `numbers`, one after the other.
+
+        A student that another process holds is left to it, or, without `skip_held`, refused with UserError.
+        """
+        for number in self.unfinished(numbers):
+            if skip_held and holder_of(self.run.student(number)):
+                continue
+            with lock(self.run.student(number), f"student {number}"):
+                if self.unfinished([number]):
+                    distill_student(self._student(number, report), report)
+
+    def _student(self, number: int, report: Report) -> Student:
+        needs_pairs = any(getattr(stage, "pairs", "none") != "none" for stage in self.recipe.stages)
+        pairs = self.pairs.provide(self.teacher, report) if needs_pairs else None
+        source = Source(self.data, self.partition.parts[number], pairs=pairs, device=self.device)
+        return Student(number, self.recipe, self.teacher, source, self.folders(number), self.device)
+
+
+def preview(run: RunDir, data: Dataset, *, columns: int = 16, points: int = 2000) -> Path:
+    """Draw samples of every class, one row a class, to samples/grid.png."""
+    path = run.samples / "grid.png"
+    students = sample.load(run.root)
+    per_class = points if len(data.shape) == 1 else columns
+    classes = [c for c in range(len(data.class_names)) for _ in range(per_class)]
+    rows = students.sample(classes).split(per_class)
+    sample.save_grid(path, rows, class_names=data.class_names)
+    return path
+
+
+def plan(recipe: Recipe) -> list[str]:
+    """Return what `distill` would do, line by line, after checking all of it; nothing is written."""
+    data = check(recipe)
+    run = RunDir(recipe.run_dir)
+    if run.recipe_file.exists():
+        run.check(recipe)
+    num = recipe.partition.students
+    shape, classes = data.shape, len(data.class_names)
+    parameters = {}
+    with torch.device("meta"):
+        for name, network in (("teacher", recipe.teacher.network), ("student", recipe.student_network)):
+            net = nets.build(network, shape=shape, num_classes=classes, sigma_data=recipe.teacher.sigma_data)
+            parameters[name] = sum(p.numel() for p in net.parameters())
+    steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
+    return [
+        f"data:      {recipe.data.name}, {len(data):,} images of {list(shape)} in {classes} classes",
+        f"teacher:   {recipe.teacher.path or 'trained or reused'}, {parameters['teacher']:,} parameters",
+        f"partition: {recipe.partition.method}, {num} students",
+        f"students:  {parameters['student']:,} parameters each; {steps}",
+        f"run:       {run.root}{' (exists: would resume)' if run.recipe_file.exists() else ''}",
+    ]

@@ -1,0 +1,180 @@
+"""One-step samples from K students: every request is routed to the student that owns its class, and comes back in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from msdcli.diffusion.denoiser import Denoiser, one_step
+from msdcli.diffusion.draws import image_noise
+from msdcli.engine import checkpoint
+from msdcli.errors import UserError
+from msdcli.partition import Partition
+from msdcli.rundir import RunDir, read_json, write_json, writing
+
+BUNDLE = "bundle.json"
+
+
+class Students:
+    """K one-step students behind one router; a student's weights are read when it is first asked."""
+
+    def __init__(self, folders: Sequence[Path], partition: Partition, class_names: list[str], device: torch.device) -> None:
+        self.folders = list(folders)
+        self.partition = partition
+        self.class_names = class_names
+        self.device = device
+        self._loaded: dict[int, tuple[Denoiser, float]] = {}
+
+    @torch.no_grad()
+    def sample(self, classes: Sequence[int], *, seed: int = 0, first: int = 0, batch: int = 500) -> Tensor:
+        """Return one sample per entry of `classes`, float32 [len(classes), *shape] on the CPU, one evaluation each.
+
+        Sample number `first + i` depends on `seed`, its number and its class alone.
+        """
+        if unknown := [c for c in classes if not 0 <= c < len(self.class_names)]:
+            raise UserError(f"class {unknown[0]} does not exist: there are 0 to {len(self.class_names) - 1}")
+        samples: Tensor | None = None
+        for number, positions in self.partition.route(classes).items():
+            net, sigma_init = self.student(number)
+            if samples is None:
+                samples = torch.empty(len(classes), *net.shape)
+            for at in (positions[i : i + batch] for i in range(0, len(positions), batch)):
+                z = image_noise(seed, [first + i for i in at], net.shape).to(self.device)
+                c = torch.tensor([classes[i] for i in at], device=self.device)
+                samples[at] = one_step(net, z, sigma_init, c).float().cpu()
+        if samples is None:
+            raise UserError("no class was asked for")
+        return samples
+
+    def student(self, number: int) -> tuple[Denoiser, float]:
+        """Return student `number` and the noise level that it is evaluated at."""
+        if number not in self._loaded:
+            folder = self.folders[number]
+            net, description = checkpoint.load_model(folder)
+            try:
+                sigma_init = float(description["stage"]["sigma_init"])
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{folder} is not a one-step student: its model.json names no sigma_init") from None
+            self._loaded[number] = net.to(self.device), sigma_init
+        return self._loaded[number]
+
+
+def load(source: Path | str, device: torch.device | str = "cpu") -> Students:
+    """Open the students of a run directory or of an exported bundle. UserError if they are not all finished."""
+    root, device = Path(source), torch.device(device)
+    if (root / BUNDLE).is_file():
+        partition = Partition.load(root / "partition.json")
+        folders = [root / "students" / str(k) for k in range(len(partition.parts))]
+        return Students(folders, partition, list(read_json(root / BUNDLE)["class_names"]), device)
+    run = RunDir(root)
+    recipe = run.recipe()
+    partition = Partition.load(run.partition)
+    number, last = len(recipe.stages) - 1, recipe.stages[-1]
+    folders = [run.stage(k, number, last.objective) for k in range(len(partition.parts))]
+    if waiting := [str(k) for k, folder in enumerate(folders) if not checkpoint.is_complete(folder)]:
+        raise UserError(
+            f"{root}: student {', '.join(waiting[:8])} is not finished", hint=f"`msd distill {root}` continues the run"
+        )
+    return Students(folders, partition, read_json(run.record_file)["class_names"], device)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Map [-1, 1] to 0..255, rounding to nearest: the pixels that are saved and the pixels that are measured."""
+    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+# Pictures and files.
+
+
+def save_grid(path: Path, rows: Sequence[Tensor], *, class_names: Sequence[str] | None = None) -> None:
+    """Write one PNG with a row of images per entry of `rows` (points in the plane: one scatter plot per entry)."""
+    if rows[0].ndim == 2:
+        _save_scatter(path, rows, class_names or [""] * len(rows))
+        return
+    height, width = rows[0].shape[-2:]
+    scale, gap = max(1, 32 // height), 2
+    columns = max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 32, np.uint8)
+    for r, row in enumerate(rows):
+        for i, image in enumerate(to_pixels(row)):
+            top, left = gap + r * (height * scale + gap), gap + i * (width * scale + gap)
+            big = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
+            canvas[top : top + height * scale, left : left + width * scale] = big
+    with writing(path) as temporary:
+        Image.fromarray(canvas).save(temporary, format="PNG")
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Return uint8 RGB pixels [batch, height, width, 3]; grey images are repeated."""
+    pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def _save_scatter(path: Path, rows: Sequence[Tensor], names: Sequence[str]) -> None:
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(rows))
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(2.4 * columns, 2.5 * lines), layout="constrained")
+    for i, (points, name) in enumerate(zip(rows, names, strict=True)):
+        axes = figure.add_subplot(lines, columns, i + 1, aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
+        axes.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, alpha=0.6)
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=6)
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def save_files(folder: Path, images: Tensor, classes: Sequence[int], *, first: int = 0) -> None:
+    """Write one PNG per image, named by its number, and labels.json in EDM's dataset.json form."""
+    if images.ndim != 4:
+        raise UserError("points are no pictures", hint="--format npz")
+    names = [f"{first + i:06d}.png" for i in range(len(images))]
+    for name, pixels in zip(names, to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
+        with writing(folder / name) as temporary:
+            Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(temporary, format="PNG")
+    write_json(folder / "dataset.json", {"labels": [[n, int(c)] for n, c in zip(names, classes, strict=True)]})
+
+
+def save_npz(path: Path, images: Tensor, classes: Sequence[int]) -> None:
+    """Write `images` (uint8 NHWC, or float32 points) and `labels` as one .npz."""
+    arrays: dict[str, Any] = {"labels": np.asarray(classes)}
+    arrays["images"] = to_uint8(images).permute(0, 2, 3, 1).numpy() if images.ndim == 4 else images.numpy()
+    with writing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
+    """Return the class numbers in `3,7` (numbers, or names of the data's classes). UserError for anything else."""
+    found = []
+    for word in (w.strip() for w in text.split(",")):
+        number = class_names.index(word) if word in class_names else int(word) if word.isdecimal() else -1
+        if not 0 <= number < len(class_names):
+            raise UserError(f"class {word!r} does not exist: there are {', '.join(class_names[:20])}")
+        found.append(number)
+    return found
+
+
+def default_target(run: Path, format_: str, classes: Sequence[int], seed: int, *, everything: bool) -> Path:
+    """Name the samples after what they are."""
+    which = "all" if everything else "classes-" + "-".join(map(str, classes))
+    name = f"{which}-seed{seed}"
+    return run / "samples" / (name if format_ == "png" else f"{name}.{'png' if format_ == 'grid' else 'npz'}")
+
+
+def save(path: Path, images: Tensor, classes: Sequence[int], class_names: Sequence[str], format_: str) -> None:
+    """Write samples as one picture (a row per class), a folder of PNGs, or an .npz."""
+    if format_ == "npz":
+        save_npz(path, images, classes)
+    elif format_ == "png":
+        save_files(path, images, classes)
+    else:
+        kinds = sorted(set(classes), key=list(classes).index)
+        labels = torch.tensor(classes)
+        save_grid(path, [images[labels == k] for k in kinds], class_names=[class_names[k] for k in kinds])

@@ -1,0 +1,42 @@
+"""The embedding of noise level and class that conditions every block."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+def zeroed(layer: Layer) -> Layer:
+    """Set a layer's weights to zero, so that the branch it ends starts as nothing."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Embedding(nn.Module):
+    """Fourier features of c_noise through two layers, plus one learned vector per class: [batch, width]."""
+
+    def __init__(self, width: int, num_classes: int, *, num_frequencies: int = 16) -> None:
+        super().__init__()
+        self.width = width
+        # c_noise = ln(sigma) / 4 spans about [-1.6, 1.1]: octaves from half a turn to fine detail.
+        frequencies = 2 * math.pi * torch.logspace(-2, 2, num_frequencies, base=2.0)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.noise0 = nn.Linear(2 * num_frequencies, width)
+        self.noise1 = nn.Linear(width, width)
+        self.classes = nn.Embedding(num_classes, width) if num_classes else None
+
+    def forward(self, c_noise: Tensor, condition: Tensor | None) -> Tensor:
+        angles = c_noise[:, None] * self.frequencies
+        e = self.noise1(F.silu(self.noise0(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.noise0.weight.dtype))))
+        if self.classes is not None:
+            assert condition is not None, "a class-conditional network was called without classes"
+            e = e + self.classes(condition)
+        return F.silu(e)

@@ -1,0 +1,46 @@
+"""A residual MLP for points in the plane."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from msdcli.nets.embedding import Embedding, zeroed
+
+if TYPE_CHECKING:
+    from msdcli.recipe import MLPSettings
+
+
+class Block(nn.Module):
+    """x + out(SiLU(in(norm(x)) + affine(embedding))), the branch starting at zero."""
+
+    def __init__(self, width: int, embedding: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, width)
+        self.affine = nn.Linear(embedding, width)
+        self.outer = zeroed(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return x + self.outer(F.silu(self.inner(self.norm(x)) + self.affine(embedding)))
+
+
+class MLP(nn.Module):
+    """The raw network F(x, c_noise, condition) for x [batch, numbers]."""
+
+    def __init__(self, settings: MLPSettings, *, shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.embedding = Embedding(settings.embedding or settings.channels, num_classes)
+        self.inlet = nn.Linear(shape[0], settings.channels)
+        self.blocks = nn.ModuleList(Block(settings.channels, self.embedding.width) for _ in range(settings.blocks))
+        self.norm = nn.LayerNorm(settings.channels)
+        self.outlet = zeroed(nn.Linear(settings.channels, shape[0]))
+
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None) -> Tensor:
+        embedding = self.embedding(c_noise, condition)
+        h = self.inlet(x)
+        for block in self.blocks:
+            h = block(h, embedding)
+        return self.outlet(F.silu(self.norm(h)))

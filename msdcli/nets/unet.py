@@ -1,0 +1,153 @@
+"""A class-conditional U-Net with residual blocks and optional attention, from 8x8 digits to 64x64 RGB.
+
+After the DDPM++/ADM family as Karras et al. arranged it (2022, arXiv 2206.00364, Appendix F): adaptive group norm, skips
+scaled by sqrt(1/2), every residual branch and the output starting at zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from msdcli.errors import UserError
+from msdcli.nets.embedding import Embedding, zeroed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from msdcli.recipe import UNetSettings
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of `number` that is at most `limit` (and at least 1)."""
+    return next(d for d in range(max(1, min(limit, number)), 0, -1) if number % d == 0)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups of at least 4 channels; any number of channels has such a division."""
+    return nn.GroupNorm(largest_divisor(channels, min(32, channels // 4)), channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, conv, twice; the second norm is scaled and shifted by the embedding; attention last if asked for."""
+
+    def __init__(self, c_in: int, c_out: int, embedding: int, *, resample: str = "", attention: bool, dropout: float):
+        super().__init__()
+        self.resample = resample
+        self.dropout = dropout
+        self.norm0 = group_norm(c_in)
+        self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.affine = nn.Linear(embedding, 2 * c_out)
+        self.norm1 = group_norm(c_out)
+        self.conv1 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = Attention(c_out) if attention else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = self.conv0(self._resampled(F.silu(self.norm0(x))))
+        h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
+        h = self.conv1(F.dropout(h, self.dropout, self.training))
+        x = (self.skip(self._resampled(x)) + h) * math.sqrt(0.5)
+        return x if self.attention is None else self.attention(x)
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+
+
+class Attention(nn.Module):
+    """Self-attention over positions, in heads of about 64 channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = largest_divisor(channels, max(1, channels // 64))
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [batch, heads, positions, channels of a head]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
+        return (x + self.out(h)) * math.sqrt(0.5)
+
+
+class UNet(nn.Module):
+    """The raw network F(x, c_noise, condition): x [batch, channels, height, width] to the same shape.
+
+    Blocks have names: `enc.8x8.0` is the first encoder block at resolution 8x8; `taps` lists those of the encoder.
+    """
+
+    def __init__(self, settings: UNetSettings, *, shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        image_channels, size = shape[0], shape[1]
+        self.embedding = Embedding(settings.embedding or 4 * settings.channels, num_classes)
+        widths = [settings.channels * m for m in settings.multipliers]
+        sizes = [size >> level for level in range(len(widths))]
+
+        def block(c_in: int, c_out: int, at: int, resample: str = "") -> ResidualBlock:
+            wants = at in settings.attention
+            e = self.embedding.width
+            return ResidualBlock(c_in, c_out, e, resample=resample, attention=wants, dropout=settings.dropout)
+
+        # Encoder: every output is a skip.
+        self.conv_in = nn.Conv2d(image_channels, widths[0], 3, padding=1)
+        self.encoder = nn.ModuleDict()
+        skips, c = [widths[0]], widths[0]
+        for level, (width, at) in enumerate(zip(widths, sizes, strict=True)):
+            if level > 0:
+                self.encoder[f"{at}x{at}_down"] = block(c, c, at, "down")
+                skips.append(c)
+            for i in range(settings.blocks):
+                self.encoder[f"{at}x{at}_{i}"] = block(c, width, at)
+                c = width
+                skips.append(c)
+
+        # Decoder: the mirror image, one block more per level.
+        self.middle = block(c, c, sizes[-1])
+        self.decoder = nn.ModuleDict()
+        for level, (width, at) in reversed([*enumerate(zip(widths, sizes, strict=True))]):
+            for i in range(settings.blocks + 1):
+                self.decoder[f"{at}x{at}_{i}"] = block(c + skips.pop(), width, at)
+                c = width
+            if level > 0:
+                self.decoder[f"{at}x{at}_up"] = block(c, c, sizes[level - 1], "up")
+        self.norm_out = group_norm(c)
+        self.conv_out = zeroed(nn.Conv2d(c, image_channels, 3, padding=1))
+
+    @property
+    def taps(self) -> list[str]:
+        """The names of the encoder's blocks, in order, and of the bottleneck."""
+        return [*self.encoder, "middle"]
+
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None) -> Tensor:
+        embedding = self.embedding(c_noise, condition)
+        h = self.conv_in(x)
+        skips = [h]
+        for block in self.encoder.values():
+            h = block(h, embedding)
+            skips.append(h)
+        h = self.middle(h, embedding)
+        for name, block in self.decoder.items():
+            h = block(h if name.endswith("_up") else torch.cat([h, skips.pop()], dim=1), embedding)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def features(self, x: Tensor, c_noise: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
+        """Return what the named encoder blocks give, in the order asked for; the decoder does not run."""
+        if unknown := [tap for tap in taps if tap not in self.taps]:
+            raise UserError(f"no encoder block is called {unknown[0]!r}; there are {', '.join(self.taps)}")
+        embedding = self.embedding(c_noise, condition)
+        h, found = self.conv_in(x), {}
+        for name in self.taps:
+            h = (self.middle if name == "middle" else self.encoder[name])(h, embedding)
+            found[name] = h
+            if len(found.keys() & set(taps)) == len(set(taps)):
+                break
+        return [found[tap] for tap in taps]

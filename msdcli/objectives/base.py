@@ -1,0 +1,28 @@
+"""The seam between the training loop and the maths: an objective says whose turn it is and what its loss is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from msdcli.diffusion.draws import Draws
+
+Turn = tuple[tuple[str, ...], Callable[[Draws], Tensor]]
+
+
+class Objective:
+    """What one stage minimises: built with its settings, the student to train and the frozen teacher.
+
+    `nets` are the networks that learn, by name; the loop owns their optimizers. `product` names the one that the stage
+    is for: its moving average is what is saved. `turns` is the paper's algorithm box: for every step it yields, in order,
+    the names of the networks that learn and a loss. A loss takes the turn's random draws and returns one number per
+    image; the loop reduces, clips and steps.
+    """
+
+    product: ClassVar[str] = "student"
+    nets: dict[str, nn.Module]
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        raise NotImplementedError

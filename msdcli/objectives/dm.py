@@ -1,0 +1,78 @@
+"""Distribution matching (DMD, Yin et al. 2024, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from msdcli.diffusion import denoiser as d
+from msdcli.diffusion.draws import Draws
+from msdcli.objectives.base import Objective, Turn
+from msdcli.recipe import DmSettings
+
+
+class DistributionMatching(Objective):
+    """The fake network follows the student's samples; the student follows the difference of the two scores."""
+
+    def __init__(self, settings: DmSettings, student: d.Denoiser, teacher: d.Denoiser) -> None:
+        self.settings = settings
+        self.student = student
+        self.teacher = teacher
+        self.fake = copy.deepcopy(teacher)
+        self.nets = {"student": student, "fake": self.fake}
+        self._batch: tuple[Tensor, Tensor] | None = None
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        self._batch = None
+        for _ in range(self.settings.fake_updates):
+            yield ("fake",), self.fake_loss
+        yield ("student",), self.student_loss
+
+    def fake_loss(self, draws: Draws) -> Tensor:
+        """Denoising score matching on the student's samples."""
+        y, c = self.fake_batch(draws)
+        x, sigma = self.diffuse(y, draws)
+        error = d.image_mean((self.fake(x, sigma, c) - y).square())
+        if self.settings.fake_weight == "none":
+            return error
+        return (sigma**-2 + self.teacher.sigma_data**-2) * error
+
+    def student_loss(self, draws: Draws) -> Tensor:
+        """A loss whose gradient is that of KL(student || teacher), averaged over noise levels, plus DMD's regression."""
+        y, c = self.generate(self.shared(draws))
+        with torch.no_grad():
+            x, sigma = self.diffuse(y, draws)
+            gradient = d.matching_gradient(self.fake(x, sigma, c), self.teacher(x, sigma, c), y)
+        loss = d.surrogate(y, gradient)
+        if self.settings.pairs != "none":
+            loss = loss + self.settings.pair_weight * self.pair_loss(draws)
+        return loss
+
+    def pair_loss(self, draws: Draws) -> Tensor:
+        """DMD's regression on what the teacher's deterministic sampler makes of the same noise (a mean over the pairs)."""
+        z, y, c = draws.pairs(self.settings.pairs == "filtered", self.settings.pair_batch)
+        return d.image_mean((d.one_step(self.student, z, self.settings.sigma_init, c) - y).square()).mean()
+
+    def fake_batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Samples for the fake network: fresh ones, or those of this step, made once."""
+        if self._batch is None or self.settings.fake_batch == "fresh":
+            with torch.no_grad():
+                self._batch = self.generate(self.shared(draws))
+        return self._batch
+
+    def shared(self, draws: Draws) -> Draws:
+        """The draws that samples are made from: the turn's own, or those that all turns of the step share."""
+        return draws if self.settings.fake_batch == "fresh" else draws.of_step()
+
+    def generate(self, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return one-step samples y of the student and their conditions c."""
+        c = draws.labels(self.settings.labels)
+        return d.one_step(self.student, draws.normal("z"), self.settings.sigma_init, c), c
+
+    def diffuse(self, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return x = y + sigma n and sigma, drawn from the recipe's span of the Karras schedule."""
+        sigma = d.karras_draw(draws.uniform("sigma"), self.settings.sigma_span)
+        return y + d.per_image(sigma, y) * draws.normal("noise"), sigma

@@ -1,0 +1,120 @@
+"""Who owns which condition: K disjoint parts that together are everything (MSD, arXiv 2410.23274, Section 4)."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msdcli.errors import UserError
+from msdcli.rundir import read_json, write_json
+from msdcli.seeds import derive
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Partition:
+    """`parts[k]` are the condition numbers of student k. UserError unless every condition has exactly one owner."""
+
+    parts: list[list[int]]
+    num_conditions: int
+    method: str
+
+    def __post_init__(self) -> None:
+        owners = Counter(c for part in self.parts for c in part)
+        if twice := sorted(c for c, n in owners.items() if n > 1):
+            raise UserError(f"partition: condition {_listed(twice)} is in more than one part")
+        if outside := sorted(owners.keys() - set(range(self.num_conditions))):
+            raise UserError(f"partition: condition {_listed(outside)} does not exist: there are 0 to {self.num_conditions - 1}")
+        if missing := sorted(set(range(self.num_conditions)) - owners.keys()):
+            raise UserError(f"partition: condition {_listed(missing)} is in no part")
+        if empty := [k for k, part in enumerate(self.parts) if not part]:
+            raise UserError(f"partition: student {_listed(empty)} has no condition")
+
+    @property
+    def owner(self) -> list[int]:
+        """The student of each condition."""
+        return [k for _, k in sorted((c, k) for k, part in enumerate(self.parts) for c in part)]
+
+    def route(self, conditions: Sequence[int]) -> dict[int, list[int]]:
+        """Return, for every student that is needed, the positions in `conditions` that it serves."""
+        owner, positions = self.owner, dict[int, list[int]]()
+        for position, condition in enumerate(conditions):
+            positions.setdefault(owner[condition], []).append(position)
+        return positions
+
+    def save(self, path: Path) -> None:
+        write_json(path, {"method": self.method, "num_conditions": self.num_conditions, "parts": self.parts})
+
+    @classmethod
+    def load(cls, path: Path) -> Partition:
+        """Read partition.json. UserError if it is missing, damaged or no partition."""
+        stored = read_json(path)
+        try:
+            parts = [[int(c) for c in part] for part in stored["parts"]]
+            return cls(parts, int(stored["num_conditions"]), str(stored["method"]))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path} is not a partition") from None
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+def sizes(num_conditions: int, num_parts: int) -> list[int]:
+    """Sizes of parts that differ by one at most, larger ones first. UserError for more parts than conditions."""
+    if num_parts > num_conditions:
+        raise UserError(f"partition: {num_parts} students for {num_conditions} conditions: somebody would have none")
+    whole, rest = divmod(num_conditions, num_parts)
+    return [whole + (k < rest) for k in range(num_parts)]
+
+
+def consecutive(num_conditions: int, num_parts: int) -> Partition:
+    """Neighbouring condition numbers together (the paper's choice for ImageNet)."""
+    return _cut(range(num_conditions), num_parts, "consecutive")
+
+
+def shuffled(num_conditions: int, num_parts: int, *, seed: int = 0) -> Partition:
+    """Equal parts at random: the baseline for any cleverer choice."""
+    order = list(range(num_conditions))
+    random.Random(derive("partition", seed)).shuffle(order)
+    return _cut(order, num_parts, "random")
+
+
+def _cut(order: Sequence[int], num_parts: int, method: str) -> Partition:
+    parts, start = [], 0
+    for size in sizes(len(order), num_parts):
+        parts.append(sorted(order[start : start + size]))
+        start += size
+    return Partition(parts, len(order), method)
+
+
+def kmeans(vectors: np.ndarray, num_parts: int, *, seed: int = 0) -> Partition:
+    """Balanced k-means on one vector per condition [conditions, dimensions]: alike inside, equal in size.
+
+    k-means++ starts the centres; then conditions are assigned to places (each centre has as many as its part is large) at
+    the least total squared distance, and centres move to their means, until nothing changes.
+    """
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+    from sklearn.cluster import KMeans
+
+    num = len(vectors)
+    capacity = sizes(num, num_parts)
+    centres = KMeans(num_parts, n_init=10, random_state=derive("kmeans", seed) % 2**32).fit(vectors).cluster_centers_
+    owner = np.full(num, -1)
+    for _ in range(100):
+        cost = np.square(vectors[:, None] - centres[None]).sum(-1)
+        places = np.repeat(np.arange(num_parts), capacity)
+        chosen = places[linear_sum_assignment(cost[:, places])[1]]
+        if np.array_equal(chosen, owner):
+            break
+        owner = chosen
+        centres = np.stack([vectors[owner == k].mean(0) for k in range(num_parts)])
+    parts = sorted(sorted(np.flatnonzero(owner == k).tolist()) for k in range(num_parts))
+    return Partition(parts, num, "kmeans")

@@ -1,0 +1,349 @@
+"""The recipe: everything a run depends on, as one checked YAML file.
+
+`load` reads YAML, applies `key=value` overrides and reports every mistake at once, each with its line. All keys of all
+objectives, data sets and networks are here, so that a recipe is checked, completed and documented without importing torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from msdcli import recipe_yaml
+from msdcli.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+Seed = Annotated[int, Field(ge=0, le=2**62)]
+NoiseLevel = Annotated[float, Field(gt=0, le=10_000)]
+Span = list[Fraction]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class UNetSettings(Section):
+    """A class-conditional U-Net for images."""
+
+    kind: Literal["unet"] = Field("unet", description="a U-Net with residual blocks")
+    channels: int = Field(16, ge=1, le=4096, description="channels of the first level; `multipliers` scale it")
+    multipliers: list[Annotated[int, Field(ge=1, le=64)]] = Field(
+        [1, 2], min_length=1, max_length=8, description="channels of each level, as multiples of `channels`"
+    )
+    blocks: int = Field(1, ge=1, le=64, description="residual blocks per level")
+    attention: list[Annotated[int, Field(ge=1)]] = Field([], description="resolutions that get self-attention")
+    embedding: int | None = Field(None, ge=1, le=65536, description="width of the embedding; 4 x channels if absent")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks while training")
+
+
+class MLPSettings(Section):
+    """A residual MLP for points in the plane."""
+
+    kind: Literal["mlp"] = Field("mlp", description="a residual multi-layer perceptron")
+    channels: int = Field(128, ge=1, le=65536, description="width of every layer")
+    blocks: int = Field(3, ge=1, le=1024, description="residual blocks")
+    embedding: int | None = Field(None, ge=1, le=65536, description="width of the embedding; `channels` if absent")
+
+
+NetworkSettings = UNetSettings | MLPSettings
+Network = Annotated[NetworkSettings, Field(discriminator="kind")]
+
+
+# The data: `name` is a file in data/.
+
+
+class DigitsSettings(Section):
+    """scikit-learn's handwritten digits: 1,797 grey 8x8 images, 10 classes, no download."""
+
+    name: Literal["digits"] = Field("digits", description="handwritten digits")
+
+
+class Toy2dSettings(Section):
+    """Eight awkward shapes in the plane, one class each, drawn from code."""
+
+    name: Literal["toy2d"] = Field("toy2d", description="shapes in the plane")
+    points: int = Field(65536, ge=8, le=2**40, description="number of points")
+    seed: Seed = Field(0, description="seed of the points")
+
+
+DataSettings = DigitsSettings | Toy2dSettings
+Data = Annotated[DataSettings, Field(discriminator="name")]
+
+
+# The stages: `objective` is a file in objectives/.
+
+
+class StageSettings(Section):
+    """One stage of training: what every objective has in common."""
+
+    objective: str = Field(description="what is minimised")
+    steps: int = Field(1000, ge=1, le=10**9, description="training steps (updates of the student)")
+    batch: int = Field(64, ge=1, le=10**6, description="images per update")
+    lr: Positive = Field(1e-3, description="learning rate, for every network that `lr_of` does not name")
+    lr_of: dict[str, Positive] = Field({}, description="learning rates of single networks, e.g. {fake: 1e-3}")
+    lr_hold: Fraction = Field(0.5, description="part of the steps at full learning rate; then linear to `lr_end`")
+    lr_end: Fraction = Field(0.02, description="last learning rate, as a part of the first")
+    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="the optimizer")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="Adam's betas"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (adamw)")
+    clip: Positive | None = Field(None, description="largest norm of a network's gradient; absent: no clipping")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="decay of the average that samples are drawn from")
+    log_every: Count = Field(20, description="steps between two lines of metrics.jsonl")
+
+
+class EdmSettings(StageSettings):
+    """Denoising score matching on the data: how a teacher is trained (Karras et al. 2022, arXiv 2206.00364)."""
+
+    objective: Literal["edm"] = Field("edm", description="denoising score matching")
+    P_mean: float = Field(-1.2, description="mean of ln(sigma)")
+    P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
+
+
+class TsmSettings(StageSettings):
+    """Teacher score matching: a student with another network learns the teacher's denoiser (MSD, arXiv 2410.23274)."""
+
+    objective: Literal["tsm"] = Field("tsm", description="teacher score matching")
+    P_mean: float = Field(-1.2, description="mean of ln(sigma)")
+    P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
+
+
+class DmSettings(StageSettings):
+    """Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
+
+    objective: Literal["dm"] = Field("dm", description="distribution matching")
+    sigma_init: NoiseLevel = Field(2.5, description="noise level at which the student is evaluated, once")
+    fake_updates: int = Field(5, ge=1, le=1000, description="updates of the fake network per update of the student")
+    fake_batch: Literal["fresh", "shared"] = Field(
+        "fresh", description="new samples for every update, or one batch for all updates of a step (cheaper)"
+    )
+    sigma_span: Span = Field(
+        [0.0, 0.5], min_length=2, max_length=2, description="noise levels of the loss, as parts of the Karras schedule"
+    )
+    fake_weight: Literal["dmd2", "none"] = Field(
+        "dmd2", description="weight of the fake network's loss: sigma^-2 + sigma_data^-2 (DMD2) or none (FastGen)"
+    )
+    labels: Literal["uniform", "data"] = Field("uniform", description="how the student's conditions are drawn")
+    pairs: Literal["shared", "filtered", "none"] = Field(
+        "shared", description="regression on the teacher's pairs: on all of them, on those of the student's part, or none"
+    )
+    pair_weight: float = Field(0.25, ge=0, description="weight of the regression loss (DMD)")
+    pair_batch: Count | None = Field(None, description="pairs per update; `batch` if absent")
+
+
+Stage = Annotated[EdmSettings | TsmSettings | DmSettings, Field(discriminator="objective")]
+
+
+class SolverSettings(Section):
+    """The teacher's deterministic sampler (Heun, EDM Algorithm 1)."""
+
+    steps: int = Field(18, ge=2, le=10_000, description="steps; 2 x steps - 1 evaluations")
+    sigma_min: NoiseLevel = Field(0.002, description="last noise level")
+    sigma_max: NoiseLevel = Field(80.0, description="first noise level")
+    rho: Positive = Field(7.0, description="spacing of the levels")
+
+
+class TeacherSettings(Section):
+    """The diffusion model to distil: trained here, or loaded."""
+
+    path: str | None = Field(None, description="folder with model.safetensors and model.json; absent: train one")
+    network: Network = Field(default_factory=UNetSettings, description="the network to train")
+    sigma_data: NoiseLevel = Field(0.5, description="standard deviation of the data (EDM)")
+    seed: Seed = Field(0, description="seed of the teacher's training")
+    training: EdmSettings = Field(default_factory=EdmSettings, description="how it is trained: objective `edm`")
+    solver: SolverSettings = Field(default_factory=SolverSettings, description="how it is sampled")
+
+
+class PartitionSettings(Section):
+    """Which student owns which condition."""
+
+    students: int = Field(1, ge=1, le=100_000, description="number of students, K")
+    method: Literal["consecutive", "random", "kmeans", "explicit"] = Field(
+        "consecutive", description="how the classes are divided"
+    )
+    features: Literal["embedding", "images"] = Field(
+        "embedding", description="kmeans: cluster the teacher's class embeddings or the mean image of each class"
+    )
+    seed: Seed = Field(0, description="seed of `random` and `kmeans`")
+    parts: list[list[Annotated[int, Field(ge=0)]]] | None = Field(
+        None, description="explicit: the classes of each student, e.g. [[0, 1], [2, 3]]"
+    )
+
+    @model_validator(mode="after")
+    def _parts_go_with_explicit(self) -> PartitionSettings:
+        if (self.method == "explicit") != (self.parts is not None):
+            raise ValueError("`parts` and `method: explicit` go together")
+        if self.parts is not None and len(self.parts) != self.students:
+            raise ValueError(f"`parts` lists {len(self.parts)} students, `students` says {self.students}")
+        return self
+
+
+class PairSettings(Section):
+    """Noise and image pairs of the teacher, for the regression loss."""
+
+    count: Count = Field(2048, description="number of pairs, made once per teacher")
+    seed: Seed = Field(0, description="seed of the noise")
+    shard: Count = Field(1024, description="pairs per file: what an interruption can cost")
+
+
+class StudentSettings(Section):
+    """The students' network; the teacher's own unless told otherwise."""
+
+    width: float = Field(1.0, gt=0, le=16, description="channels, as a multiple of the teacher's")
+    depth: float = Field(1.0, gt=0, le=16, description="blocks, as a multiple of the teacher's (at least one stays)")
+    network: Network | None = Field(None, description="a full network section instead of `width` and `depth`")
+
+    @model_validator(mode="after")
+    def _one_way_only(self) -> StudentSettings:
+        if self.network is not None and (self.width, self.depth) != (1.0, 1.0):
+            raise ValueError("`network` replaces `width` and `depth`: give one or the other")
+        return self
+
+    def network_for(self, teacher: NetworkSettings) -> NetworkSettings:
+        """Return the student's network, scaled from the teacher's."""
+        if self.network is not None:
+            return self.network
+        return teacher.model_copy(
+            update={
+                "channels": max(1, round(teacher.channels * self.width)),
+                "blocks": max(1, round(teacher.blocks * self.depth)),
+            }
+        )
+
+
+class EvaluationSettings(Section):
+    """What is measured when a run ends."""
+
+    samples: int = Field(5000, ge=2, le=10**8, description="samples of the students and of the teacher")
+    batch: Count = Field(500, description="images per forward pass")
+    seed: Seed = Field(0, description="seed of the measured samples")
+
+
+class Recipe(Section):
+    """One run: a teacher, a partition, and the stages that make each student."""
+
+    name: str | None = Field(None, pattern=r"^[\w][\w.-]*$", max_length=100, description="name of the run")
+    run: str | None = Field(None, description="the run directory; runs/NAME if absent")
+    seed: Seed = Field(0, description="seed of the students")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 or mps")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of a process; a fixed number makes CPU runs repeatable to the bit"
+    )
+    workers: int | None = Field(
+        None, ge=1, le=1024, description="students trained at once on this machine; absent: one per core (CPU) or GPU"
+    )
+    checkpoint_seconds: float = Field(30.0, ge=0, description="time between two checkpoints")
+    data: Data = Field(description="the training data")
+    teacher: TeacherSettings = Field(default_factory=TeacherSettings, description="the diffusion model to distil")
+    partition: PartitionSettings = Field(default_factory=PartitionSettings, description="who owns which condition")
+    pairs: PairSettings = Field(default_factory=PairSettings, description="the teacher's noise and image pairs")
+    student: StudentSettings = Field(default_factory=StudentSettings, description="the students' network")
+    stages: list[Stage] = Field(min_length=1, max_length=16, description="the stages, one after the other")
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="what is measured")
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run lives."""
+        return Path(self.run or f"runs/{self.name}")
+
+    @property
+    def student_network(self) -> NetworkSettings:
+        """The network of every student."""
+        return self.student.network_for(self.teacher.network)
+
+    def dump(self) -> dict[str, Any]:
+        """Return every key with its value, as plain data."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the complete recipe as YAML."""
+        text: str = yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True, width=120)
+        return text
+
+
+# Keys that may change when a run resumes: nothing that is trained depends on them.
+FREE_KEYS = ("name", "run", "workers", "checkpoint_seconds", "evaluation", "device")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return the dotted keys in which two dumped recipes differ, except where a resumed run may: more steps at the end."""
+    found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
+    last = f"stages.{len(new['stages']) - 1}.steps"
+    if last in found and len(old["stages"]) == len(new["stages"]) and _at(new, last) > _at(old, last):
+        found.remove(last)
+    return found
+
+
+def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differing(old.get(k), new.get(k), f"{prefix}{k}.")]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differing(a, b, f"{prefix}{i}.")]
+    return [] if old == new else [prefix.rstrip(".")]
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
+    return tree
+
+
+def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe file (or the recipe of a run directory, or a shipped recipe by name) and apply `key=value` overrides.
+
+    Raises UserError that lists every mistake with file, line, dotted key, value, what is allowed and the nearest name.
+    """
+    path = find(source)
+    document = recipe_yaml.Document.read(path)
+    for override in overrides or []:
+        document.override(override)
+    recipe = validate(document)
+    if recipe.name is None:
+        recipe = recipe.model_copy(update={"name": path.stem})
+    if path.name == "recipe.yaml" and Path(source).is_dir():
+        recipe = recipe.model_copy(update={"run": str(source)})  # wherever the run directory has been moved to
+    return recipe
+
+
+def validate(document: recipe_yaml.Document) -> Recipe:
+    """Check a parsed recipe; raise one UserError with all that is wrong."""
+    try:
+        return Recipe.model_validate(document.tree)
+    except ValidationError as error:
+        lines = [recipe_yaml.explain(document, Recipe, dict(e)) for e in error.errors(include_url=False)]
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise UserError(f"{count} in the recipe\n" + "\n".join(lines)) from None
+
+
+def find(source: str | Path) -> Path:
+    """Return the recipe file meant by a path, a run directory or the name of a shipped recipe."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    names = {p.stem: p for p in shipped()}
+    if str(source) in names:
+        return names[str(source)]
+    hint = recipe_yaml.nearest(path.stem, list(names))
+    raise UserError(
+        f"no recipe at {path}: neither a file, nor a run directory, nor a shipped recipe",
+        hint=f"did you mean `{hint}`?" if hint else "`msd recipes` lists what ships",
+    )
+
+
+def shipped() -> list[Path]:
+    """Return the recipes that travel with the package (in a checkout: the `recipes` folder beside it)."""
+    package = Path(__file__).parent
+    folder = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+    return sorted(folder.glob("*.yaml"))

@@ -1,0 +1,209 @@
+"""Every name inside a run directory, atomic writes, locks and the record of what has been done."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from msdcli.errors import UserError
+from msdcli.recipe import Recipe, differences, load
+
+
+class RunDir:
+    """The run directory at `root`; nothing is created until something is written."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe_file = root / "recipe.yaml"
+        self.record_file = root / "run.json"
+        self.partition = root / "partition.json"
+        self.teacher = root / "teacher"
+        self.pairs = root / "pairs"
+        self.classifier = root / "classifier"
+        self.students = root / "students"
+        self.samples = root / "samples"
+        self.metrics = root / "metrics"
+        self.export = root / "export"
+        # Artifacts that runs share, by the hash of what they depend on.
+        self.shared = root.parent / ".shared"
+
+    def student(self, number: int) -> Path:
+        """The folder of one student; whoever trains it holds its lock."""
+        return self.students / str(number)
+
+    def stage(self, student: int, number: int, objective: str) -> Path:
+        """The folder of one stage of one student; `number` counts the stages from 0."""
+        return self.student(student) / f"{number}-{objective}"
+
+    def recipe(self) -> Recipe:
+        """Return the recipe of this run. UserError if this is no run directory."""
+        if not self.recipe_file.is_file():
+            raise UserError(f"{self.root} is not a run directory: it has no recipe.yaml", hint="msd distill RECIPE makes one")
+        return load(self.recipe_file)
+
+    def adopt(self, recipe: Recipe) -> None:
+        """Make this the run of `recipe`. UserError where it belongs to another; then nothing is written."""
+        self.check(recipe)
+        write_text(self.recipe_file, recipe.to_yaml())
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise UserError unless the directory is free, or the run of this very recipe."""
+        if self.recipe_file.exists():
+            if changed := differences(self.recipe().dump(), recipe.dump()):
+                raise UserError(
+                    f"{self.root} belongs to another recipe: {', '.join(changed)} differ",
+                    hint="give the run another name (name=...), or remove the directory",
+                )
+        elif self.root.is_dir() and any(not file.name.startswith(".") for file in self.root.iterdir()):
+            raise UserError(f"{self.root} exists and is not a run directory", hint="give the run another name (name=...)")
+
+
+def key(*parts: Any) -> str:
+    """Return a short name for what an artifact depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside `path` to write to; at the end it is synced and takes the name, or is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one piece."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in one piece."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file that msd wrote. UserError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}", hint="remove it, and the same command makes it again") from None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half written. Call it while holding the folder's lock."""
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(folder: Path, what: str, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold `folder` for this process; the kernel lets go of it when the process ends, however it ends.
+
+    Where another process holds it: UserError naming that process, or, with `wait`, patience (`wait` is told the holder once).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        told = False
+        while not _try_lock(file):
+            holder = _holder(file)
+            if wait is None:
+                raise UserError(f"{what} is being worked on by {holder}", hint="`msd status RUN` shows who does what")
+            if not told:
+                wait(f"waiting for {what}: {holder} is at work on it")
+                told = True
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        file.flush()
+        sweep_temporaries(folder)
+        yield
+
+
+def holder_of(folder: Path) -> str | None:
+    """Return who holds the lock of `folder`, as a phrase, or None."""
+    try:
+        with open(folder / ".lock", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+    except FileNotFoundError:
+        return None
+    except OSError:
+        with open(folder / ".lock", encoding="utf-8") as file:
+            return _holder(file)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(file: IO[str]) -> str:
+    try:
+        file.seek(0)
+        who = json.loads(file.read())
+        return f"process {who['pid']} on {who['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `target` a folder with the finished files of `source`: hard links where the file system has them, else copies."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir(), key=lambda f: f.name == "model.json"):  # the sign of completeness comes last
+        if file.name.startswith(".") or file.name == "state.safetensors" or not file.is_file():
+            continue
+        place = target / file.name
+        if place.exists() and place.samefile(file):
+            continue
+        with writing(place) as temporary:
+            temporary.unlink()
+            try:
+                os.link(file, temporary)
+            except OSError:
+                shutil.copyfile(file, temporary)
