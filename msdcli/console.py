@@ -26,6 +26,11 @@ def say(text: str) -> None:
     out.print(escape(text))
 
 
+def tell(text: str) -> None:
+    """Print a line about the work on stderr, where it does not mix with results."""
+    err.print(escape(text))
+
+
 def fail(message: str, hint: str | None) -> None:
     """Print an error and the next step on stderr."""
     err.print(f"[bold red]error:[/] {escape(message)}")
@@ -70,7 +75,9 @@ class Monitor:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -78,7 +85,7 @@ class Monitor:
         if self.quiet:
             return
         if isinstance(event, str):
-            err.print(escape(event))
+            tell(event)
         elif self._live:
             self._show(self._live, event)
         else:

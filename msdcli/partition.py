@@ -30,7 +30,9 @@ class Partition:
         if twice := sorted(c for c, n in owners.items() if n > 1):
             raise UserError(f"partition: condition {_listed(twice)} is in more than one part")
         if outside := sorted(owners.keys() - set(range(self.num_conditions))):
-            raise UserError(f"partition: condition {_listed(outside)} does not exist: there are 0 to {self.num_conditions - 1}")
+            raise UserError(
+                f"partition: condition {_listed(outside)} does not exist: there are 0 to {self.num_conditions - 1}"
+            )
         if missing := sorted(set(range(self.num_conditions)) - owners.keys()):
             raise UserError(f"partition: condition {_listed(missing)} is in no part")
         if empty := [k for k, part in enumerate(self.parts) if not part]:
@@ -97,8 +99,8 @@ def _cut(order: Sequence[int], num_parts: int, method: str) -> Partition:
 def kmeans(vectors: np.ndarray, num_parts: int, *, seed: int = 0) -> Partition:
     """Balanced k-means on one vector per condition [conditions, dimensions]: alike inside, equal in size.
 
-    k-means++ starts the centres; then conditions are assigned to places (each centre has as many as its part is large) at
-    the least total squared distance, and centres move to their means, until nothing changes.
+    k-means++ starts the centres; then conditions are assigned to places (each centre has as many as its part is
+    large) at the least total squared distance, and centres move to their means, until nothing changes.
     """
     import numpy as np
     from scipy.optimize import linear_sum_assignment

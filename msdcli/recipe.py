@@ -1,7 +1,8 @@
 """The recipe: everything a run depends on, as one checked YAML file.
 
 `load` reads YAML, applies `key=value` overrides and reports every mistake at once, each with its line. All keys of all
-objectives, data sets and networks are here, so that a recipe is checked, completed and documented without importing torch.
+objectives, data sets and networks are here, so that a recipe is checked, completed and documented without importing
+torch.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ class StageSettings(Section):
     )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (adamw)")
     clip: Positive | None = Field(None, description="largest norm of a network's gradient; absent: no clipping")
-    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="decay of the average that samples are drawn from")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="decay of the average that samples are drawn from"
+    )
     log_every: Count = Field(20, description="steps between two lines of metrics.jsonl")
 
 
@@ -134,7 +137,8 @@ class DmSettings(StageSettings):
     )
     labels: Literal["uniform", "data"] = Field("uniform", description="how the student's conditions are drawn")
     pairs: Literal["shared", "filtered", "none"] = Field(
-        "shared", description="regression on the teacher's pairs: on all of them, on those of the student's part, or none"
+        "shared",
+        description="regression on the teacher's pairs: on all of them, on those of the student's part, or none",
     )
     pair_weight: float = Field(0.25, ge=0, description="weight of the regression loss (DMD)")
     pair_batch: Count | None = Field(None, description="pairs per update; `batch` if absent")
@@ -275,7 +279,9 @@ FREE_KEYS = ("name", "run", "workers", "checkpoint_seconds", "evaluation", "devi
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the dotted keys in which two dumped recipes differ, except where a resumed run may: more steps at the end."""
+    """Return the dotted keys in which two dumped recipes differ, except where a resumed run may: more steps at the
+    end.
+    """
     found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
     last = f"stages.{len(new['stages']) - 1}.steps"
     if last in found and len(old["stages"]) == len(new["stages"]) and _at(new, last) > _at(old, last):
@@ -299,7 +305,8 @@ def _at(tree: Any, dotted: str) -> Any:
 
 
 def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file (or the recipe of a run directory, or a shipped recipe by name) and apply `key=value` overrides.
+    """Read a recipe file (or the recipe of a run directory, or a shipped recipe by name) and apply `key=value`
+    overrides.
 
     Raises UserError that lists every mistake with file, line, dotted key, value, what is allowed and the nearest name.
     """

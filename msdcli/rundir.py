@@ -48,7 +48,9 @@ class RunDir:
     def recipe(self) -> Recipe:
         """Return the recipe of this run. UserError if this is no run directory."""
         if not self.recipe_file.is_file():
-            raise UserError(f"{self.root} is not a run directory: it has no recipe.yaml", hint="msd distill RECIPE makes one")
+            raise UserError(
+                f"{self.root} is not a run directory: it has no recipe.yaml", hint="msd distill RECIPE makes one"
+            )
         return load(self.recipe_file)
 
     def adopt(self, recipe: Recipe) -> None:
@@ -65,7 +67,9 @@ class RunDir:
                     hint="give the run another name (name=...), or remove the directory",
                 )
         elif self.root.is_dir() and any(not file.name.startswith(".") for file in self.root.iterdir()):
-            raise UserError(f"{self.root} exists and is not a run directory", hint="give the run another name (name=...)")
+            raise UserError(
+                f"{self.root} exists and is not a run directory", hint="give the run another name (name=...)"
+            )
 
 
 def key(*parts: Any) -> str:
@@ -142,7 +146,8 @@ def sweep_temporaries(folder: Path) -> None:
 def lock(folder: Path, what: str, *, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold `folder` for this process; the kernel lets go of it when the process ends, however it ends.
 
-    Where another process holds it: UserError naming that process, or, with `wait`, patience (`wait` is told the holder once).
+    Where another process holds it: UserError naming that process, or, with `wait`, patience (`wait` is told the
+    holder once).
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
@@ -193,7 +198,9 @@ def _holder(file: IO[str]) -> str:
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` a folder with the finished files of `source`: hard links where the file system has them, else copies."""
+    """Make `target` a folder with the finished files of `source`: hard links where the file system has them, else
+    copies.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir(), key=lambda f: f.name == "model.json"):  # the sign of completeness comes last
         if file.name.startswith(".") or file.name == "state.safetensors" or not file.is_file():

@@ -13,6 +13,7 @@ from msdcli.cli import options
 if TYPE_CHECKING:
     from msdcli.engine.events import Progress
     from msdcli.engine.pipeline import Outcome
+    from msdcli.recipe import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -54,14 +55,12 @@ def distill(
     _show(outcome, json_)
 
 
-def _plan(recipe: object) -> None:
+def _plan(recipe: Recipe) -> None:
     from msdcli.engine import pipeline
-    from msdcli.recipe import Recipe
 
-    assert isinstance(recipe, Recipe)
     sys.stdout.write(recipe.to_yaml())
     for line in pipeline.plan(recipe):
-        console.err.print(console.escape(line))
+        console.tell(line)
 
 
 def _show(outcome: Outcome, json_: bool) -> None:
@@ -71,12 +70,21 @@ def _show(outcome: Outcome, json_: bool) -> None:
     if json_:
         result = outcome.measurement.to_json() if outcome.measurement else None
         console.print_json(
-            {"run": str(outcome.run.root), "unfinished": outcome.unfinished, "measurement": result, "cost": costs(outcome.run)}
+            {
+                "run": str(outcome.run.root),
+                "unfinished": outcome.unfinished,
+                "measurement": result,
+                "cost": costs(outcome.run),
+            }
         )
         return
     cost_table(costs(outcome.run))
     if outcome.measurement is None:
-        left = f"students still to do: {', '.join(map(str, outcome.unfinished))}" if outcome.unfinished else "all students are done"
+        left = (
+            f"students still to do: {', '.join(map(str, outcome.unfinished))}"
+            if outcome.unfinished
+            else "all students are done"
+        )
         console.say(f"{outcome.run.root}: {left}; `msd distill {outcome.run.root}` finishes and measures the run")
         return
     show(outcome.measurement, brief=True)

@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 def export(
     run: options.Run,
-    format_: Annotated[Literal["bundle"], typer.Option("--format", help="bundle: safetensors, partition, README.")] = "bundle",
+    format_: Annotated[
+        Literal["bundle"], typer.Option("--format", help="bundle: safetensors, partition, README.")
+    ] = "bundle",
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN/export/bundle if absent.")] = None,
     json_: options.Json = False,
     dry_run: options.DryRun = False,
@@ -37,5 +39,6 @@ def export(
     if json_:
         console.print_json(record)
     else:
-        console.say(f"{record['students']} students: {target} (largest difference from the run's samples: {record['max_difference']:g})")
+        difference = f"largest difference from the run's samples: {record['max_difference']:g}"
+        console.say(f"{record['students']} students: {target} ({difference})")
         console.say(f"five lines of Python that sample from it: {target / 'README.md'}")

@@ -45,13 +45,21 @@ def show(result: Measurement, *, brief: bool) -> None:
         for row in result.rows
         if not (brief and row.group.startswith("class "))
     ]
-    console.table(f"{result.metric}: {result.protocol}", ["", "of", "samples", "reference", *names], rows, text_columns=2)
+    console.table(
+        f"{result.metric}: {result.protocol}", ["", "of", "samples", "reference", *names], rows, text_columns=2
+    )
 
 
 def cost_table(costs: list[dict[str, Any]]) -> None:
     """Print what every part of a run has cost."""
     rows = [
-        [c["part"], f"{c['seconds']:.0f}", f"{c['images']:,.0f}", f"{c['flops']:.3g}", f"{c['peak_bytes'] / 2**20:,.0f}"]
+        [
+            c["part"],
+            f"{c['seconds']:.0f}",
+            f"{c['images']:,.0f}",
+            f"{c['flops']:.3g}",
+            f"{c['peak_bytes'] / 2**20:,.0f}",
+        ]
         for c in costs
     ]
     console.table("cost", ["", "seconds", "images", "FLOP", "peak MiB"], rows)

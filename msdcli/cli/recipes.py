@@ -34,7 +34,7 @@ def listing(context: typer.Context) -> None:
 def _header(path: Path) -> list[str]:
     """Return what the recipe's first comment lines say after `Shows:`, `Costs:` and `Measured:`."""
     comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    found = {key: "" for key in ("Shows", "Costs", "Measured")}
+    found = dict.fromkeys(("Shows", "Costs", "Measured"), "")
     current = None
     for line in comments:
         key, colon, rest = line.partition(":")

@@ -40,7 +40,11 @@ def sample(
     students = engine.load(run, resolve(device))
     if (classes is None) == (not all_):
         raise UserError("say which classes: --classes 3,7 or --all")
-    wanted = list(range(len(students.class_names))) if classes is None else engine.parse_classes(classes, students.class_names)
+    wanted = (
+        list(range(len(students.class_names)))
+        if classes is None
+        else engine.parse_classes(classes, students.class_names)
+    )
     asked = [wanted[i % len(wanted)] for i in range(number)]
     target = out or engine.default_target(run, format_, wanted, seed, everything=all_)
     serving = sorted(students.partition.route(asked))
@@ -52,6 +56,8 @@ def sample(
     seconds = time.perf_counter() - begun
     engine.save(target, images, asked, students.class_names, format_)
     if json_:
-        console.print_json({"file": str(target), "classes": asked, "seed": seed, "students": serving, "seconds": seconds})
+        console.print_json(
+            {"file": str(target), "classes": asked, "seed": seed, "students": serving, "seconds": seconds}
+        )
     else:
         console.say(f"{number} samples of {len(wanted)} classes from students {', '.join(map(str, serving))}: {target}")

@@ -27,7 +27,9 @@ def status(run: options.Run, json_: options.Json = False) -> None:
         for stage in student["stages"]:
             losses = ", ".join(f"{k} {v:.4g}" for k, v in stage["losses"].items())
             steps = f"{stage['step']}/{stage['steps']}"
-            rows.append([str(student["student"]), stage["objective"], stage["state"], student["running"] or "", losses, steps])
+            rows.append(
+                [str(student["student"]), stage["objective"], stage["state"], student["running"] or "", losses, steps]
+            )
     console.table("students", ["student", "stage", "state", "held by", "losses", "steps"], rows, text_columns=5)
     for path in state["metrics"]:
         console.say(f"measured: {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,8 @@ def heun(
     sigma_max: float = 80.0,
     rho: float = 7.0,
 ) -> Tensor:
-    """Solve the probability-flow ODE from unit noise `z` [batch, ...] with Heun's method (Algorithm 1): 2 steps - 1 calls.
+    """Solve the probability-flow ODE from unit noise `z` [batch, ...] with Heun's method (Algorithm 1): 2 steps - 1
+    calls.
 
     The state is float64; the network sees `z`'s own type.
     """
@@ -36,7 +38,7 @@ def heun(
         return (x - denoised.to(torch.float64)) / sigma
 
     x = z.to(torch.float64) * sigmas[0]
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, sigma_next in itertools.pairwise(sigmas):
         d = slope(x, sigma)
         x_next = x + (sigma_next - sigma) * d
         if sigma_next > 0:  # the last step is Euler's: there is no slope at sigma = 0

@@ -144,7 +144,9 @@ class TrainState:
 
 
 def inherit(nets: dict[str, nn.Module], folder: Path) -> list[str]:
-    """Give `nets` the weights of the networks of the same name that the stage in `folder` ended with; return the names."""
+    """Give `nets` the weights of the networks of the same name that the stage in `folder` ended with; return the
+    names.
+    """
     tensors, _ = load_tensors(folder / STATE)
     names = sorted({key.split(".", 1)[0] for key in tensors} & nets.keys())
     for name in names:

@@ -31,7 +31,14 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
             source = Source(data, range(len(data.class_names)), device=device)
             goal = Classification(network.to(device).train())
             state = train(
-                goal, TRAINING, source, folder, key=("classifier",), what="classifier", checkpoint_seconds=60, report=report
+                goal,
+                TRAINING,
+                source,
+                folder,
+                key=("classifier",),
+                what="classifier",
+                checkpoint_seconds=60,
+                report=report,
             )
             checkpoint.save_tensors(weights, state.ema.net.state_dict())
             write_json(folder / checkpoint.MODEL, {"classifier": section, "sha256": file_hash(weights)})

@@ -42,7 +42,8 @@ def train(
     checkpoint_seconds: float,
     report: Report = silent,
 ) -> checkpoint.TrainState:
-    """Run `goal` for `stage.steps` steps and return the final state; take up the checkpoint in `folder` if there is one.
+    """Run `goal` for `stage.steps` steps and return the final state; take up the checkpoint in `folder` if there is
+    one.
 
     `key` (seed, student, stage) and the step are all that the random draws depend on, so an interrupted run, resumed,
     ends with the same bits. Raises Interrupted after a checkpoint, UserError when a loss is not finite.
@@ -189,7 +190,9 @@ class Student:
 
 
 def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
-    """Return the student as its first stage finds it: the teacher's copy, or, where the networks differ, random weights."""
+    """Return the student as its first stage finds it: the teacher's copy, or, where the networks differ, random
+    weights.
+    """
     if recipe.student_network == recipe.teacher.network:
         return copy.deepcopy(teacher).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
@@ -223,7 +226,11 @@ def distill_student(student: Student, report: Report) -> None:
             checkpoint_seconds=recipe.checkpoint_seconds,
             report=report,
         )
-        record = {"steps": stage.steps, "stage": stage.model_dump(mode="json"), "cost": state.cost | peak_memory(student.device)}
+        record = {
+            "steps": stage.steps,
+            "stage": stage.model_dump(mode="json"),
+            "cost": state.cost | peak_memory(student.device),
+        }
         checkpoint.save_model(folder, state.ema.net, recipe.student_network, record)
 
 

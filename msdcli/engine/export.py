@@ -1,4 +1,6 @@
-"""Give the students away: a folder of weights, the partition and a README, checked against the run before it says done."""
+"""Give the students away: a folder of weights, the partition and a README, checked against the run before it says
+done.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from msdcli.engine import checkpoint, sample
 from msdcli.errors import UserError
 from msdcli.rundir import RunDir, file_hash, read_json, write_json, write_text, writing
 
 README = """# {name}: {count} one-step students
 
-Distilled with msd from one diffusion teacher. Every class belongs to one student; a sample costs one network evaluation.
+Distilled with msd from one diffusion teacher. Every class belongs to one student; a sample costs one network
+evaluation.
 
 ```python
 import msdcli
@@ -43,7 +44,12 @@ def bundle(run: RunDir, folder: Path) -> dict[str, Any]:
     cards = [_copy(source, folder / "students" / str(k)) for k, source in enumerate(students.folders)]
     students.partition.save(folder / "partition.json")
     write_text(folder / "README.md", _readme(run, students, known, cards, folder))
-    record = {"format": checkpoint.FORMAT, "name": run.root.name, "class_names": students.class_names, "shape": known["shape"]}
+    record = {
+        "format": checkpoint.FORMAT,
+        "name": run.root.name,
+        "class_names": students.class_names,
+        "shape": known["shape"],
+    }
     write_json(folder / sample.BUNDLE, record | {"students_sha256": [card["sha256"] for card in cards]})
     return record | {"folder": str(folder), "students": len(cards), "max_difference": verify(students, folder)}
 
@@ -66,7 +72,9 @@ def verify(students: sample.Students, folder: Path, *, per_class: int = 4) -> fl
     return difference
 
 
-def _readme(run: RunDir, students: sample.Students, known: dict[str, Any], cards: list[dict[str, Any]], folder: Path) -> str:
+def _readme(
+    run: RunDir, students: sample.Students, known: dict[str, Any], cards: list[dict[str, Any]], folder: Path
+) -> str:
     names = students.class_names
     table = "\n".join(
         f"| {k} | {', '.join(names[c] for c in part)} | {card['parameters']:,} | `{card['sha256'][:16]}` |"

@@ -68,13 +68,17 @@ class Judge(Protocol):
 
 
 class ClassifierJudge:
-    """Frechet distance on the features of the data's own classifier, and how often the classifier sees the asked class."""
+    """Frechet distance on the features of the data's own classifier, and how often the classifier sees the asked
+    class.
+    """
 
     def __init__(self, run: RunDir, recipe: Recipe, data: Dataset, on: torch.device, report: Report) -> None:
         self.net, sha256 = classifier.provide(run, recipe, data, on, report)
         self.device = on
         self.metric = f"fd_{recipe.data.name}"
-        self.protocol = f"Frechet distance, {self.net.num_features} features of a classifier trained on {recipe.data.name}"
+        self.protocol = (
+            f"Frechet distance, {self.net.num_features} features of a classifier trained on {recipe.data.name}"
+        )
         self.record = {"classifier_sha256": sha256}
 
     @torch.no_grad()
@@ -100,14 +104,19 @@ class PlanarJudge:
 
     def __init__(self, recipe: Recipe) -> None:
         self.metric = f"l1_{recipe.data.name}"
-        self.protocol = "L1 distance of 100 x 100 histograms over [-1.5, 1.5]^2, sliced 2-Wasserstein over 128 directions"
+        self.protocol = (
+            "L1 distance of 100 x 100 histograms over [-1.5, 1.5]^2, sliced 2-Wasserstein over 128 directions"
+        )
         self.record: dict[str, Any] = {}
 
     def features(self, images: Tensor) -> Tensor:
         return images
 
     def values(self, features: Tensor, classes: Tensor, reference: Tensor) -> dict[str, float]:
-        return {self.metric: histogram_l1(features, reference), "sliced_wasserstein": sliced_wasserstein(features, reference)}
+        return {
+            self.metric: histogram_l1(features, reference),
+            "sliced_wasserstein": sliced_wasserstein(features, reference),
+        }
 
 
 def measure(run: RunDir, report: Report) -> Measurement:
@@ -127,8 +136,12 @@ def measure(run: RunDir, report: Report) -> Measurement:
     # Samples: number i has the class of image i, so classes are as frequent as in the data.
     count = recipe.evaluation.samples
     classes = pairs.labels_for(data, range(count))
-    by_teacher = judge.features(teacher_samples(pairs.Pairs(run, recipe, data, description["sha256"]), teacher.to(on), count, report))
-    y = students.sample(classes.tolist(), seed=derive("evaluation", recipe.evaluation.seed), batch=recipe.evaluation.batch)
+    by_teacher = judge.features(
+        teacher_samples(pairs.Pairs(run, recipe, data, description["sha256"]), teacher.to(on), count, report)
+    )
+    y = students.sample(
+        classes.tolist(), seed=derive("evaluation", recipe.evaluation.seed), batch=recipe.evaluation.batch
+    )
     by_students = judge.features(y)
     numbers = range(min(len(data), max(count, MAX_REFERENCE) if planar else MAX_REFERENCE))
     real, real_classes = judge.features(data.images(numbers)), data.labels(numbers)
@@ -173,10 +186,14 @@ def rows_for(
     """Yield the rows of one set of samples: whole, per student's part, per class."""
     features, classes = sampled
     reference, reference_classes = against
-    groups = {"whole": range(partition.num_conditions)} if len(partition.parts) == 1 else {
-        "whole": range(partition.num_conditions),
-        **{f"student {k}": part for k, part in enumerate(partition.parts)},
-    }
+    groups = (
+        {"whole": range(partition.num_conditions)}
+        if len(partition.parts) == 1
+        else {
+            "whole": range(partition.num_conditions),
+            **{f"student {k}": part for k, part in enumerate(partition.parts)},
+        }
+    )
     for name, members in [*groups.items(), *((f"class {c}", [c]) for c in range(partition.num_conditions))]:
         mine, theirs = _among(classes, members), _among(reference_classes, members)
         if mine.sum() < 2 or theirs.sum() < 2:
@@ -190,7 +207,9 @@ def _among(classes: Tensor, members: Sequence[int]) -> Tensor:
 
 
 def halves(judge: Judge, real: Tensor, classes: Tensor, *, splits: int = 10) -> Row:
-    """The distance between two random halves of the real data, averaged: what a perfect model of this data could show."""
+    """The distance between two random halves of the real data, averaged: what a perfect model of this data could
+    show.
+    """
     generator = torch.Generator().manual_seed(0)
     values: list[dict[str, float]] = []
     for _ in range(splits):

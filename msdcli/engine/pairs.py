@@ -23,11 +23,15 @@ RECORD = "pairs.json"
 
 
 def labels_for(data: Dataset, numbers: range) -> Tensor:
-    """Return the class of sample number i: that of image i (modulo their number), so that classes are as frequent as in the data."""
+    """Return the class of sample number i: that of image i (modulo their number), so that classes are as frequent as
+    in the data.
+    """
     return data.labels([i % len(data) for i in numbers])
 
 
-def sample_teacher(teacher: Denoiser, z: Tensor, classes: Tensor, solver: SolverSettings, *, batch: int = 512) -> Tensor:
+def sample_teacher(
+    teacher: Denoiser, z: Tensor, classes: Tensor, solver: SolverSettings, *, batch: int = 512
+) -> Tensor:
     """Return the teacher's samples from unit noise `z`, in batches."""
     device = next(teacher.parameters()).device
     options = solver.model_dump()
@@ -41,14 +45,23 @@ class Pairs:
     def __init__(self, run: RunDir, recipe: Recipe, data: Dataset, teacher_hash: str) -> None:
         settings = recipe.pairs
         self.settings, self.solver, self.data = settings, recipe.teacher.solver, data
-        parts = (teacher_hash, recipe.data.model_dump(mode="json"), self.solver.model_dump(), settings.seed, settings.shard)
+        parts = (
+            teacher_hash,
+            recipe.data.model_dump(mode="json"),
+            self.solver.model_dump(),
+            settings.seed,
+            settings.shard,
+        )
         self.folder = run.shared / f"pairs-{key('pairs', *parts)}"
         self.teacher_hash = teacher_hash
 
     def shards(self) -> list[tuple[Path, range]]:
         """The files that are needed and the pairs in each (the last may hold more than are asked for)."""
         size = self.settings.shard
-        return [(self.folder / f"{i // size:06d}.safetensors", range(i, i + size)) for i in range(0, self.settings.count, size)]
+        return [
+            (self.folder / f"{i // size:06d}.safetensors", range(i, i + size))
+            for i in range(0, self.settings.count, size)
+        ]
 
     def provide(self, teacher: Denoiser, report: Report) -> tuple[Tensor, Tensor, Tensor]:
         """Return (z, y, c) after making the shards that nobody has made; several processes share the work."""
@@ -84,4 +97,7 @@ class Pairs:
         classes = labels_for(self.data, numbers)
         y = sample_teacher(teacher, self.noise(numbers), classes, self.solver)
         checkpoint.save_tensors(path, {"y": y, "c": classes})
-        write_json(self.folder / RECORD, {"teacher": self.teacher_hash, "solver": self.solver.model_dump(), "seed": self.settings.seed})
+        write_json(
+            self.folder / RECORD,
+            {"teacher": self.teacher_hash, "solver": self.solver.model_dump(), "seed": self.settings.seed},
+        )

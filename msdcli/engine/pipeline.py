@@ -1,7 +1,7 @@
 """The order of work behind `msd distill`: teacher, partition, pairs, K students, samples, measurements.
 
-Every step is skipped when its artifact is complete, so the same command resumes, and several processes or hosts can run it
-on one directory at once: each takes the students that nobody else is at.
+Every step is skipped when its artifact is complete, so the same command resumes, and several processes or hosts can
+run it on one directory at once: each takes the students that nobody else is at.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.engine import checkpoint, device, fid, partition, sample, teacher, workers
 from msdcli.engine.distill import Student, distill_student, is_finished
-from msdcli.engine.events import Report
+from msdcli.engine.events import Report, silent
 from msdcli.engine.pairs import Pairs
 from msdcli.errors import UserError
 from msdcli.partition import Partition
@@ -33,7 +33,9 @@ from msdcli.rundir import RunDir, holder_of, lock, read_json, write_json
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `distill` did: the run, its measurement and picture (None where only some students were asked for), what is left."""
+    """What `distill` did: the run, its measurement and picture (None where only some students were asked for), what
+    is left.
+    """
 
     run: RunDir
     measurement: fid.Measurement | None
@@ -56,7 +58,8 @@ def check(recipe: Recipe) -> Dataset:
 
 
 def distill(recipe: Recipe, report: Report, *, student: int | None = None, worker: bool = False) -> Outcome:
-    """Do all that is left of a run, or only one `student`; a `worker` trains the students that are free and stops there.
+    """Do all that is left of a run, or only one `student`; a `worker` trains the students that are free and stops
+    there.
 
     Raises UserError for what the user can fix, Interrupted (resumable) on Ctrl-C.
     """
@@ -67,8 +70,16 @@ def distill(recipe: Recipe, report: Report, *, student: int | None = None, worke
     if not worker:
         adopt(run, recipe, data, report)
     on = device.prepare(recipe)
-    frozen, teacher_hash = teacher.provide(run, recipe, data, on, report)
-    bench = Bench(run, recipe, data, frozen, Pairs(run, recipe, data, teacher_hash), provide_partition(run, recipe, data, frozen), on)
+    frozen, teacher_hash = teacher.provide(run, recipe, data, on, silent if worker else report)
+    bench = Bench(
+        run,
+        recipe,
+        data,
+        frozen,
+        Pairs(run, recipe, data, teacher_hash),
+        provide_partition(run, recipe, data, frozen),
+        on,
+    )
 
     everyone = range(recipe.partition.students)
     num_workers = 1 if worker or student is not None else device.num_workers(recipe, on)
@@ -81,7 +92,9 @@ def distill(recipe: Recipe, report: Report, *, student: int | None = None, worke
         return Outcome(run, None, None, left)
     if left:
         names = ", ".join(f"student {k} ({holder_of(run.student(k)) or 'nobody is at it'})" for k in left)
-        raise UserError(f"not all students are finished: {names}", hint=f"msd status {run.root}; the same command goes on")
+        raise UserError(
+            f"not all students are finished: {names}", hint=f"msd status {run.root}; the same command goes on"
+        )
     return Outcome(run, fid.measure(run, report), preview(run, data), [])
 
 

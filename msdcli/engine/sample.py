@@ -1,4 +1,6 @@
-"""One-step samples from K students: every request is routed to the student that owns its class, and comes back in order."""
+"""One-step samples from K students: every request is routed to the student that owns its class, and comes back in
+order.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ BUNDLE = "bundle.json"
 class Students:
     """K one-step students behind one router; a student's weights are read when it is first asked."""
 
-    def __init__(self, folders: Sequence[Path], partition: Partition, class_names: list[str], device: torch.device) -> None:
+    def __init__(
+        self, folders: Sequence[Path], partition: Partition, class_names: list[str], device: torch.device
+    ) -> None:
         self.folders = list(folders)
         self.partition = partition
         self.class_names = class_names

@@ -13,7 +13,7 @@ from msdcli.rundir import RunDir, holder_of, read_json
 def status(run: RunDir) -> dict[str, Any]:
     """Return the state of a run as plain data. UserError if it is no run directory."""
     recipe = run.recipe()
-    students = [
+    students: list[dict[str, Any]] = [
         {
             "student": k,
             "running": holder_of(run.student(k)),

@@ -27,7 +27,7 @@ class Worker:
     """One `msd distill RUN --worker`: its reports go to `events`, and itself when it has ended."""
 
     def __init__(self, run_dir: RunDir, environment: dict[str, str], events: Events) -> None:
-        self.errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")
+        self.errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (read when it has ended)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "msdcli", "distill", str(run_dir.root), "--worker"],
             stdin=subprocess.PIPE,  # ends when this process does, and the worker with it: see die_with_parent

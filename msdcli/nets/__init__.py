@@ -18,7 +18,9 @@ def build(settings: NetworkSettings, *, shape: tuple[int, ...], num_classes: int
     """Build the denoiser of a network section for images of `shape`. UserError where the two do not fit."""
     if isinstance(settings, MLPSettings):
         if len(shape) != 1:
-            raise UserError(f"network kind 'mlp' is for points, the data are images of shape {shape}", hint="kind: unet")
+            raise UserError(
+                f"network kind 'mlp' is for points, the data are images of shape {shape}", hint="kind: unet"
+            )
         net: MLP | UNet = MLP(settings, shape=shape, num_classes=num_classes)
     else:
         divisor = 2 ** (len(settings.multipliers) - 1)

@@ -35,7 +35,9 @@ class Embedding(nn.Module):
 
     def forward(self, c_noise: Tensor, condition: Tensor | None) -> Tensor:
         angles = c_noise[:, None] * self.frequencies
-        e = self.noise1(F.silu(self.noise0(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.noise0.weight.dtype))))
+        e = self.noise1(
+            F.silu(self.noise0(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.noise0.weight.dtype)))
+        )
         if self.classes is not None:
             assert condition is not None, "a class-conditional network was called without classes"
             e = e + self.classes(condition)

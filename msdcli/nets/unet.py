@@ -1,7 +1,7 @@
 """A class-conditional U-Net with residual blocks and optional attention, from 8x8 digits to 64x64 RGB.
 
-After the DDPM++/ADM family as Karras et al. arranged it (2022, arXiv 2206.00364, Appendix F): adaptive group norm, skips
-scaled by sqrt(1/2), every residual branch and the output starting at zero.
+After the DDPM++/ADM family as Karras et al. arranged it (2022, arXiv 2206.00364, Appendix F): adaptive group norm,
+skips scaled by sqrt(1/2), every residual branch and the output starting at zero.
 """
 
 from __future__ import annotations

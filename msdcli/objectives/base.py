@@ -16,9 +16,9 @@ class Objective:
     """What one stage minimises: built with its settings, the student to train and the frozen teacher.
 
     `nets` are the networks that learn, by name; the loop owns their optimizers. `product` names the one that the stage
-    is for: its moving average is what is saved. `turns` is the paper's algorithm box: for every step it yields, in order,
-    the names of the networks that learn and a loss. A loss takes the turn's random draws and returns one number per
-    image; the loop reduces, clips and steps.
+    is for: its moving average is what is saved. `turns` is the paper's algorithm box: for every step it yields, in
+    order, the names of the networks that learn and a loss. A loss takes the turn's random draws and returns one
+    number per image; the loop reduces, clips and steps.
     """
 
     product: ClassVar[str] = "student"

@@ -41,7 +41,9 @@ class DistributionMatching(Objective):
         return (sigma**-2 + self.teacher.sigma_data**-2) * error
 
     def student_loss(self, draws: Draws) -> Tensor:
-        """A loss whose gradient is that of KL(student || teacher), averaged over noise levels, plus DMD's regression."""
+        """A loss whose gradient is that of KL(student || teacher), averaged over noise levels, plus DMD's
+        regression.
+        """
         y, c = self.generate(self.shared(draws))
         with torch.no_grad():
             x, sigma = self.diffuse(y, draws)
@@ -52,7 +54,9 @@ class DistributionMatching(Objective):
         return loss
 
     def pair_loss(self, draws: Draws) -> Tensor:
-        """DMD's regression on what the teacher's deterministic sampler makes of the same noise (a mean over the pairs)."""
+        """DMD's regression on what the teacher's deterministic sampler makes of the same noise (a mean over the
+        pairs).
+        """
         z, y, c = draws.pairs(self.settings.pairs == "filtered", self.settings.pair_batch)
         return d.image_mean((d.one_step(self.student, z, self.settings.sigma_init, c) - y).square()).mean()
 

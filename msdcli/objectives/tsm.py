@@ -1,4 +1,6 @@
-"""Teacher score matching: a student whose network differs from the teacher's learns its denoiser (MSD, arXiv 2410.23274)."""
+"""Teacher score matching: a student whose network differs from the teacher's learns its denoiser (MSD, arXiv
+2410.23274).
+"""
 
 from __future__ import annotations
 
