@@ -16,6 +16,10 @@ class UserError(Exception):
         self.hint = hint
 
 
+class LockedError(UserError):
+    """Another process is at work on it."""
+
+
 class WorkerError(Exception):
     """A worker process failed for no reason that the user gave; carries what it printed."""
 

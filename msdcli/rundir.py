@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from msdcli.errors import UserError
+from msdcli.errors import LockedError, UserError
 from msdcli.recipe import Recipe, differences, load
 
 
@@ -151,11 +151,14 @@ def lock(folder: Path, what: str, *, wait: Callable[[str], None] | None = None) 
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        told = False
+        told, patience = False, time.monotonic() + 0.5  # `holder_of` in another process takes the lock for an instant
         while not _try_lock(file):
             holder = _holder(file)
+            if wait is None and time.monotonic() < patience:
+                time.sleep(0.05)
+                continue
             if wait is None:
-                raise UserError(f"{what} is being worked on by {holder}", hint="`msd status RUN` shows who does what")
+                raise LockedError(f"{what} is being worked on by {holder}", hint="`msd status RUN` shows who does what")
             if not told:
                 wait(f"waiting for {what}: {holder} is at work on it")
                 told = True

@@ -38,7 +38,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             # Clones: memory of our own, aligned as a fresh tensor's is, so that a resumed run takes the same kernels.
             return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or truncated: {error}") from None
+        raise UserError(
+            f"{path} is damaged or truncated: {error}",
+            hint=f"remove {path.parent}, and the same command makes it again",
+        ) from None
 
 
 def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

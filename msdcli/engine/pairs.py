@@ -14,9 +14,9 @@ from msdcli.diffusion.draws import image_noise
 from msdcli.diffusion.sampler import heun
 from msdcli.engine import checkpoint
 from msdcli.engine.events import Progress, Report
-from msdcli.errors import UserError
+from msdcli.errors import LockedError
 from msdcli.recipe import Recipe, SolverSettings
-from msdcli.rundir import RunDir, key, lock, write_json
+from msdcli.rundir import RunDir, holder_of, key, lock, write_json
 from msdcli.seeds import derive
 
 RECORD = "pairs.json"
@@ -65,21 +65,16 @@ class Pairs:
 
     def provide(self, teacher: Denoiser, report: Report) -> tuple[Tensor, Tensor, Tensor]:
         """Return (z, y, c) after making the shards that nobody has made; several processes share the work."""
-        todo = self.shards()
-        started, made, patient = time.monotonic(), 0, False
-        while todo := [(path, numbers) for path, numbers in todo if not path.exists()]:
+        begun, made = time.monotonic(), 0
+        while todo := [(path, numbers) for path, numbers in self.shards() if not path.exists()]:
+            before = made
             for path, numbers in todo:
-                try:
-                    with lock(self.folder / f".{path.stem}", "a shard of pairs"):
-                        if not path.exists():
-                            self._make(path, numbers, teacher)
-                            made += len(numbers)
-                            seconds = time.monotonic() - started
-                            report(Progress("pairs", made, self.settings.count, "pairs", {}, made / seconds))
-                except UserError:
-                    patient = True  # somebody else is at it
-            if patient:
-                time.sleep(0.2)
+                made += self._make_unless_held(path, numbers, teacher)
+                done = sum(len(numbers) for path, numbers in self.shards() if path.exists())
+                speed = made / (time.monotonic() - begun)
+                report(Progress("pairs", min(done, self.settings.count), self.settings.count, "pairs", {}, speed))
+            if made == before:
+                time.sleep(0.2)  # others are at what is left
         return self.read()
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,6 +87,19 @@ class Pairs:
     def noise(self, numbers: range) -> Tensor:
         """Return the unit noise of the pairs `numbers`."""
         return image_noise(derive("pairs", self.settings.seed), list(numbers), self.data.shape)
+
+    def _make_unless_held(self, path: Path, numbers: range, teacher: Denoiser) -> int:
+        """Make one shard, unless another process is at it or has made it; return the number of pairs made."""
+        if path.exists() or holder_of(self.folder / f".{path.stem}"):
+            return 0
+        try:
+            with lock(self.folder / f".{path.stem}", "a shard of pairs"):
+                if path.exists():
+                    return 0
+                self._make(path, numbers, teacher)
+                return len(numbers)
+        except LockedError:
+            return 0
 
     def _make(self, path: Path, numbers: range, teacher: Denoiser) -> None:
         classes = labels_for(self.data, numbers)

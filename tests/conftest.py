@@ -1,0 +1,85 @@
+"""What many tests share: one thread, tiny recipes, and the real command line in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = """
+name: tiny
+threads: 1
+workers: 1
+checkpoint_seconds: 0
+data: {name: toy2d, points: 800}
+teacher:
+  network: {kind: mlp, channels: 16, blocks: 1}
+  training: {steps: 12, batch: 32, log_every: 4}
+  solver: {steps: 4}
+partition: {students: 2}
+pairs: {count: 64, shard: 32}
+stages:
+  - {objective: dm, steps: 6, batch: 16, fake_updates: 2, log_every: 2}
+evaluation: {samples: 200}
+"""
+
+Msd = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a command under test: one thread, no colours, a fixed width."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("MSD_DEBUG", "FORCE_COLOR")}
+    return kept | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT)} | extra
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "msdcli", *words]
+
+
+@pytest.fixture
+def msd(tmp_path: Path) -> Msd:
+    """Run `msd ...` in the test's own folder."""
+
+    def run(*words: str, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*words), cwd=tmp_path, env=environment(**extra), capture_output=True, text=True, timeout=250
+        )
+
+    return run
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A recipe that runs in a second."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run. Read it; do not change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(TINY)
+    done = subprocess.run(
+        command("distill", "tiny.yaml"), cwd=folder, env=environment(), capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture
+def fixtures() -> Path:
+    """Data made by other people's programs; absent outside the project's own machines."""
+    folder = ROOT.parent / "shared" / "fixtures"
+    if not folder.is_dir():
+        pytest.skip("the folder shared/fixtures is not beside this checkout")
+    return folder

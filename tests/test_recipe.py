@@ -1,0 +1,180 @@
+"""Recipes: what is accepted, what is refused and how, and that nothing else ever happens."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msdcli.errors import UserError
+from msdcli.recipe import Recipe, differences, load, shipped, validate
+from msdcli.recipe_yaml import Document
+from tests.conftest import TINY, Msd
+
+
+def read(text: str, *overrides: str) -> Recipe:
+    document = Document.parse(text, "r.yaml")
+    for override in overrides:
+        document.override(override)
+    return validate(document)
+
+
+def refusal(text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        read(text, *overrides)
+    return caught.value.message
+
+
+def test_numbers_follow_yaml_1_2() -> None:
+    recipe = read(TINY.replace("steps: 6,", "steps: 6, lr: 1e-4, pairs: none, lr_of: {no: 5E-3},"))
+    assert recipe.stages[0].lr == 1e-4
+    assert recipe.stages[0].lr_of == {"no": 5e-3}
+
+
+def test_resolved_recipe_reads_back_equal() -> None:
+    recipe = read(TINY, "stages.0.lr=1e-5", "student.width=0.5")
+    assert read(recipe.to_yaml()) == recipe
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda p: p.stem)
+def test_shipped_recipes_are_good(path: Path) -> None:
+    recipe = load(path)
+    assert recipe.name == path.stem
+    head = path.read_text(encoding="utf-8")
+    assert all(f"# {key}:" in head for key in ("Shows", "Costs", "Measured"))
+
+
+def test_overrides_reach_lists_and_new_sections() -> None:
+    recipe = read(TINY, "stages.0.steps=50", "student.width=0.5", "partition={students: 4, method: random}")
+    assert (recipe.stages[0].steps, recipe.student.width, recipe.partition.students) == (50, 0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.1.steps=5", "a list of 1"),
+        ("stages.0.steps", "key=value"),
+        ("=5", "key=value"),
+        ("stages.0.steps=[1", "override"),
+        ("stages.0.steps=5.5", "stages.0.steps"),
+        ("seed=-1", "seed"),
+        ("name=../x", "name"),
+        ("device=cpux", "device"),
+    ],
+)
+def test_bad_overrides_are_refused_by_name(override: str, said: str) -> None:
+    assert said in refusal(TINY, override)
+
+
+def test_all_mistakes_at_once_with_line_key_value_and_nearest_name() -> None:
+    text = TINY.replace("workers: 1", "wrkers: 1").replace("students: 2", "students: two").replace("dm,", "dmm,")
+    lines = refusal(text).splitlines()
+    assert lines[0] == "3 mistakes in the recipe"
+    assert "  r.yaml:4: wrkers: no such key; did you mean `workers`?" in lines
+    assert "  r.yaml:11: partition.students: is 'two': input should be a valid integer" in lines
+    assert "  r.yaml:14: stages.0.objective: is 'dmm', not one of edm, tsm, dm; did you mean `dm`?" in [
+        line.replace(", adm, cd", "") for line in lines
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "a mapping"),
+        ("- 1", "a mapping"),
+        ("a: &x [1]\nb: *x", "r.yaml:2: aliases"),
+        ("seed: 1\nseed: 2", "r.yaml:2: seed is given twice (first at r.yaml:1)"),
+        ("seed: {", "r.yaml:1: not valid YAML"),
+        ("1: 2", "a key is a word"),
+        ("a: " + "[" * 100 + "]" * 100, "nested more than"),
+        ("a: !!python/object/apply:os.system [true]", "not valid YAML"),
+        ("seed: " + "9" * 5000, "not valid YAML"),
+        ("a: \x00", "not valid YAML"),
+        ("seed: 0x10", "seed"),
+    ],
+)
+def test_hostile_yaml_is_refused_with_a_line(text: str, said: str) -> None:
+    assert said in refusal(text)
+
+
+def test_alias_bomb_ends_at_once() -> None:
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
+    )
+    assert "aliases" in refusal(bomb)
+
+
+def test_two_hundred_mutations_give_a_recipe_or_one_message() -> None:
+    rng = random.Random(0)
+    text = yaml.safe_dump(read(TINY).dump(), sort_keys=False)
+    refused, begun = 0, time.monotonic()
+    for _ in range(200):
+        tree = yaml.safe_load(text)
+        mutate(tree, rng)
+        try:
+            read(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+        except UserError as error:
+            refused += 1
+            assert "r.yaml:" in error.message, error.message
+    assert refused > 120
+    assert time.monotonic() - begun < 200 * 2
+
+
+def mutate(tree: Any, rng: random.Random) -> None:
+    """Drop, rename, retype, nest or blow up one key somewhere."""
+    node: Any = tree
+    while True:
+        keys: list[Any] = list(node) if isinstance(node, dict) else list(range(len(node)))
+        key = rng.choice(keys)
+        if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.7:
+            node = node[key]
+            continue
+        break
+    value = rng.choice([None, -1, 10**30, 1e300, "ö\u202e☃", [], {}, [[[]]], True, "nan", node[key], {"x": node[key]}])
+    if isinstance(node, dict) and rng.random() < 0.3:
+        node[rng.choice(["ünï", "stepps", str(key) + "s"])] = node.pop(key)
+    else:
+        node[key] = value
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=60))
+def test_any_text_is_a_recipe_or_a_user_error(text: str) -> None:
+    with pytest.raises(UserError):
+        read(text)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(alphabet="abstegw.=0123[]{}:,-é\"'&*!", max_size=30))
+def test_any_override_is_applied_or_a_user_error(text: str) -> None:
+    try:
+        read(TINY, text)
+    except UserError:
+        pass
+
+
+def test_more_steps_may_resume_and_nothing_else_may_change() -> None:
+    old = read(TINY).dump()
+    assert differences(old, read(TINY, "stages.0.steps=7", "evaluation.samples=9").dump()) == []
+    assert differences(old, read(TINY, "stages.0.steps=5").dump()) == ["stages.0.steps"]
+    assert differences(old, read(TINY, "seed=1", "stages.0.lr=2e-3").dump()) == ["seed", "stages.0.lr"]
+
+
+def test_command_names_file_and_line_and_exits_with_2(msd: Msd, tiny: Path) -> None:
+    tiny.write_text(TINY.replace("solver", "sovler"))
+    done = msd("distill", "tiny.yaml")
+    assert done.returncode == 2
+    assert "tiny.yaml:10: teacher.sovler: no such key; did you mean `solver`?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tiny.parent.iterdir()) == ["tiny.yaml"], "a typo leaves nothing behind"
+
+
+def test_missing_recipe_offers_the_nearest(msd: Msd) -> None:
+    done = msd("distill", "digit")
+    assert (done.returncode, "did you mean `digits`" in done.stderr) == (2, True)
