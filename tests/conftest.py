@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 torch.set_num_threads(1)
+os.environ.update(NO_COLOR="1", COLUMNS="120")
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -31,8 +34,6 @@ stages:
 evaluation: {samples: 200}
 """
 
-Msd = Callable[..., subprocess.CompletedProcess[str]]
-
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a command under test: one thread, no colours, a fixed width."""
@@ -44,14 +45,30 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "msdcli", *words]
 
 
-@pytest.fixture
-def msd(tmp_path: Path) -> Msd:
-    """Run `msd ...` in the test's own folder."""
+@dataclass
+class Done:
+    """How a command ended."""
 
-    def run(*words: str, **extra: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*words), cwd=tmp_path, env=environment(**extra), capture_output=True, text=True, timeout=250
-        )
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Msd = Callable[..., Done]
+
+
+@pytest.fixture
+def msd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Msd:
+    """Run `msd ...` in the test's own folder: the real command line, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MSD_DEBUG", raising=False)
+
+    def run(*words: str) -> Done:
+        from msdcli.cli import app
+
+        result = CliRunner().invoke(app, [*words])
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return Done(result.exit_code, result.stdout, result.stderr)
 
     return run
 

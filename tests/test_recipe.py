@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from pathlib import Path
@@ -113,16 +114,16 @@ def test_alias_bomb_ends_at_once() -> None:
 def test_two_hundred_mutations_give_a_recipe_or_one_message() -> None:
     rng = random.Random(0)
     text = yaml.safe_dump(read(TINY).dump(), sort_keys=False)
-    refused, begun = 0, time.monotonic()
+    messages, begun = [], time.monotonic()
     for _ in range(200):
         tree = yaml.safe_load(text)
         mutate(tree, rng)
         try:
             read(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
         except UserError as error:
-            refused += 1
-            assert "r.yaml:" in error.message, error.message
-    assert refused > 120
+            messages.append(error.message)
+    assert len(messages) > 120
+    assert all("r.yaml:" in message for message in messages)
     assert time.monotonic() - begun < 200 * 2
 
 
@@ -153,10 +154,8 @@ def test_any_text_is_a_recipe_or_a_user_error(text: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="abstegw.=0123[]{}:,-é\"'&*!", max_size=30))
 def test_any_override_is_applied_or_a_user_error(text: str) -> None:
-    try:
+    with contextlib.suppress(UserError):
         read(TINY, text)
-    except UserError:
-        pass
 
 
 def test_more_steps_may_resume_and_nothing_else_may_change() -> None:

@@ -29,7 +29,7 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
     with lock(folder, "the classifier", wait=report):
         if not checkpoint.is_complete(folder):
             source = Source(data, range(len(data.class_names)), device=device)
-            goal = Classification(network.to(device).train())
+            goal = Classification(TRAINING, network.to(device).train())
             state = train(
                 goal,
                 TRAINING,

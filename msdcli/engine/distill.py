@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
@@ -80,13 +79,18 @@ def train(
 
 
 def optimizers(networks: dict[str, nn.Module], stage: StageSettings) -> dict[str, torch.optim.Optimizer]:
-    """One optimizer per network. UserError where `lr_of` names a network that does not learn here."""
-    if unknown := sorted(stage.lr_of.keys() - networks.keys()):
-        raise UserError(f"stage {stage.objective}: lr_of names {unknown[0]!r}; what learns is {', '.join(networks)}")
+    """One optimizer per network."""
     kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
     betas = (stage.betas[0], stage.betas[1])
     decay = {"weight_decay": stage.weight_decay}
     return {name: kind(net.parameters(), betas=betas, fused=True, **decay) for name, net in networks.items()}
+
+
+def check_stage(stage: StageSettings, student: Denoiser, teacher: Denoiser) -> None:
+    """Build a stage's objective, on the meta device say, and raise UserError if it cannot be trained."""
+    goal = objective(stage.objective)(stage, student, teacher)
+    if unknown := sorted(stage.lr_of.keys() - goal.nets.keys()):
+        raise UserError(f"stage {stage.objective}: lr_of names {unknown[0]!r}; what learns is {', '.join(goal.nets)}")
 
 
 def set_learning_rates(state: checkpoint.TrainState, stage: StageSettings) -> None:
@@ -108,6 +112,8 @@ def counting_flops(state: checkpoint.TrainState, *, first: bool) -> Iterator[lis
     if not first:
         yield count
         return
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and needed once per stage
+
     with FlopCounterMode(display=False) as counter:
         yield count
     count.append(counter.get_total_flops())
@@ -211,7 +217,7 @@ def distill_student(student: Student, report: Report) -> None:
         if is_finished(folder, stage):
             continue
         network = new_network(recipe, student.teacher, student.number).to(student.device)
-        goal = objective(stage.objective)(stage, network, student.teacher)  # type: ignore[call-arg]
+        goal = objective(stage.objective)(stage, network, student.teacher)
         for net in goal.nets.values():
             net.to(student.device).train()
         if number > 0:

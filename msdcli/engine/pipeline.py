@@ -22,7 +22,7 @@ from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.engine import checkpoint, device, fid, partition, sample, teacher, workers
-from msdcli.engine.distill import Student, distill_student, is_finished
+from msdcli.engine.distill import Student, check_stage, distill_student, is_finished
 from msdcli.engine.events import Report, silent
 from msdcli.engine.pairs import Pairs
 from msdcli.errors import UserError
@@ -50,11 +50,27 @@ def check(recipe: Recipe) -> Dataset:
     partition.check(recipe.partition, num_classes)
     if recipe.teacher.path is not None:
         checkpoint.load_model(Path(recipe.teacher.path))
-    with torch.device("meta"):
-        for network in (recipe.teacher.network, recipe.student_network):
-            nets.build(network, shape=data.shape, num_classes=num_classes, sigma_data=recipe.teacher.sigma_data)
+    frozen, student = networks_on_meta(recipe, data)
+    for stage in recipe.stages:
+        check_stage(stage, student, frozen)
     device.resolve(recipe.device)
+    if not hasattr(recipe.stages[-1], "sigma_init"):
+        raise UserError(
+            f"what stage {recipe.stages[-1].objective} makes is no one-step student", hint="add a stage: dm"
+        )
     return data
+
+
+def networks_on_meta(recipe: Recipe, data: Dataset) -> tuple[Denoiser, Denoiser]:
+    """Build teacher and student without memory: shapes are checked and parameters can be counted."""
+    teacher_network, student_network = recipe.teacher.network, recipe.student_network
+    options: dict[str, Any] = {
+        "shape": data.shape,
+        "num_classes": len(data.class_names),
+        "sigma_data": recipe.teacher.sigma_data,
+    }
+    with torch.device("meta"):
+        return nets.build(teacher_network, **options), nets.build(student_network, **options)
 
 
 def distill(recipe: Recipe, report: Report, *, student: int | None = None, worker: bool = False) -> Outcome:
@@ -177,17 +193,12 @@ def plan(recipe: Recipe) -> list[str]:
     if run.recipe_file.exists():
         run.check(recipe)
     num = recipe.partition.students
-    shape, classes = data.shape, len(data.class_names)
-    parameters = {}
-    with torch.device("meta"):
-        for name, network in (("teacher", recipe.teacher.network), ("student", recipe.student_network)):
-            net = nets.build(network, shape=shape, num_classes=classes, sigma_data=recipe.teacher.sigma_data)
-            parameters[name] = sum(p.numel() for p in net.parameters())
+    teacher_size, student_size = (sum(p.numel() for p in net.parameters()) for net in networks_on_meta(recipe, data))
     steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
     return [
-        f"data:      {recipe.data.name}, {len(data):,} images of {list(shape)} in {classes} classes",
-        f"teacher:   {recipe.teacher.path or 'trained or reused'}, {parameters['teacher']:,} parameters",
+        f"data:      {recipe.data.name}, {len(data):,} images of {list(data.shape)} in {len(data.class_names)} classes",
+        f"teacher:   {recipe.teacher.path or 'trained or reused'}, {teacher_size:,} parameters",
         f"partition: {recipe.partition.method}, {num} students",
-        f"students:  {parameters['student']:,} parameters each; {steps}",
+        f"students:  {student_size:,} parameters each; {steps}",
         f"run:       {run.root}{' (exists: would resume)' if run.recipe_file.exists() else ''}",
     ]

@@ -46,6 +46,12 @@ class Worker:
         self.process.wait()
         events.put(self)
 
+    def close(self) -> None:
+        """Let go of the ended worker's pipes."""
+        for pipe in (self.process.stdin, self.process.stdout, self.errors):
+            if pipe is not None:
+                pipe.close()
+
     def failure(self) -> BaseException | None:
         """Return what the ended worker stopped with, if it failed."""
         code = self.process.returncode
@@ -84,6 +90,8 @@ def run(run_dir: RunDir, count: int, device: torch.device, report: Report) -> No
                 for worker in workers:
                     worker.process.send_signal(signal.SIGINT)
     failures = [failure for worker in ended if (failure := worker.failure())]
+    for worker in ended:
+        worker.close()
     for kind in (Interrupted, WorkerError, UserError):
         for failure in failures:
             if isinstance(failure, kind):

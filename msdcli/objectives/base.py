@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -23,6 +23,9 @@ class Objective:
 
     product: ClassVar[str] = "student"
     nets: dict[str, nn.Module]
+
+    def __init__(self, settings: Any, student: Any, teacher: Any) -> None:
+        raise NotImplementedError
 
     def turns(self, step: int) -> Iterator[Turn]:
         raise NotImplementedError

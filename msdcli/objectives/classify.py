@@ -10,12 +10,13 @@ from torch.nn import functional as F
 from msdcli.diffusion.draws import Draws
 from msdcli.nets.classifier import Classifier
 from msdcli.objectives.base import Objective, Turn
+from msdcli.recipe import StageSettings
 
 
 class Classification(Objective):
     """-log p(c | y), with a little label smoothing so that features keep telling good images apart."""
 
-    def __init__(self, student: Classifier) -> None:
+    def __init__(self, settings: StageSettings, student: Classifier, teacher: None = None) -> None:
         self.student = student
         self.nets = {"student": student}
 

@@ -1,0 +1,41 @@
+"""Data sets are addressed by image number, and the number is the image."""
+
+import pytest
+import torch
+
+from msdcli.data import open_data
+from msdcli.data.toy2d import SHAPES
+from msdcli.recipe import DigitsSettings, Toy2dSettings
+
+
+@pytest.mark.parametrize("settings", [DigitsSettings(), Toy2dSettings(points=4000)], ids=lambda s: s.name)
+def test_an_image_is_its_number(settings: DigitsSettings | Toy2dSettings) -> None:
+    data = open_data(settings)
+    numbers = [5, 0, len(data) - 1, 5]
+    assert torch.equal(data.images(numbers), torch.cat([data.images([n]) for n in numbers]))
+    assert data.images(numbers).shape == (4, *data.shape) and data.images([0]).dtype == torch.float32
+    assert data.labels(numbers).dtype == torch.int64
+    assert set(data.labels(range(len(data))).tolist()) == set(range(len(data.class_names)))
+    assert data.images(range(len(data))).abs().max() <= 1.1
+
+
+def test_digits_are_the_librarys() -> None:
+    data = open_data(DigitsSettings())
+    assert (len(data), data.shape, data.labels([0, 1, 2]).tolist()) == (1797, (1, 8, 8), [0, 1, 2])
+    assert data.images([0])[0, 0, 0].tolist() == [-1.0, -1.0, -0.375, 0.625, 0.125, -0.875, -1.0, -1.0]
+
+
+def test_toy_points_do_not_depend_on_how_many_there_are() -> None:
+    few, many = (open_data(Toy2dSettings(points=n)) for n in (80, 5000))
+    assert torch.equal(few.images(range(80)), many.images(range(80)))
+    assert not torch.equal(few.images([0]), open_data(Toy2dSettings(points=80, seed=1)).images([0]))
+
+
+def test_toy_classes_are_different_shapes() -> None:
+    data = open_data(Toy2dSettings(points=8000))
+    points, labels = data.images(range(8000)), data.labels(range(8000))
+    ring = points[labels == list(SHAPES).index("ring")].norm(dim=1)
+    assert ring.std() < 0.03 and abs(ring.mean() - 0.9) < 0.01
+    corners = points[labels == list(SHAPES).index("grid")]
+    assert len((corners / 0.45).round().unique(dim=0)) == 25
+    assert 0.3 < points.std() < 0.7

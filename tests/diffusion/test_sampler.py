@@ -1,0 +1,65 @@
+"""Heun's method on a Gaussian teacher, whose probability-flow ODE has an exact solution."""
+
+import torch
+
+from msdcli.data.toy2d import Toy2d
+from msdcli.diffusion.draws import Draws, Source, image_noise
+from msdcli.diffusion.ema import EMA
+from msdcli.diffusion.sampler import heun
+from msdcli.recipe import Toy2dSettings
+from tests.gaussians import GaussianDenoiser
+
+MEAN, VARIANCE = torch.tensor([0.3, -0.2]), torch.tensor([0.25, 0.5])
+
+
+def error(steps: int) -> float:
+    """dx/dsigma = (x - D) / sigma takes x(sigma) to m + (x - m) sqrt(v / (v + sigma^2)) at sigma = 0."""
+    z = torch.randn(16, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = MEAN + (80 * z - MEAN) * (VARIANCE / (VARIANCE + 80.0**2)).sqrt()
+    return (heun(GaussianDenoiser(MEAN, VARIANCE), z, None, steps=steps) - exact).abs().max().item()
+
+
+def test_heun_converges_at_second_order() -> None:
+    ratios = [error(n) / error(2 * n) for n in (40, 80)]
+    assert all(3.3 < ratio < 4.7 for ratio in ratios), ratios
+    assert error(160) < 1e-3
+
+
+def test_number_of_evaluations_is_the_papers() -> None:
+    calls = []
+    teacher = GaussianDenoiser(MEAN, VARIANCE)
+
+    def counted(x: torch.Tensor, sigma: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+        calls.append(float(sigma[0]))
+        return teacher(x, sigma, c)
+
+    heun(counted, torch.zeros(1, 2), None, steps=18)
+    assert len(calls) == 35
+
+
+def test_noise_of_an_image_depends_on_seed_and_number_alone() -> None:
+    together = image_noise(0, range(10), (1, 4, 4))
+    torch.testing.assert_close(image_noise(0, [7], (1, 4, 4))[0], together[7], rtol=0, atol=0)
+    assert not torch.equal(image_noise(1, [7], (1, 4, 4))[0], together[7])
+
+
+def test_draws_do_not_depend_on_the_order_they_are_asked_in() -> None:
+    source = Source(Toy2d(Toy2dSettings(points=80)), [0, 1, 2])
+    a, b = (Draws(source, 5, ("seed", 3), 1) for _ in range(2))
+    first = (a.normal("z"), a.uniform("sigma"), a.real())
+    second = (b.real(), b.uniform("sigma"), b.normal("z"))
+    assert torch.equal(first[0], second[2]) and torch.equal(first[2][0], second[0][0])
+    assert not torch.equal(first[0], Draws(source, 5, ("seed", 3), 2).normal("z"))
+    assert not torch.equal(first[0], a.normal("noise"))
+
+
+def test_ema_is_the_recursion_it_says() -> None:
+    net = torch.nn.Linear(1, 1, bias=False)
+    ema, wanted = EMA(net, 0.9), net.weight.detach().clone()
+    for t in range(30):
+        with torch.no_grad():
+            net.weight.fill_(float(t))
+        ema.update(net, t)
+        decay = min(0.9, (1 + t) / (10 + t))
+        wanted = decay * wanted + (1 - decay) * t
+    torch.testing.assert_close(ema.net.weight, wanted)
