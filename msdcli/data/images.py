@@ -1,7 +1,7 @@
 """Images for metrics, as uint8 RGB in a stable order: from a zip, a folder or an `.npz`, a batch at a time.
 
-Decoding follows clean-fid where it is defined (grey repeated, palettes looked up, alpha dropped, CMYK by PIL), because its
-numbers are what people publish. What PIL would silently damage, such as 16 bits per channel, is refused by name.
+Decoding follows clean-fid where it is defined (grey repeated, palettes looked up, alpha dropped, CMYK by PIL), because
+its numbers are what people publish. What PIL would silently damage, such as 16 bits per channel, is refused by name.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import hashlib
 import io
 import json
 import zipfile
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -56,16 +57,22 @@ class ImageFiles:
         if self._zip:
             self._zip.close()
 
-    def batches(self, batch_size: int, *, workers: int = 0, limit: int | None = None) -> Iterator[Batch]:
-        """Read in order, `workers` threads decoding; a run of mixed sizes is split by size, so that each batch is one array."""
+    def batches(self, batch_size: int, *, workers: int = 1, limit: int | None = None) -> Iterator[Batch]:
+        """Read in order, `workers` threads decoding; mixed sizes are split by size, so that each batch is one array."""
         names = self.names[:limit]
+        starts = range(0, len(names), batch_size)
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            for start in range(0, len(names), batch_size):
-                window = names[start : start + batch_size]
-                # A zip has one file handle, so it is read here and only decoded in the threads.
-                contents = ((self._read(name), f"{self.path}: {name}") for name in window)
-                images = list(pool.map(decode, *zip(*contents, strict=True)) if workers else map(_decode_pair, contents))
-                yield from _by_size(images, start)
+            # One window ahead: the threads decode it while the caller works on the one before.
+            ahead = deque(self._submit(pool, names[start : start + batch_size]) for start in starts[:1])
+            for start in starts:
+                coming = start + batch_size
+                if coming < len(names):
+                    ahead.append(self._submit(pool, names[coming : coming + batch_size]))
+                yield from _by_size([future.result() for future in ahead.popleft()], start)
+
+    def _submit(self, pool: ThreadPoolExecutor, names: list[str]) -> list[Future[np.ndarray]]:
+        # A zip has one file handle, so it is read here and only decoded in the threads.
+        return [pool.submit(decode, self._read(name), f"{self.path}: {name}") for name in names]
 
     def _read(self, name: str) -> bytes:
         try:
@@ -78,7 +85,10 @@ class ImageFiles:
             return None
         try:
             labels = json.loads(self._read(LABELS_FILE))["labels"]
-            return None if labels is None else np.array([dict(labels)[name] for name in self.names], dtype=np.int64)
+            if labels is None:
+                return None
+            by_name = dict(labels)
+            return np.array([by_name[name] for name in self.names], dtype=np.int64)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path}: {LABELS_FILE} does not give every image one class ({error}).") from error
 
@@ -104,7 +114,7 @@ class ImageArray:
     def close(self) -> None:
         self._zip.close()
 
-    def batches(self, batch_size: int, *, workers: int = 0, limit: int | None = None) -> Iterator[Batch]:
+    def batches(self, batch_size: int, *, workers: int = 1, limit: int | None = None) -> Iterator[Batch]:
         """Read in order; there is nothing to decode, so `workers` changes nothing."""
         count = len(self) if limit is None else min(limit, len(self))
         one = int(np.prod(self.shape[1:]))
@@ -115,7 +125,7 @@ class ImageArray:
                 content = file.read(size * one)
                 if len(content) < size * one:
                     raise UserError(f"{self.path} ends before image {start + size}.")
-                images = np.frombuffer(content, dtype=np.uint8).reshape(size, *self.shape[1:])
+                images = np.frombuffer(bytearray(content), dtype=np.uint8).reshape(size, *self.shape[1:])
                 yield Batch(_as_rgb(images), np.arange(start, start + size))
 
     def _checked_shape(self, file: IO[bytes]) -> tuple[int, ...]:
@@ -135,7 +145,7 @@ class ImageArray:
             labels = arrays[name]
         if labels.shape != (len(self),) or not np.issubdtype(labels.dtype, np.integer):
             raise UserError(f"{self.path}: {name} must be one integer per image, not {labels.dtype} {labels.shape}.")
-        return labels.astype(np.int64)
+        return np.asarray(labels, dtype=np.int64)
 
 
 Images = ImageFiles | ImageArray
@@ -157,12 +167,12 @@ def decode(content: bytes, name: str) -> np.ndarray:
     """Decode one picture to uint8 RGB [H, W, 3]; `name` is what an error calls it."""
     try:
         with Image.open(io.BytesIO(content)) as picture:
-            deep = picture.mode[0] in "IF" or (picture.format == "PNG" and content[24] == 16)  # byte 24: IHDR's bit depth
-            if deep:
+            # Byte 24 of a PNG is its bit depth, of which PIL keeps 8 bits without a word.
+            if picture.mode[0] in "IF" or (picture.format == "PNG" and content[24] == 16):
                 raise UserError(f"{name} has more than 8 bits per channel, which no FID protocol defines.")
-            if picture.mode == "P" and "transparency" in picture.info:
-                picture = picture.convert("RGBA")  # the same colours, without PIL's warning about a transparent palette
-            return np.asarray(picture.convert("RGB"))
+            # By way of RGBA a palette with transparency gives the same colours, without PIL's warning about it.
+            through = picture.convert("RGBA") if "transparency" in picture.info else picture
+            return np.asarray(through.convert("RGB"))
     except UnidentifiedImageError as error:
         raise UserError(f"{name} is not an image.") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
@@ -190,10 +200,6 @@ def content_hash(path: str | Path) -> str:
 def _is_picture(name: str) -> bool:
     path = PurePosixPath(name)
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")  # "._x.png" is macOS's metadata
-
-
-def _decode_pair(pair: tuple[bytes, str]) -> np.ndarray:
-    return decode(*pair)
 
 
 def _by_size(images: list[np.ndarray], start: int) -> Iterator[Batch]:

@@ -1,9 +1,10 @@
 """The Frechet distance between Gaussians fitted to features (FID: Heusel et al. 2017, arXiv 1706.08500).
 
-`|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)`. With S1 = X X^T and S2 = Y Y^T the last trace is the nuclear norm of X^T Y,
-so no square root of a matrix is ever taken: X and Y come from a Cholesky factorisation with pivoting, which stops at the
-rank and so is sound for fewer images than dimensions, and the singular values from symmetric eigenvalues. The pivoting
-grades the factors from large to small, which is why squaring X^T Y costs no accuracy (measured: 1e-12 at condition 1e17).
+`|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)`. With S1 = X X^T and S2 = Y Y^T the last trace is the nuclear norm of
+X^T Y, so no square root of a matrix is taken: X and Y come from a Cholesky factorisation with pivoting, which stops at
+the rank and so is sound for fewer images than dimensions; the singular values come from symmetric eigenvalues. The
+pivoting grades the factors from large to small, which is why squaring X^T Y costs no accuracy (measured: 4e-12 where
+eigenvalues fall as the sixth power of their rank).
 """
 
 from __future__ import annotations
@@ -88,8 +89,7 @@ def frechet_infinity(
     """Extrapolate to infinitely many images (Chong and Forsyth 2020, arXiv 1911.07023).
 
     The bias of FID is linear in 1/N: distances of random subsets at evenly spaced sizes N, from `smallest` (the paper's
-    5,000, or a tenth of the set where that is larger than half of it) to all, are fitted by a line, whose value at 1/N = 0
-    is the answer.
+    5,000, or a tenth of a set under 10,000) to all, are fitted by a line, whose value at 1/N = 0 is the answer.
     """
     count = len(features)
     smallest = smallest or (5_000 if count >= 10_000 else max(count // 10, 2))

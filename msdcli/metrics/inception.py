@@ -1,13 +1,13 @@
 """The feature networks of the FID protocols, and what each of them does to an image first.
 
-| protocol            | made for                            | resizing                        | network                         |
-|---------------------|-------------------------------------|---------------------------------|---------------------------------|
-| `clean`             | clean-fid (arXiv 2104.11222)        | antialiased bicubic in float    | Inception, TorchScript          |
-| `edm`               | NVlabs' fid.py of EDM and EDM2      | the network's own               | Inception, TorchScript          |
-| `legacy-tensorflow` | Heusel et al. 2017, in clean-fid    | the network's own (same as edm) | Inception, TorchScript          |
-| `legacy-pytorch`    | pytorch-fid, in clean-fid           | bilinear, not antialiased       | Inception, ported state dict    |
-| `clip`              | clean-fid's CLIP-FID                | 8-bit bicubic to 224, cropped   | CLIP ViT-B/32 (transformers)    |
-| `dinov2`            | FD-DINOv2 of EDM2, arXiv 2306.04675 | bicubic to 224                  | DINOv2 ViT-L/14 (transformers)  |
+| protocol            | made for                            | resizing                     | network                        |
+|---------------------|-------------------------------------|------------------------------|--------------------------------|
+| `clean`             | clean-fid, arXiv 2104.11222         | antialiased bicubic in float | Inception, TorchScript         |
+| `edm`               | NVlabs' fid.py of EDM and EDM2      | the network's own            | Inception, TorchScript         |
+| `legacy-tensorflow` | Heusel et al. 2017, in clean-fid    | the network's own, as `edm`  | Inception, TorchScript         |
+| `legacy-pytorch`    | pytorch-fid, in clean-fid           | bilinear, not antialiased    | Inception, state dict          |
+| `clip`              | clean-fid's CLIP-FID                | 8-bit bicubic 224, cropped   | CLIP ViT-B/32 (transformers)   |
+| `dinov2`            | FD-DINOv2 of EDM2, arXiv 2306.04675 | bicubic 224                  | DINOv2 ViT-L/14 (transformers) |
 
 A TorchScript file is code. It is loaded only when its sha256 is the published one, or when the user names the file
 (`weights=`, `--weights`), which is taken as consent; the bytes that were hashed are the bytes that are loaded.
@@ -21,7 +21,7 @@ import io
 import platform
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class FeatureNetwork:
     probabilities: Network | None = None
     sha256: str | None = None  # of the weights
     published: bool = False  # the weights are the ones everybody uses
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def record(self) -> dict[str, Any]:
         return {"protocol": self.protocol, "weights_sha256": self.sha256, "weights_published": self.published}
@@ -121,12 +121,13 @@ def _address(name: str) -> str:
 
 
 def _torchscript_inception(protocol: str, content: bytes, device: torch.device) -> tuple[Network, Network | None]:
-    """Load NVlabs' file, which holds `layers` (normalised 299 x 299 to features), `output` and a forward that resizes."""
+    base: Any
+    """Load NVlabs' file: `layers` (normalised 299 x 299 to features), `output`, and a forward that resizes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript; the published file is TorchScript
+        warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, which the published file is
         try:
             base = torch.jit.load(io.BytesIO(content), map_location=device).eval()
-            # Constant weights let torch fold batch norms; channels last is 1.5 times faster on a CPU, the values 3e-7 off.
+            # Frozen weights let torch fold batch norms; channels last makes it 1.5 times faster on a CPU, and 3e-7 off.
             base = base.to(memory_format=torch.channels_last)
             whole, layers = torch.jit.freeze(base), torch.jit.freeze(base.layers)
         except (RuntimeError, AttributeError) as error:
@@ -144,14 +145,14 @@ def _torchscript_inception(protocol: str, content: bytes, device: torch.device) 
 
 
 def _state_dict_inception(protocol: str, content: bytes, device: torch.device) -> tuple[Network, Network]:
-    net = ported_inception()
+    net: Any = ported_inception()
     try:
         net.load_state_dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except Exception as error:  # torch.load raises whatever its unpickler met
         raise UserError(f"The weights are not pytorch-fid's Inception: {_first_line(error)}") from error
     head = _softmax_without_bias(net.fc.weight.detach().to(device))
     net.fc = nn.Identity()
-    net = net.to(device, memory_format=torch.channels_last).eval()
+    net = net.to(memory_format=torch.channels_last).to(device).eval()
 
     def features(images: torch.Tensor) -> torch.Tensor:
         x = resize_legacy_pytorch(images, INCEPTION_SIZE) / 255 * 2 - 1
@@ -161,7 +162,7 @@ def _state_dict_inception(protocol: str, content: bytes, device: torch.device) -
 
 
 def ported_inception() -> nn.Module:
-    """torchvision's Inception with the 2015 graph's pooling: borders not averaged with padding, a maximum in the last block.
+    """torchvision's Inception with the 2015 graph's pooling: averages without the padding, a maximum in the last block.
 
     The graph differs only in the pooling branch, whose channels come last in every block, so a hook puts them right.
     """

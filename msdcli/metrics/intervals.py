@@ -1,8 +1,8 @@
 """Bootstrap intervals (Efron 1979) for every figure, by reweighting images instead of computing features again.
 
-The samples are drawn anew, the reference stays as it is: the interval says how far another draw of as many samples from the
-same student might move the figure. A resample repeats images, which biases distances upwards, so replicates are centred on
-the estimate before their quantiles are read.
+The samples are drawn anew, the reference stays as it is: the interval says how far another draw of as many samples from
+the same student might move the figure. A resample repeats images, which biases distances upwards, so replicates are
+centred on the estimate before their quantiles are read.
 """
 
 from __future__ import annotations

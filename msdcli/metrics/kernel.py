@@ -23,7 +23,7 @@ class KernelDistance:
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """The polynomial kernel of KID, (x y / d + 1)^3."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    return np.asarray((x @ y.T / x.shape[1] + 1) ** 3
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> KernelDistance:
@@ -46,7 +46,7 @@ def reweighted_kernel_distance(x: np.ndarray, y: np.ndarray, weights: np.ndarray
         pairs += np.einsum("rn,rn->r", weights[:, rows] @ block, weights)
         cross += weights[:, rows] @ kernel_sums(x[rows], y)
     reference = sum(_off_diagonal(y, start) for start in range(0, len(y), ROWS)) / (len(y) * (len(y) - 1))
-    return pairs / within + reference - 2 * cross / (weights.sum(axis=1) * len(y))
+    return np.asarray(pairs / within + reference - 2 * cross / (weights.sum(axis=1) * len(y)))
 
 
 def kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ def kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def subset_kernel_distance(
     x: np.ndarray, y: np.ndarray, *, subset_size: int = 1000, num_subsets: int = 100, seed: int = 0
 ) -> KernelDistance:
-    """KID as the field reports it: the mean over random subsets of both sides (clean-fid's sizes), drawn from `seed`."""
+    """KID as the field reports it: the mean over random subsets of both sides, of clean-fid's sizes, by `seed`."""
     x, y = _checked(x, y)
     size = min(len(x), len(y), subset_size)
     rng = np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def subset_kernel_distance(
 
 
 def inception_score(probabilities: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """exp of the mean divergence of p(y|x) [N, classes] from their own mean; over all images, not the mean of ten splits."""
+    """exp of the mean divergence of p(y|x) [N, classes] from their mean, over all images and not ten splits."""
     p = np.asarray(probabilities, dtype=np.float64)
     w = np.ones(len(p)) if weights is None else weights
     w = w / w.sum()
@@ -78,7 +78,7 @@ def inception_score(probabilities: np.ndarray, weights: np.ndarray | None = None
 
 
 def _negative_entropy(p: np.ndarray) -> np.ndarray:
-    return np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1)
+    return np.asarray(np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1))
 
 
 def _off_diagonal(y: np.ndarray, start: int) -> float:

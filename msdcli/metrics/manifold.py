@@ -32,7 +32,7 @@ class Manifold:
 def manifold(
     samples: np.ndarray, reference: np.ndarray, *, nearest: int = 3, nearest_density: int = 5, rows: int = ROWS
 ) -> Manifold:
-    """Compare features of samples [N, d] and reference [M, d]; k is each paper's: 3 for precision and recall, else 5."""
+    """Compare features of samples [N, d] and reference [M, d]; k is each paper's: 3 for precision and recall, or 5."""
     for side in (samples, reference):
         if len(side) <= max(nearest, nearest_density):
             raise UserError(f"Neighbourhoods need more than {max(nearest, nearest_density)} images, got {len(side)}.")
@@ -56,7 +56,7 @@ def manifold(
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)
-    return np.maximum(squares - 2 * (a @ b.T), 0)
+    return np.asarray(np.maximum(squares - 2 * (a @ b.T), 0))
 
 
 def _squared_radii(points: np.ndarray, nearest: tuple[int, ...], rows: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Means and covariances of features, accumulated in float64 so that partial results merge exactly.
 
 The update is Chan, Golub and LeVeque's pairwise one (Updating Formulae and a Pairwise Algorithm for Computing Sample
-Variances, 1979): every chunk is centred on its own mean, so nothing cancels whatever the features' offset, and merging two
-partial results is the same formula as adding a chunk.
+Variances, 1979): every chunk is centred on its own mean, so nothing cancels whatever the features' offset, and merging
+two partial results is the same formula as adding a chunk.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Gaussian:
 class Moments:
     """Count, mean and scatter of rows of features.
 
-    Rows stay as they came until there are as many as dimensions; only then are they folded into a d x d scatter matrix. So
-    a thousand classes of fifty images cost their rows, not a thousand 2048 x 2048 matrices.
+    Rows stay as they came until there are as many as dimensions; only then are they folded into a d x d scatter matrix.
+    So a thousand classes of fifty images cost their rows, not a thousand 2048 x 2048 matrices.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -58,14 +58,14 @@ class Moments:
 
     @property
     def mean(self) -> np.ndarray:
-        return self._settled()[0].cpu().numpy()
+        return np.asarray(self._settled()[0].cpu())
 
     def covariance(self) -> np.ndarray:
         """Unbiased covariance [d, d], float64 and symmetric to the last bit."""
         if self.count < 2:
             raise UserError(f"A covariance needs at least 2 images, but there are {self.count}.")
         scatter = self._settled()[1].cpu().numpy()
-        return (scatter + scatter.T) / (2 * (self.count - 1))
+        return np.asarray((scatter + scatter.T) / (2 * (self.count - 1)))
 
     def gaussian(self) -> Gaussian:
         return Gaussian(self.mean, self.covariance(), self.count)
@@ -122,11 +122,10 @@ class Moments:
         if self._num_rows:
             rows = torch.cat(self._rows)
             self._rows, self._num_rows = [], 0
-            for chunk in rows.split(CHUNK):
+            for chunk in torch.split(rows, CHUNK):
                 x = chunk.double()
                 mean = x.mean(dim=0)
-                x -= mean
-                self._combine(len(x), mean, x.T @ x)
+                self._combine(len(x), mean, (x - mean).T @ (x - mean))
 
     def _combine(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
         if self._mean is None or self._scatter is None:
