@@ -90,7 +90,7 @@ class FeatureSet:
         seed: int = 0,
         extrapolate: bool = False,
     ) -> dict[str, Any]:
-        """Every figure against `reference`, JSON-able; `replicates` adds bootstrap intervals, `groups` names classes."""
+        """Every figure against `reference`, JSON-able; `replicates` adds bootstrap intervals, `groups` name classes."""
         if isinstance(reference, FeatureSet):
             reference.check_network(self.network)
         whole = reference if isinstance(reference, Gaussian) else reference.moments.whole().gaussian()

@@ -1,13 +1,13 @@
 """The feature networks of the FID protocols, and what each of them does to an image first.
 
-| protocol            | made for                            | resizing                     | network                        |
-|---------------------|-------------------------------------|------------------------------|--------------------------------|
-| `clean`             | clean-fid, arXiv 2104.11222         | antialiased bicubic in float | Inception, TorchScript         |
-| `edm`               | NVlabs' fid.py of EDM and EDM2      | the network's own            | Inception, TorchScript         |
-| `legacy-tensorflow` | Heusel et al. 2017, in clean-fid    | the network's own, as `edm`  | Inception, TorchScript         |
-| `legacy-pytorch`    | pytorch-fid, in clean-fid           | bilinear, not antialiased    | Inception, state dict          |
-| `clip`              | clean-fid's CLIP-FID                | 8-bit bicubic 224, cropped   | CLIP ViT-B/32 (transformers)   |
-| `dinov2`            | FD-DINOv2 of EDM2, arXiv 2306.04675 | bicubic 224                  | DINOv2 ViT-L/14 (transformers) |
+| protocol            | made for                          | resizing                     | network         |
+|---------------------|-----------------------------------|------------------------------|-----------------|
+| `clean`             | clean-fid, arXiv 2104.11222        | antialiased bicubic in float | TorchScript     |
+| `edm`               | NVlabs' fid.py of EDM and EDM2    | the network's own            | TorchScript     |
+| `legacy-tensorflow` | Heusel et al. 2017, in clean-fid  | the network's own, as `edm`  | TorchScript     |
+| `legacy-pytorch`    | pytorch-fid, in clean-fid         | bilinear, not antialiased    | state dict      |
+| `clip`              | clean-fid's CLIP-FID              | 8-bit bicubic 224, cropped   | CLIP ViT-B/32   |
+| `dinov2`            | EDM2, arXiv 2306.04675            | bicubic 224                  | DINOv2 ViT-L/14 |
 
 A TorchScript file is code. It is loaded only when its sha256 is the published one, or when the user names the file
 (`weights=`, `--weights`), which is taken as consent; the bytes that were hashed are the bytes that are loaded.
