@@ -23,9 +23,19 @@ _CONSTRUCTORS: dict[str, Any] = {
     "_frombuffer": np.zeros(1).__reduce_ex__(5)[0],
     "scalar": np.float64(0).__reduce__()[0],
 }
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Bytes, which pickle's protocols below 3 spell as an encoded string."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding!r}")
+    return text.encode("latin1")
+
+
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,
     **{(f"numpy.{core}.multiarray", name): _CONSTRUCTORS[name] for core in ("core", "_core") for name in _CONSTRUCTORS},
     **{(f"numpy.{core}.numeric", "_frombuffer"): _CONSTRUCTORS["_frombuffer"] for core in ("core", "_core")},
 }
@@ -75,10 +85,9 @@ def cleanfid_statistics(name: str) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
         with path.open("rb") as file:
+            if path.suffix == ".npz":
+                return dict(np.load(file, allow_pickle=False))
             content = _ArraysOnly(file).load()
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is not a pickle of plain arrays ({error}); nothing in it was run.") from error

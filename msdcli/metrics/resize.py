@@ -1,8 +1,8 @@
 """Resizing as the FID protocols define it (Parmar, Zhang and Zhu 2022, arXiv 2104.11222), in float and on any device.
 
 `clean` means PIL's antialiased bicubic filter (a = -1/2) without rounding to 8 bits. Resizing is linear and separable,
-so it is two products with matrices, whose weights are computed in float64: within 6e-5 of PIL in [0, 255], where torch's
-own antialiased bicubic is within 4e-3.
+so it is two products with matrices, whose weights are computed in float64: within 6e-5 of PIL in [0, 255], where
+torch's own antialiased bicubic is within 4e-3.
 """
 
 from __future__ import annotations
