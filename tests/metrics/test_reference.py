@@ -26,7 +26,7 @@ def pickled(path, content, protocol=4):
 
 def assert_is_the_reference(statistics):
     assert (statistics.mean == MU).all()
-    assert (statistics.covariance() == SIGMA).all()
+    assert (statistics.sigma == SIGMA).all()
     assert statistics.count is None
 
 
