@@ -9,41 +9,52 @@ eigenvalues fall as the sixth power of their rank).
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
-from scipy.linalg import lapack
+from scipy.linalg import blas, lapack
 
 from msdcli.errors import UserError
+from msdcli.metrics.moments import Gaussian, Moments
 
-
-class Statistics(Protocol):
-    """What a distance needs: `Moments` and `Gaussian` both have it."""
-
-    @property
-    def mean(self) -> np.ndarray: ...
-
-    def covariance(self) -> np.ndarray: ...
+Statistics = Gaussian | Moments
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Squared Frechet distance, as every FID tool reports it."""
+    a, b = a.gaussian(), b.gaussian()
     _same_features(len(a.mean), len(b.mean))
-    S1, S2 = a.covariance(), b.covariance()
     delta = a.mean - b.mean
-    distance = delta @ delta + np.trace(S1) + np.trace(S2) - 2 * nuclear_norm(factor(S1).T @ factor(S2))
+    distance = delta @ delta + np.trace(a.sigma) + np.trace(b.sigma) - 2 * nuclear_norm(_crossed(a.sigma, b.sigma))
     return max(float(distance), 0.0)  # of two equal Gaussians it is zero up to rounding
 
 
 def factor(sigma: np.ndarray) -> np.ndarray:
-    """X [d, rank] with X X^T = sigma, by Cholesky with complete pivoting (LAPACK's dpstrf at its own tolerance)."""
+    """X [d, rank] with X X^T = sigma."""
+    lower, pivots = _cholesky(sigma)
+    transposed = np.empty(lower.shape[::-1])
+    transposed[:, pivots] = np.triu(lower.T)
+    return transposed.T
+
+
+def _crossed(S1: np.ndarray, S2: np.ndarray) -> np.ndarray:
+    """X^T Y [rank, rank]; X stays in its pivots' order, so that its triangle saves half of the product."""
+    lower, pivots = _cholesky(S1)
+    rank = lower.shape[1]
+    Y = np.ascontiguousarray(factor(S2).T[:, pivots]).T
+    upper = blas.dtrmm(1.0, lower[:rank], Y[:rank], lower=1, trans_a=1)
+    return np.asarray(upper if rank == len(Y) else upper + lower[rank:].T @ Y[rank:])
+
+
+def _cholesky(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """L [d, rank], of whose first rows only the lower triangle counts, and pivots with L L^T = sigma[pivots, pivots].
+
+    LAPACK's dpstrf pivots completely and stops at its own tolerance, d eps times the largest variance.
+    """
     lower, pivots, rank, info = lapack.dpstrf(sigma.T, lower=1)  # symmetric, and .T is what Fortran reads uncopied
     assert info >= 0, "dpstrf takes any symmetric matrix"
-    rank = 0 if sigma[pivots[0] - 1, pivots[0] - 1] <= 0 else rank
-    X = np.empty((len(sigma), rank))
-    X[pivots - 1] = np.tril(lower[:, :rank])
-    return X
+    pivots = pivots - 1
+    rank = rank if sigma[pivots[0], pivots[0]] > 0 else 0  # of a matrix of zeros
+    return lower[:, :rank], pivots
 
 
 def nuclear_norm(A: np.ndarray) -> float:
@@ -63,12 +74,12 @@ class ReweightedFrechet:
     """
 
     def __init__(self, features: np.ndarray, reference: Statistics) -> None:
+        reference = reference.gaussian()
         _same_features(features.shape[1], len(reference.mean))
-        sigma = reference.covariance()
         self.features = np.asarray(features, dtype=np.float64) - reference.mean  # centred: the weighted means are small
-        self.projected = self.features @ factor(sigma)  # [N, rank]
+        self.projected = self.features @ factor(reference.sigma)  # [N, rank]
         self.squares = np.square(self.features).sum(axis=1)
-        self.reference_trace = float(np.trace(sigma))
+        self.reference_trace = float(np.trace(reference.sigma))
 
     def distance(self, weights: np.ndarray) -> float:
         used = np.flatnonzero(weights)

@@ -33,8 +33,8 @@ class Gaussian:
         if not (np.isfinite(self.mean).all() and np.isfinite(self.sigma).all()):
             raise UserError("The statistics contain NaN or infinity.")
 
-    def covariance(self) -> np.ndarray:
-        return self.sigma
+    def gaussian(self) -> Gaussian:
+        return self
 
 
 class Moments:
@@ -62,13 +62,13 @@ class Moments:
 
     def covariance(self) -> np.ndarray:
         """Unbiased covariance [d, d], float64 and symmetric to the last bit."""
-        if self.count < 2:
-            raise UserError(f"A covariance needs at least 2 images, but there are {self.count}.")
-        scatter = self._settled()[1].cpu().numpy()
-        return np.asarray((scatter + scatter.T) / (2 * (self.count - 1)))
+        return self.gaussian().sigma
 
     def gaussian(self) -> Gaussian:
-        return Gaussian(self.mean, self.covariance(), self.count)
+        if self.count < 2:
+            raise UserError(f"A covariance needs at least 2 images, but there are {self.count}.")
+        mean, scatter = (tensor.cpu().numpy() for tensor in self._settled())
+        return Gaussian(mean, (scatter + scatter.T) / (2 * (self.count - 1)), self.count)
 
     def add(self, features: torch.Tensor | np.ndarray) -> None:
         """Add rows [N, d], on whatever device they are."""

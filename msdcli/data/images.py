@@ -1,0 +1,214 @@
+"""Images for metrics, as uint8 RGB in a stable order: from a zip, a folder or an `.npz`, a batch at a time.
+
+Decoding follows clean-fid where it is defined (grey repeated, palettes looked up, alpha dropped, CMYK by PIL), because
+its numbers are what people publish. What PIL would silently damage, such as 16 bits per channel, is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from msdcli.errors import UserError
+
+SUFFIXES = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}  # clean-fid's, without .npy
+LABELS_FILE = "dataset.json"  # EDM's data sets: {"labels": [["00000/img00000000.png", 3], ...]}
+ARRAY_NAMES = ("arr_0", "images")
+LABEL_NAMES = ("arr_1", "labels")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one size, uint8 [N, H, W, 3], with their numbers in the source."""
+
+    images: np.ndarray
+    numbers: np.ndarray
+
+
+class ImageFiles:
+    """The pictures of a folder (recursive) or of a zip, sorted by name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._zip = zipfile.ZipFile(path) if path.is_file() else None
+        names = self._zip.namelist() if self._zip else [p.relative_to(path).as_posix() for p in path.rglob("*")]
+        self.names = sorted({name for name in names if _is_picture(name)})
+        if not self.names:
+            raise UserError(f"{path} holds no image.", hint=f"Images end in {', '.join(sorted(SUFFIXES))}.")
+        self.labels = self._read_labels(set(names))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def close(self) -> None:
+        if self._zip:
+            self._zip.close()
+
+    def batches(self, batch_size: int, *, workers: int = 1, limit: int | None = None) -> Iterator[Batch]:
+        """Read in order, `workers` threads decoding; mixed sizes are split by size, so that each batch is one array."""
+        names = self.names[:limit]
+        starts = range(0, len(names), batch_size)
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            # One window ahead: the threads decode it while the caller works on the one before.
+            ahead = deque(self._submit(pool, names[start : start + batch_size]) for start in starts[:1])
+            for start in starts:
+                coming = start + batch_size
+                if coming < len(names):
+                    ahead.append(self._submit(pool, names[coming : coming + batch_size]))
+                yield from _by_size([future.result() for future in ahead.popleft()], start)
+
+    def _submit(self, pool: ThreadPoolExecutor, names: list[str]) -> list[Future[np.ndarray]]:
+        # A zip has one file handle, so it is read here and only decoded in the threads.
+        return [pool.submit(decode, self._read(name), f"{self.path}: {name}") for name in names]
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self._zip.read(name) if self._zip else (self.path / name).read_bytes()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.path}: {name} cannot be read: {error}.") from error
+
+    def _read_labels(self, names: set[str]) -> np.ndarray | None:
+        if LABELS_FILE not in names:
+            return None
+        try:
+            labels = json.loads(self._read(LABELS_FILE))["labels"]
+            if labels is None:
+                return None
+            by_name = dict(labels)
+            return np.array([by_name[name] for name in self.names], dtype=np.int64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.path}: {LABELS_FILE} does not give every image one class ({error}).") from error
+
+
+class ImageArray:
+    """The uint8 array [N, H, W, 3] of an `.npz`, streamed from the file: half a million images need no more memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._zip = zipfile.ZipFile(path)
+        members = set(self._zip.namelist())
+        name = next((name for name in ARRAY_NAMES if f"{name}.npy" in members), None)
+        if name is None:
+            raise UserError(f"{path} holds no image array.", hint=f"It should be named {' or '.join(ARRAY_NAMES)}.")
+        self._member = f"{name}.npy"
+        with self._zip.open(self._member) as file:
+            self.shape = self._checked_shape(file)
+        self.labels = self._read_labels(members)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def close(self) -> None:
+        self._zip.close()
+
+    def batches(self, batch_size: int, *, workers: int = 1, limit: int | None = None) -> Iterator[Batch]:
+        """Read in order; there is nothing to decode, so `workers` changes nothing."""
+        count = len(self) if limit is None else min(limit, len(self))
+        one = int(np.prod(self.shape[1:]))
+        with self._zip.open(self._member) as file:
+            self._checked_shape(file)
+            for start in range(0, count, batch_size):
+                size = min(batch_size, count - start)
+                content = file.read(size * one)
+                if len(content) < size * one:
+                    raise UserError(f"{self.path} ends before image {start + size}.")
+                images = np.frombuffer(bytearray(content), dtype=np.uint8).reshape(size, *self.shape[1:])
+                yield Batch(_as_rgb(images), np.arange(start, start + size))
+
+    def _checked_shape(self, file: IO[bytes]) -> tuple[int, ...]:
+        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, fortran, dtype = read[np.lib.format.read_magic(file)[0]](file)
+        if dtype != np.uint8 or fortran or len(shape) != 4 or shape[3] not in (1, 3):
+            raise UserError(f"{self.path}: images must be uint8 [N, H, W, 3], not {dtype} {list(shape)}.")
+        if not shape[0]:
+            raise UserError(f"{self.path} holds no image.")
+        return shape
+
+    def _read_labels(self, members: set[str]) -> np.ndarray | None:
+        name = next((name for name in LABEL_NAMES if f"{name}.npy" in members), None)
+        if name is None:
+            return None
+        with np.load(self.path, allow_pickle=False) as arrays:
+            labels = arrays[name]
+        if labels.shape != (len(self),) or not np.issubdtype(labels.dtype, np.integer):
+            raise UserError(f"{self.path}: {name} must be one integer per image, not {labels.dtype} {labels.shape}.")
+        return np.asarray(labels, dtype=np.int64)
+
+
+Images = ImageFiles | ImageArray
+
+
+def open_images(path: str | Path) -> Images:
+    """Open a folder, a zip or an `.npz` of images."""
+    path = Path(path)
+    if path.is_dir():
+        return ImageFiles(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist.")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is neither a folder, a zip nor an npz of images (or it is truncated).")
+    return ImageArray(path) if path.suffix == ".npz" else ImageFiles(path)
+
+
+def decode(content: bytes, name: str) -> np.ndarray:
+    """Decode one picture to uint8 RGB [H, W, 3]; `name` is what an error calls it."""
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            # Byte 24 of a PNG is its bit depth, of which PIL keeps 8 bits without a word.
+            if picture.mode[0] in "IF" or (picture.format == "PNG" and content[24] == 16):
+                raise UserError(f"{name} has more than 8 bits per channel, which no FID protocol defines.")
+            # By way of RGBA a palette with transparency gives the same colours, without PIL's warning about it.
+            through = picture.convert("RGBA") if "transparency" in picture.info else picture
+            return np.asarray(through.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name} is not an image.") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{name} is damaged: {error}.") from error
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] to 8 bits, by the rounding with which EDM and its successors save PNGs."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def content_hash(path: str | Path) -> str:
+    """sha256 of what the images are: of the file, or of a folder's names and files; the key of cached statistics."""
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with closing(ImageFiles(path)) as files:
+        for name in [*files.names, *([LABELS_FILE] if files.labels is not None else [])]:
+            digest.update(name.encode() + b"\0" + hashlib.sha256(files._read(name)).digest())
+    return digest.hexdigest()
+
+
+def _is_picture(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")  # "._x.png" is macOS's metadata
+
+
+def _by_size(images: list[np.ndarray], start: int) -> Iterator[Batch]:
+    sizes: dict[Any, list[int]] = {}
+    for i, image in enumerate(images):
+        sizes.setdefault(image.shape, []).append(i)
+    for members in sizes.values():
+        yield Batch(np.stack([images[i] for i in members]), np.array(members) + start)
+
+
+def _as_rgb(images: np.ndarray) -> np.ndarray:
+    return images if images.shape[3] == 3 else images.repeat(3, axis=3)

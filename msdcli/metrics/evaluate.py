@@ -1,0 +1,336 @@
+"""One pass over images, and every number that their features can tell.
+
+`collect` runs the network once and keeps moments per class (and, unless told not to, the features);
+`FeatureSet.summary` turns them into FID, KID, inception score, precision, recall, density and coverage, whole and per
+group of classes. `evaluate` is both, from files to a JSON-able dict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from msdcli.data.images import ImageArray, ImageFiles, Images, content_hash, open_images
+from msdcli.errors import UserError
+from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_infinity
+from msdcli.metrics.inception import FeatureNetwork, open_network
+from msdcli.metrics.intervals import Interval, bootstrap, bootstrap_weights, centred_interval, mean_interval
+from msdcli.metrics.kernel import (
+    inception_score,
+    kernel_distance,
+    reweighted_kernel_distance,
+    subset_kernel_distance,
+)
+from msdcli.metrics.manifold import Manifold, manifold
+from msdcli.metrics.moments import ClassMoments, Gaussian
+from msdcli.metrics.reference import is_statistics, read_statistics
+
+EXACT_PAIRS = 10_000**2  # up to here all pairs cost no more than clean-fid's 100 subsets of 1,000
+CPU_SLICE = 8  # images per call on a CPU: activations of 64 images at 299 x 299 leave the cache, which can cost double
+PACKAGES = ("msdcli", "torch", "torchvision", "numpy", "scipy", "pillow")
+
+# uint8, [N, H, W, 3] as numpy or [N, 3, H, W] as torch (one channel is repeated); or such a batch with its labels [N].
+ImageBatch = np.ndarray | torch.Tensor | tuple[Any, Any]
+ImageSource = str | Path | Images | Iterable[ImageBatch]
+
+
+@dataclass
+class FeatureSet:
+    """What one pass leaves: moments per class; features [N, d] and probabilities [N, classes] where they were kept."""
+
+    network: dict[str, Any]  # FeatureNetwork.record(): what the features are
+    moments: ClassMoments
+    features: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        return self.moments.counts().total()
+
+    def merge(self, other: FeatureSet) -> None:
+        """Add another part (a rank's, a shard's) of the same set."""
+        self.check_network(other.network)
+        self.moments.merge(other.moments)
+        self.features = _joined(self.features, other.features)
+        self.probabilities = _joined(self.probabilities, other.probabilities)
+
+    def check_network(self, network: Mapping[str, Any]) -> None:
+        if dict(network) != self.network:
+            both = f"{json.dumps(self.network)} and {json.dumps(dict(network))}"
+            raise UserError(f"The two sides have features of different networks: {both}.")
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything as arrays, for `np.savez`; no array needs pickle."""
+        arrays = {f"moments/{name}": array for name, array in self.moments.to_arrays().items()}
+        arrays["network"] = np.array(json.dumps(self.network))
+        kept = {"features": self.features, "probabilities": self.probabilities}
+        return arrays | {name: array for name, array in kept.items() if array is not None}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> FeatureSet:
+        moments = {name.removeprefix("moments/"): arrays[name] for name in arrays if name.startswith("moments/")}
+        kept = {name: arrays.get(name) for name in ("features", "probabilities")}
+        return cls(json.loads(str(arrays["network"])), ClassMoments.from_arrays(moments), **kept)
+
+    def summary(
+        self,
+        reference: FeatureSet | Gaussian,
+        *,
+        groups: Mapping[str, Sequence[int]] | None = None,
+        replicates: int = 0,
+        seed: int = 0,
+        extrapolate: bool = False,
+    ) -> dict[str, Any]:
+        """Every figure against `reference`, JSON-able; `replicates` adds bootstrap intervals, `groups` name classes."""
+        if isinstance(reference, FeatureSet):
+            reference.check_network(self.network)
+        whole = reference if isinstance(reference, Gaussian) else reference.moments.whole().gaussian()
+        own = self.moments.whole().gaussian()
+        comparison = _Comparison(self, reference, whole, replicates, seed)
+        figures = {"fid": frechet_distance(own, whole)} | comparison.companions()
+        if extrapolate:
+            figures["fid_infinity"] = frechet_infinity(comparison.features(), whole, seed=seed)
+        return {
+            **figures,
+            "groups": self._groups(reference, groups or {}),
+            "intervals": comparison.intervals(figures),
+            "warnings": _warnings(own, whole),
+            "record": self._record(whole) | comparison.method,
+        }
+
+    def _groups(
+        self, reference: FeatureSet | Gaussian, groups: Mapping[str, Sequence[int]]
+    ) -> dict[str, dict[str, Any]]:
+        """FID of each group against the same classes of the reference; None where a side has fewer than two images."""
+        if groups and isinstance(reference, Gaussian):
+            raise UserError("Published statistics do not tell classes apart.", hint="Give images as the reference.")
+        figures = {}
+        for name, labels in groups.items():
+            mine, theirs = self.moments.group(labels), reference.moments.group(labels)  # type: ignore[union-attr]
+            enough = min(mine.count, theirs.count) >= 2
+            distance = frechet_distance(mine.gaussian(), theirs.gaussian()) if enough else None
+            figures[name] = {"fid": distance, "count": mine.count, "reference_count": theirs.count}
+        return figures
+
+    def _record(self, reference: Gaussian) -> dict[str, Any]:
+        return {
+            **self.network,
+            "count": self.count,
+            "reference_count": reference.count,
+            "dimension": self.moments.dimension,
+            "labels": {str(label): count for label, count in self.moments.counts().items() if label >= 0},
+            "versions": _versions(),
+        }
+
+
+@dataclass
+class _Comparison:
+    """The figures beside FID, which need features of both sides."""
+
+    samples: FeatureSet
+    reference: FeatureSet | Gaussian
+    whole: Gaussian
+    replicates: int
+    seed: int
+    method: dict[str, Any] = field(default_factory=dict)  # how, for the record
+    _manifold: Manifold | None = None
+
+    def features(self) -> np.ndarray:
+        if self.samples.features is None:
+            raise UserError("This figure needs the features, which were not kept.")
+        return self.samples.features
+
+    def companions(self) -> dict[str, float]:
+        self.method["seed"] = self.seed
+        figures = {}
+        if self.samples.probabilities is not None:
+            figures["inception_score"] = inception_score(self.samples.probabilities)
+        y = self._reference_features()
+        if self.samples.features is not None and y is not None:
+            figures |= self._kernel(self.samples.features, y)
+            if min(len(self.samples.features), len(y)) > 5:  # density's neighbourhood
+                self._manifold = manifold(self.samples.features, y)
+                figures |= self._manifold.figures()
+        return figures
+
+    def intervals(self, figures: Mapping[str, float]) -> dict[str, Any]:
+        if not self.replicates:
+            return {}
+        self.method["replicates"] = self.replicates
+        features, options = self.features(), {"replicates": self.replicates, "seed": self.seed}
+        found = {"fid": bootstrap(ReweightedFrechet(features, self.whole).distance, len(features), **options)}
+        p, y = self.samples.probabilities, self._reference_features()
+        if p is not None:
+            found["inception_score"] = bootstrap(lambda weights: inception_score(p, weights), len(p), **options)
+        if self.method.get("kid") == "all pairs" and y is not None:
+            weights = bootstrap_weights(len(features), self.replicates, self.seed)
+            found["kid"] = centred_interval(figures["kid"], reweighted_kernel_distance(features, y, weights))
+        for name, values in vars(self._manifold).items() if self._manifold else ():
+            found[name] = mean_interval(values, **options)
+        return {name: _as_json(interval) for name, interval in found.items()}
+
+    def _reference_features(self) -> np.ndarray | None:
+        return None if isinstance(self.reference, Gaussian) else self.reference.features
+
+    def _kernel(self, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
+        exact = len(x) * len(y) <= EXACT_PAIRS
+        self.method["kid"] = "all pairs" if exact else "100 subsets of 1000"
+        return {"kid": (kernel_distance(x, y) if exact else subset_kernel_distance(x, y, seed=self.seed)).value}
+
+
+def evaluate(
+    images: ImageSource,
+    reference: ImageSource,
+    *,
+    protocol: str = "clean",
+    weights: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    batch_size: int = 64,
+    workers: int = 1,
+    limit: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Compare images with a reference (images or published statistics); `options` are those of `FeatureSet.summary`."""
+    network = open_network(protocol, weights=weights, device=device)
+    # The reference first: it is what can be wrong, and samples may come from a generator.
+    theirs = open_reference(reference, network, batch_size=batch_size, workers=workers)
+    mine = collect(images, network, batch_size=batch_size, workers=workers, limit=limit)
+    return mine.summary(theirs, **options)
+
+
+def open_reference(
+    reference: ImageSource, network: FeatureNetwork, *, batch_size: int = 64, workers: int = 1
+) -> FeatureSet | Gaussian:
+    """Statistics from a publication's file as they are, or from one pass over images."""
+    if isinstance(reference, str | Path) and is_statistics(reference):
+        return read_statistics(reference, network.protocol)
+    return collect(reference, network, batch_size=batch_size, workers=workers)
+
+
+def cache_key(path: str | Path, network: FeatureNetwork) -> str:
+    """A name for the features of a file or folder under a network; it changes with any byte of either."""
+    parts = json.dumps([content_hash(path), network.record()], sort_keys=True)
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def collect(
+    images: ImageSource,
+    network: FeatureNetwork,
+    *,
+    labels: np.ndarray | None = None,
+    batch_size: int = 64,
+    workers: int = 1,
+    limit: int | None = None,
+    keep_features: bool = True,
+) -> FeatureSet:
+    """Run the network over every image once. Without `keep_features` memory does not grow with their number.
+
+    `labels` [N] overrides those of a file; images without a label count as one class. With fewer than `limit` images a
+    UserError is raised: a FID of fewer images is another figure.
+    """
+    moments: ClassMoments | None = None
+    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+    seen = 0
+    with _opened(images) as source:
+        for batch, given, numbers in _batches(source, batch_size, workers, limit):
+            features = _features(batch, network, batch_size)
+            moments = moments or ClassMoments(features.shape[1])
+            moments.add(features, given if labels is None else labels[numbers])
+            seen += len(features)
+            if keep_features:
+                probabilities = network.probabilities(features).cpu().numpy() if network.probabilities else None
+                kept.append((numbers, features.cpu().numpy(), probabilities))
+    if moments is None or (limit is not None and seen < limit):
+        raise UserError(f"{_name(images)} holds {seen} images, fewer than the {limit or 1} asked for.")
+    return FeatureSet(network.record(), moments, *_in_order(kept))
+
+
+def _opened(images: ImageSource) -> Any:
+    if isinstance(images, str | Path):
+        return closing(open_images(images))
+    return nullcontext(images)
+
+
+def _batches(
+    source: Images | Iterable[ImageBatch], batch_size: int, workers: int, limit: int | None
+) -> Iterator[tuple[torch.Tensor, np.ndarray | None, np.ndarray]]:
+    """Batches as uint8 [N, 3, H, W] with labels and numbers, whatever the source."""
+    if isinstance(source, ImageFiles | ImageArray):
+        for batch in source.batches(batch_size, workers=workers, limit=limit):
+            labels = None if source.labels is None else source.labels[batch.numbers]
+            yield _as_tensor(batch.images), labels, batch.numbers
+        return
+    start = 0
+    for item in source:
+        images, labels = item if isinstance(item, tuple) else (item, None)
+        images = _as_tensor(images)[: None if limit is None else limit - start]
+        labels = None if labels is None else np.asarray(labels)[: len(images)]
+        yield images, labels, np.arange(start, start + len(images))
+        start += len(images)
+        if start == limit:
+            return
+
+
+def _as_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise UserError(f"Images must be uint8 with 1 or 3 channels, not {x.dtype} {list(x.shape)}.")
+    return x.contiguous().expand(-1, 3, -1, -1)
+
+
+def _features(images: torch.Tensor, network: FeatureNetwork, batch_size: int) -> torch.Tensor:
+    size = min(batch_size, CPU_SLICE) if network.device.type == "cpu" else batch_size
+    with torch.no_grad():
+        return torch.cat([network.features(part.to(network.device)) for part in torch.split(images, size)])
+
+
+def _in_order(
+    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]],
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Features and probabilities by image number: batches of mixed sizes come out of order."""
+    if not kept:
+        return None, None
+    numbers, features, probabilities = zip(*kept, strict=True)
+    order = np.argsort(np.concatenate(numbers))
+    with_head = probabilities[0] is not None
+    return np.concatenate(features)[order], np.concatenate(probabilities)[order] if with_head else None
+
+
+def _joined(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+    return None if a is None or b is None else np.concatenate([a, b])
+
+
+def _warnings(own: Gaussian, reference: Gaussian) -> list[str]:
+    sides = (("images", own.count), ("reference images", reference.count))
+    return [
+        f"{count} {side} are fewer than the {len(own.mean)} dimensions of the features: FID is biased upwards."
+        for side, count in sides
+        if count is not None and count <= len(own.mean)
+    ]
+
+
+def _as_json(interval: Interval) -> dict[str, float]:
+    return {"low": interval.low, "high": interval.high, "level": interval.level}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _name(images: ImageSource) -> str:
+    return str(images) if isinstance(images, str | Path) else str(getattr(images, "path", "The source"))

@@ -1,0 +1,95 @@
+"""Scores that need features or class probabilities one by one: KID (Binkowski et al. 2018, arXiv 1801.01401) and the
+inception score (Salimans et al. 2016, arXiv 1606.03498).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from msdcli.errors import UserError
+
+ROWS = 1024  # rows of a kernel matrix held at once
+
+
+@dataclass(frozen=True)
+class KernelDistance:
+    """The squared maximum mean discrepancy and, where it was estimated from subsets, their standard deviation."""
+
+    value: float
+    deviation: float | None = None
+
+
+def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The polynomial kernel of KID, (x y / d + 1)^3."""
+    return np.asarray((x @ y.T / x.shape[1] + 1) ** 3)
+
+
+def kernel_distance(x: np.ndarray, y: np.ndarray) -> KernelDistance:
+    """KID over all pairs: the unbiased U-statistic itself, in memory that does not grow with the number of images."""
+    ones = np.ones((1, len(x)))
+    return KernelDistance(float(reweighted_kernel_distance(x, y, ones)[0]))
+
+
+def reweighted_kernel_distance(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """KID of x under each row of `weights` [R, len(x)] (counts) to a fixed y; an image is never paired with itself."""
+    x, y = _checked(x, y)
+    within = weights.sum(axis=1) ** 2 - np.square(weights).sum(axis=1)
+    if (within <= 0).any():
+        raise UserError("KID needs at least 2 different images on each side.")
+    pairs, cross = np.zeros(len(weights)), np.zeros(len(weights))
+    for start in range(0, len(x), ROWS):
+        rows = slice(start, start + ROWS)
+        block = kernel(x[rows], x)
+        np.fill_diagonal(block[:, start:], 0)
+        pairs += np.einsum("rn,rn->r", weights[:, rows] @ block, weights)
+        cross += weights[:, rows] @ kernel_sums(x[rows], y)
+    reference = sum(_off_diagonal(y, start) for start in range(0, len(y), ROWS)) / (len(y) * (len(y) - 1))
+    return np.asarray(pairs / within + reference - 2 * cross / (weights.sum(axis=1) * len(y)))
+
+
+def kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Sum of the kernel of every x over all y, in blocks of y."""
+    return sum((kernel(x, y[start : start + ROWS]).sum(axis=1) for start in range(0, len(y), ROWS)), np.zeros(len(x)))
+
+
+def subset_kernel_distance(
+    x: np.ndarray, y: np.ndarray, *, subset_size: int = 1000, num_subsets: int = 100, seed: int = 0
+) -> KernelDistance:
+    """KID as the field reports it: the mean over random subsets of both sides, of clean-fid's sizes, by `seed`."""
+    x, y = _checked(x, y)
+    size = min(len(x), len(y), subset_size)
+    rng = np.random.default_rng(seed)
+    ones = np.ones((1, size))
+    values = []
+    for _ in range(num_subsets):
+        a, b = (side[rng.choice(len(side), size, replace=False)] for side in (x, y))
+        values.append(reweighted_kernel_distance(a, b, ones)[0])
+    return KernelDistance(float(np.mean(values)), float(np.std(values)))
+
+
+def inception_score(probabilities: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """exp of the mean divergence of p(y|x) [N, classes] from their mean, over all images and not ten splits."""
+    p = np.asarray(probabilities, dtype=np.float64)
+    w = np.ones(len(p)) if weights is None else weights
+    w = w / w.sum()
+    return float(np.exp(w @ _negative_entropy(p) - _negative_entropy(w @ p)))
+
+
+def _negative_entropy(p: np.ndarray) -> np.ndarray:
+    return np.asarray(np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1))
+
+
+def _off_diagonal(y: np.ndarray, start: int) -> float:
+    block = kernel(y[start : start + ROWS], y)
+    np.fill_diagonal(block[:, start:], 0)
+    return float(block.sum())
+
+
+def _checked(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if x.shape[1] != y.shape[1]:
+        raise UserError(f"The two sides have features of different dimensions: {x.shape[1]} and {y.shape[1]}.")
+    if min(len(x), len(y)) < 2:
+        raise UserError("KID needs at least 2 different images on each side.")
+    return np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)

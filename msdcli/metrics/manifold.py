@@ -1,0 +1,70 @@
+"""Fidelity and variety apart: precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), density and coverage
+(Naeem et al. 2020, arXiv 2002.09797).
+
+A set's manifold is the union of balls around its images, each reaching to the k-th nearest other image of the set.
+Distances are taken block by block in float64, so memory grows with the number of images and not with its square.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from msdcli.errors import UserError
+
+ROWS = 1024  # rows of a distance matrix held at once
+
+
+@dataclass(frozen=True)
+class Manifold:
+    """What every image adds to the four figures; each figure is the mean of its array."""
+
+    precision: np.ndarray  # [samples] the sample lies in the reference's manifold
+    recall: np.ndarray  # [reference] the reference image lies in the samples' manifold
+    density: np.ndarray  # [samples] how many reference balls hold it, over k
+    coverage: np.ndarray  # [reference] its ball holds a sample
+
+    def figures(self) -> dict[str, float]:
+        return {name: float(np.mean(values)) for name, values in vars(self).items()}
+
+
+def manifold(
+    samples: np.ndarray, reference: np.ndarray, *, nearest: int = 3, nearest_density: int = 5, rows: int = ROWS
+) -> Manifold:
+    """Compare features of samples [N, d] and reference [M, d]; k is each paper's: 3 for precision and recall, or 5."""
+    for side in (samples, reference):
+        if len(side) <= max(nearest, nearest_density):
+            raise UserError(f"Neighbourhoods need more than {max(nearest, nearest_density)} images, got {len(side)}.")
+    if samples.shape[1] != reference.shape[1]:
+        raise UserError(f"Features of different dimensions: {samples.shape[1]} and {reference.shape[1]}.")
+    centre = reference.mean(axis=0, dtype=np.float64)  # |a|^2 + |b|^2 - 2ab cancels less around the origin
+    x, y = samples - centre, reference - centre
+    radii = _squared_radii(y, (nearest, nearest_density), rows)
+    own = _squared_radii(x, (nearest,), rows)[0]
+    precision, density = np.empty(len(x)), np.empty(len(x))
+    recall, closest = np.zeros(len(y), dtype=bool), np.full(len(y), np.inf)
+    for start in range(0, len(x), rows):
+        block = slice(start, start + rows)
+        distances = _squared_distances(x[block], y)
+        precision[block] = (distances <= radii[0]).any(axis=1)
+        density[block] = (distances <= radii[1]).sum(axis=1) / nearest_density
+        recall |= (distances <= own[block, None]).any(axis=0)
+        closest = np.minimum(closest, distances.min(axis=0))
+    return Manifold(precision, recall.astype(float), density, (closest <= radii[1]).astype(float))
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)
+    return np.asarray(np.maximum(squares - 2 * (a @ b.T), 0))
+
+
+def _squared_radii(points: np.ndarray, nearest: tuple[int, ...], rows: int) -> np.ndarray:
+    """Squared distance of every point to its k-th nearest other point, for each k: [len(nearest), N]."""
+    radii = np.empty((len(nearest), len(points)))
+    for start in range(0, len(points), rows):
+        distances = _squared_distances(points[start : start + rows], points)
+        np.fill_diagonal(distances[:, start:], -1)  # the point itself comes first, also among its own copies
+        distances.partition(nearest, axis=1)
+        radii[:, start : start + rows] = distances[:, list(nearest)].T
+    return radii
