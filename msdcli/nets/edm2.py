@@ -247,6 +247,20 @@ class EDM2UNet(TappedUNet):
         return y
 
 
+@torch.no_grad()
+def round_gains(net: EDM2UNet) -> None:
+    """Round the gains in place as the original does where it keeps the weights in half precision, as published.
+
+    It divides a gain by the root of the layer's fan-in before anything becomes float32. Without this rounding the
+    output is up to 4e-4 (relative) away from the original's.
+    """
+    blocks = [block for block in net.modules() if isinstance(block, Block)]
+    layers = [(block.emb_gain, block.emb_linear) for block in blocks] + [(net.out_gain, net.out_conv)]
+    for gain, layer in layers:
+        root = math.sqrt(layer.weight[0].numel())
+        gain.copy_((gain.to(torch.float16) / root).to(torch.float32) * root)
+
+
 class EDM2(Preconditioned):
     """EDM's preconditioning with EDM2's estimate of the loss's variance (Eq. 21), which stays as it was trained."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msdcli.errors import UserError
 from msdcli.nets.edm import DhariwalUNet, SongUNet
-from msdcli.nets.edm2 import EDM2, EDM2UNet
+from msdcli.nets.edm2 import EDM2, EDM2UNet, round_gains
 from msdcli.nets.edm_arguments import checked
 from msdcli.nets.pickles import Pickle, Record, TensorRecord, read_pickle
 from msdcli.nets.preconditioning import IDDPM, VE, VP, Preconditioned
@@ -70,7 +70,10 @@ def import_edm(path: Path | str) -> tuple[Preconditioned, dict[str, Any]]:
     denoiser = build_edm(description, device="meta")
     description["arguments"] = _plan(description).arguments
     tensors = _weights(record, _FORMATS[preconditioning].prefix, source)
-    return load_weights(denoiser, tensors, source.file).eval(), description
+    denoiser = load_weights(denoiser, tensors, source.file).eval()
+    if isinstance(denoiser.net, EDM2UNet) and tensors["net.out_gain"].dtype == torch.float16:
+        round_gains(denoiser.net)
+    return denoiser, description
 
 
 def build_edm(description: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Preconditioned:
@@ -165,13 +168,13 @@ def _constructor_arguments(record: Record, file: str) -> dict[str, Any]:
     return arguments
 
 
-def _weights(record: Record, prefix: str, source: Pickle) -> dict[str, Tensor | TensorRecord]:
+def _weights(record: Record, prefix: str, source: Pickle) -> dict[str, TensorRecord]:
     """The file's tensors under our names: the raw network is `net` here, `model` or `unet` there."""
-    found: dict[str, Tensor | TensorRecord] = {}
+    found: dict[str, TensorRecord] = {}
     nbytes = 0
     for name, tensor in _tensors(record, source.file):
         ours = f"net.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
-        if ours in found or not tensor.storage.dtype.is_floating_point:
+        if ours in found or not tensor.dtype.is_floating_point:
             raise UserError(f"{source.file}: {name[:200]} is there twice, or holds whole numbers")
         found[ours] = tensor
         nbytes += tensor.nbytes

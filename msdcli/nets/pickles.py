@@ -68,15 +68,19 @@ class TensorRecord:
     stride: tuple[int, ...]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.storage.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
         """Copy the tensor out of the file."""
         if not self.nbytes:
-            return torch.empty(self.shape, dtype=self.storage.dtype, device="cpu")
+            return torch.empty(self.shape, dtype=self.dtype, device="cpu")
         # A bytearray, because torch wants aligned and writable memory and the file's is neither.
-        flat = torch.frombuffer(bytearray(self.storage.data), dtype=self.storage.dtype)
+        flat = torch.frombuffer(bytearray(self.storage.data), dtype=self.dtype)
         return flat.as_strided(self.shape, self.stride, self.offset)
 
 
@@ -237,7 +241,7 @@ class _Machine:
     def name(self, module: str, name: str) -> None:
         known = self.names.get((_expect(str, module), _expect(str, name)))
         if known is None:
-            raise _RefusedError(f"the name {module}.{name}")
+            raise _RefusedError(f"the name {ascii(f'{module}.{name}')[1:-1][:200]}")
         self.stack.append(known)
 
     def op_stack_global(self) -> None:
@@ -289,7 +293,7 @@ def _underflow() -> list[Any]:
 def _describe(value: Any) -> str:
     if isinstance(value, _Name):
         return value.name
-    return f"the record {value.class_name}" if isinstance(value, Record) else type(value).__name__
+    return f"the record {ascii(value.class_name)[1:-1][:80]}" if isinstance(value, Record) else type(value).__name__
 
 
 def _opcode_name(code: int) -> str:
