@@ -94,7 +94,7 @@ def group_norm(num_channels: int, eps: float) -> nn.GroupNorm:
 
 
 class Block(nn.Module):
-    """A residual block with an optional change of resolution and self-attention; EDM's Table 8 lists the variants.
+    """A residual block with an optional change of resolution and self-attention: all that the three networks need.
 
     `adaptive_scale` is ADM's scale and shift by the embedding, otherwise it is added; `project_skip` puts a
     convolution on every resampled skip; sums are multiplied by `skip_scale`.
@@ -261,8 +261,8 @@ class SongUNet(TappedUNet):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Glorot uniform, with outputs of blocks near zero and queries, keys and values scaled down (App. B of
-        arXiv 2011.13456)."""
+        """Glorot uniform, with outputs of blocks near zero and queries, keys and values scaled down, as
+        EDM trained it."""
         gains = {"conv1": 1e-5, "proj": 1e-5, "aux_conv": 1e-5, "qkv": math.sqrt(0.2)}
         for name, module in self.named_modules():
             if isinstance(module, Linear | Conv):

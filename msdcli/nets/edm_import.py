@@ -257,7 +257,7 @@ def _among(arguments: Mapping[str, Any], made: Callable[..., Any], *taken: str) 
 
 def _reference(path: Path, denoiser: Preconditioned) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             arrays = [torch.from_numpy(held[key]).float() for key in ("x", "sigma", "class_labels", "denoised")]
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no reference (.npz with x, sigma, class_labels, denoised): {error}") from None

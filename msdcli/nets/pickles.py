@@ -137,8 +137,8 @@ def _map(path: Path) -> memoryview:
 class _Budget:
     """How much a file may still make us do; shared with the pickles inside it."""
 
-    opcodes: int = MAX_OPCODES
-    text: int = MAX_TEXT_BYTES
+    opcodes: int = field(default_factory=lambda: MAX_OPCODES)
+    text: int = field(default_factory=lambda: MAX_TEXT_BYTES)
 
 
 @dataclass(frozen=True, eq=False)

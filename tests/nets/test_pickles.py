@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msdcli.errors import UserError
+from msdcli.nets import pickles
 from msdcli.nets.edm_import import build_edm, import_edm
 from msdcli.nets.pickles import NAMES, ArrayRecord, Record, TensorRecord, read_pickle
 
@@ -155,14 +156,17 @@ def test_refusing_takes_little_memory(tmp_path, name):
         tracemalloc.stop()
 
 
-def test_memory_for_the_greediest_opcodes_is_bounded(tmp_path):
-    path = tmp_path / "teacher.pkl"
-    path.write_bytes(HOSTILE["opcodes"][0])
+@pytest.mark.parametrize("opcode", [b"\x8f", b"}\x94", b"]\x94", b"("])
+def test_memory_per_opcode_is_bounded(tmp_path, monkeypatch, opcode):
+    """The limit of a million opcodes bounds memory: the greediest, an empty set, takes 0.2 kB."""
+    monkeypatch.setattr(pickles, "MAX_OPCODES", 50_000)
+    monkeypatch.setattr(pickles, "MAX_NESTING", 10**9)
+    (tmp_path / "teacher.pkl").write_bytes(program(opcode * 50_001))
     tracemalloc.start()
     try:
-        with pytest.raises(UserError):
-            read_pickle(path)
-        assert tracemalloc.get_traced_memory()[1] < 400 * 2**20
+        with pytest.raises(UserError, match="opcodes"):
+            read_pickle(tmp_path / "teacher.pkl")
+        assert tracemalloc.get_traced_memory()[1] < 50_000 * 300
     finally:
         tracemalloc.stop()
 
