@@ -132,6 +132,7 @@ def check_against(denoiser: Preconditioned, npz_path: Path | str, *, batch_size:
     The file holds `x` [n, C, H, W], `sigma` [n], `class_labels` [n, num_classes] one-hot and `denoised`, what the
     reference returned. Per image the difference is max |ours - theirs| / max |theirs|, so that images at high noise
     do not hide those at low noise; the result is the largest of all images, and infinite where a number is not finite.
+    Meant for the CPU, where `import_edm` leaves the network: a GPU's TF32 convolutions differ by 1e-3.
     """
     x, sigma, labels, theirs = _reference(Path(npz_path), denoiser)
     device = next(denoiser.parameters()).device

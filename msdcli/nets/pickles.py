@@ -24,7 +24,7 @@ from torch import Tensor
 
 from msdcli.errors import UserError
 
-# The ADM network for ImageNet-64, the largest of EDM's, takes 0.2 million opcodes and 0.1 MB of text.
+# The ADM network for ImageNet-64, the largest of EDM's, takes 0.09 million opcodes and 0.1 MB of text.
 MAX_OPCODES = 1_000_000
 MAX_TEXT_BYTES = 16 * 2**20
 MAX_NESTING = 500

@@ -48,7 +48,7 @@ def batch(denoiser, n: int = 4):
 @pytest.mark.parametrize(
     ("preconditioning", "arguments", "millions"),
     [
-        # EDM's networks for CIFAR-10 and ImageNet-64, EDM2's sizes XS, S and XL; all counted with the original code too.
+        # EDM's networks for CIFAR-10 and ImageNet-64, EDM2's sizes XS, S and XL; counted with the original too.
         ("EDM", {"img_resolution": 32, "model_type": "SongUNet", "channel_mult": [2, 2, 2], "augment_dim": 9}, 55.7),
         ("EDM", {"img_resolution": 64, "label_dim": 1000}, 295.9),
         ("EDM2", {"img_resolution": 64, "img_channels": 4, "label_dim": 1000, "model_channels": 128}, 124.7),

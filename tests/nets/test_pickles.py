@@ -105,13 +105,19 @@ def quietly(tmp_path: Path, data: bytes):
     path = tmp_path / "teacher.pkl"
     path.write_bytes(data)
     EVENTS.clear()
+    small = len(data) < 10**6
+    if small:  # tracing is slow, and the larger files are about time
+        tracemalloc.start()
     WATCH["on"] = True
     try:
         return read_pickle(path)
     finally:
         WATCH["on"] = False
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
         strange = [(name, args) for name, args in EVENTS if name != "mmap.__new__" and str(path) not in args]
         assert not strange
+        assert peak < 8 * 2**20
         assert not Path(CANARY).exists()
         assert not (tmp_path / CANARY).exists()
 
@@ -145,17 +151,6 @@ def test_registered_extensions_do_not_help(tmp_path, monkeypatch):
         copyreg.remove_extension("posix", "system", 0xF0)
 
 
-@pytest.mark.parametrize("name", [name for name, (data, _) in HOSTILE.items() if len(data) < 10**6])
-def test_refusing_takes_little_memory(tmp_path, name):
-    tracemalloc.start()
-    try:
-        with pytest.raises(UserError):
-            read(tmp_path, HOSTILE[name][0])
-        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
-    finally:
-        tracemalloc.stop()
-
-
 @pytest.mark.parametrize("opcode", [b"\x8f", b"}\x94", b"]\x94", b"("])
 def test_memory_per_opcode_is_bounded(tmp_path, monkeypatch, opcode):
     """The limit of a million opcodes bounds memory: the greediest, an empty set, takes 0.2 kB."""
@@ -172,7 +167,7 @@ def test_memory_per_opcode_is_bounded(tmp_path, monkeypatch, opcode):
 
 
 def test_deep_and_circular_content_neither_crashes_nor_hangs(tmp_path):
-    deep = read(tmp_path, program(b")" + b"\x85" * 300_000)).content
+    deep = read(tmp_path, program(b")" + b"\x85" * 200_000)).content
     assert isinstance(deep, tuple)
     del deep
     ring = read(tmp_path, program(b"]\x94h\0a")).content
@@ -194,7 +189,7 @@ def ends_well(path: Path) -> None:
         import_edm(path)
 
 
-HYPOTHESIS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+HYPOTHESIS = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @HYPOTHESIS
