@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import numpy as np
 import torch
-from edm_format import Call, Persistent, dumps
+from tests.nets.edm_format import Call, Persistent, dumps
 
 from msdcli.nets import pickles
 

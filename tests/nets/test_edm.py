@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from edm_format import shake
+from tests.nets.edm_format import shake
 
 from msdcli.errors import UserError
 from msdcli.nets.edm_import import build_edm

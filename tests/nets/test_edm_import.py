@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edm_format import Call, Persistent, _reconstruct_persistent_obj, dumps, shake, snapshot, write
-from hostile_pickles import storage_bytes
+from tests.nets.edm_format import Call, Persistent, _reconstruct_persistent_obj, dumps, shake, snapshot, write
+from tests.nets.hostile_pickles import storage_bytes
 from safetensors.torch import load_file, save_file
 
 from msdcli.errors import UserError

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edm_format import EasyDict, Persistent, dumps, shake, snapshot
-from hostile_pickles import CANARY, HOSTILE, RUN, program
+from tests.nets.edm_format import EasyDict, Persistent, dumps, shake, snapshot
+from tests.nets.hostile_pickles import CANARY, HOSTILE, RUN, program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
