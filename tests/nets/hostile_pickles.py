@@ -10,9 +10,9 @@ from collections import OrderedDict
 
 import numpy as np
 import torch
-from tests.nets.edm_format import Call, Persistent, dumps
 
 from msdcli.nets import pickles
+from tests.nets.edm_format import Call, Persistent, dumps
 
 CANARY = "msd-canary-of-the-pickle-tests"
 

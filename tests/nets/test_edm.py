@@ -8,11 +8,11 @@ import math
 
 import pytest
 import torch
-from tests.nets.edm_format import shake
 
 from msdcli.errors import UserError
 from msdcli.nets.edm_import import build_edm
 from msdcli.nets.preconditioning import iddpm_levels
+from tests.nets.edm_format import shake
 
 TINY = {"img_resolution": 8, "img_channels": 2, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
 TINY |= {"attn_resolutions": [4]}

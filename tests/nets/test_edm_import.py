@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.nets.edm_format import Call, Persistent, _reconstruct_persistent_obj, dumps, shake, snapshot, write
-from tests.nets.hostile_pickles import storage_bytes
 from safetensors.torch import load_file, save_file
 
 from msdcli.errors import UserError
 from msdcli.nets.edm_import import build_edm, check_against, import_edm, load_weights
+from tests.nets.edm_format import Call, Persistent, _reconstruct_persistent_obj, dumps, shake, snapshot, write
+from tests.nets.hostile_pickles import storage_bytes
 
 FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "teachers"
 TEACHERS = sorted(path.stem for path in FIXTURES.glob("*.pkl"))

@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.nets.edm_format import EasyDict, Persistent, dumps, shake, snapshot
-from tests.nets.hostile_pickles import CANARY, HOSTILE, RUN, program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +22,8 @@ from msdcli.errors import UserError
 from msdcli.nets import pickles
 from msdcli.nets.edm_import import build_edm, import_edm
 from msdcli.nets.pickles import NAMES, ArrayRecord, Record, TensorRecord, read_pickle
+from tests.nets.edm_format import EasyDict, Persistent, dumps, shake, snapshot
+from tests.nets.hostile_pickles import CANARY, HOSTILE, RUN, program
 
 EVENTS: list[tuple[str, str]] = []
 WATCH = {"on": False}
