@@ -118,7 +118,13 @@ class TrainState:
         self.cost = {"seconds": 0.0, "images": 0.0, "flops": 0.0}
 
     def save(self, folder: Path) -> None:
-        """Write the state in one piece."""
+        """Write the state in one piece. UserError if a weight is not finite: then the checkpoint before is kept."""
+        for name, net in self.nets.items():
+            if not all(p.isfinite().all() for p in net.parameters()):
+                raise UserError(
+                    f"the weights of {name} are not finite any more at step {self.step}; the checkpoint before is kept",
+                    hint="a lower learning rate is the usual cure (in a run of another name)",
+                )
         numbers = {"step": self.step} | self.cost
         save_tensors(folder / STATE, dict(self._tensors()), {k: repr(v) for k, v in numbers.items()})
 

@@ -26,6 +26,7 @@ from msdcli.errors import UserError
 from msdcli.objectives import Objective, objective
 from msdcli.recipe import Recipe, StageSettings
 from msdcli.rundir import read_json
+from msdcli.seeds import derive
 
 METRICS = "metrics.jsonl"
 
@@ -51,8 +52,9 @@ def train(
     state.load(folder)
     log = Log(folder / METRICS, state, stage, what, report)
     saved = time.monotonic()
-    with interruptible() as stop:
+    with interruptible() as stop, torch.random.fork_rng():
         while state.step < stage.steps:
+            torch.manual_seed(derive(*key, state.step, "layers"))  # dropout draws from the global generator
             set_learning_rates(state, stage)
             with counting_flops(state, first=state.cost["flops"] == 0) as count:
                 for turn, (names, loss) in enumerate(goal.turns(state.step)):
