@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msdcli.errors import UserError
-from msdcli.nets.embedding import Embedding, zeroed
+from msdcli.nets.embedding import Embedding, tap_number, zeroed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,13 +140,10 @@ class UNet(nn.Module):
 
     def features(self, x: Tensor, c_noise: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
         """Return what the named encoder blocks give, in the order asked for; the decoder does not run."""
-        if unknown := [tap for tap in taps if tap not in self.taps]:
-            raise UserError(f"no encoder block is called {unknown[0]!r}; there are {', '.join(self.taps)}")
+        numbers = [tap_number(self.taps, tap) for tap in taps]
         embedding = self.embedding(c_noise, condition)
-        h, found = self.conv_in(x), {}
-        for name in self.taps:
-            h = (self.middle if name == "middle" else self.encoder[name])(h, embedding)
-            found[name] = h
-            if len(found.keys() & set(taps)) == len(set(taps)):
-                break
-        return [found[tap] for tap in taps]
+        found, h = list[Tensor](), self.conv_in(x)
+        for block in [*self.encoder.values(), self.middle][: max(numbers) + 1]:
+            h = block(h, embedding)
+            found.append(h)
+        return [found[i] for i in numbers]
