@@ -238,6 +238,11 @@ class StudentSettings(Section):
     width: float = Field(1.0, gt=0, le=16, description="channels, as a multiple of the teacher's")
     depth: float = Field(1.0, gt=0, le=16, description="blocks, as a multiple of the teacher's (at least one stays)")
     network: Network | None = Field(None, description="a full network section instead of `width` and `depth`")
+    init: Literal["auto", "teacher", "pruned", "random"] = Field(
+        "auto",
+        description="first weights: the teacher's, those of its leading channels (for a smaller network), or random; "
+        "auto: the teacher's where the networks are equal, else random",
+    )
 
     @model_validator(mode="after")
     def _one_way_only(self) -> StudentSettings:
