@@ -74,7 +74,19 @@ class Toy2dSettings(Section):
     seed: Seed = Field(0, description="seed of the points")
 
 
-DataSettings = DigitsSettings | Toy2dSettings
+class GlyphsSettings(Section):
+    """Characters in many typefaces, drawn from code: procedural, 62 classes (0-9, A-Z, a-z), as many images as
+    wanted.
+    """
+
+    name: Literal["glyphs"] = Field("glyphs", description="characters in many typefaces")
+    size: int = Field(16, ge=8, le=64, description="side in pixels")
+    channels: Literal[1, 3] = Field(1, description="1: grey, 3: colour")
+    count: int = Field(20_000, ge=62, le=2**40, description="number of images")
+    seed: Seed = Field(0, description="seed of the images")
+
+
+DataSettings = DigitsSettings | Toy2dSettings | GlyphsSettings
 Data = Annotated[DataSettings, Field(discriminator="name")]
 
 

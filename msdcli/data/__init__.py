@@ -16,6 +16,10 @@ def open_data(settings: DataSettings) -> Dataset:
         from msdcli.data.digits import Digits
 
         return Digits(settings)
+    if settings.name == "glyphs":
+        from msdcli.data.glyphs import Glyphs
+
+        return Glyphs(settings)
     from msdcli.data.toy2d import Toy2d
 
     return Toy2d(settings)
