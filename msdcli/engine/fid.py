@@ -290,6 +290,17 @@ def _reference_hash(scene: Scene) -> str:
     return content_hash(features.find_reference(scene.options.reference))
 
 
+def check(run: RunDir, options: Options) -> tuple[int, str]:
+    """Check what can be checked without writing; return the number of samples and the protocol."""
+    recipe = run.recipe()
+    sample.load(run.root)
+    if options.protocol not in (None, "data"):
+        open_network(str(options.protocol), weights=options.weights)
+    if options.reference:
+        features.find_reference(options.reference)
+    return options.samples or recipe.evaluation.samples, options.protocol or "data"
+
+
 class Lines:
     """The rows of a set of samples: whole, per student's part, per class."""
 

@@ -91,15 +91,20 @@ def load(source: Path | str, device: torch.device | str = "cpu") -> Students:
         partition = Partition.load(root / "partition.json")
         folders = [root / "students" / str(k) for k in range(len(partition.parts))]
         return Students(folders, partition, list(read_json(root / BUNDLE)["class_names"]), device)
-    run = RunDir(root)
+    students = of_run(RunDir(root), device)
+    if waiting := [str(k) for k, folder in enumerate(students.folders) if not checkpoint.is_complete(folder)]:
+        raise UserError(
+            f"{root}: student {', '.join(waiting[:8])} is not finished", hint=f"`msd distill {root}` continues the run"
+        )
+    return students
+
+
+def of_run(run: RunDir, device: torch.device) -> Students:
+    """Return the router of a run whose students may still be in training."""
     recipe = run.recipe()
     partition = Partition.load(run.partition)
     number, last = len(recipe.stages) - 1, recipe.stages[-1]
     folders = [run.stage(k, number, last.objective) for k in range(len(partition.parts))]
-    if waiting := [str(k) for k, folder in enumerate(folders) if not checkpoint.is_complete(folder)]:
-        raise UserError(
-            f"{root}: student {', '.join(waiting[:8])} is not finished", hint=f"`msd distill {root}` continues the run"
-        )
     return Students(folders, partition, read_json(run.record_file)["class_names"], device)
 
 
