@@ -201,12 +201,13 @@ def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
     """Return the student as its first stage finds it: the teacher's copy, or, where the networks differ, random
     weights.
     """
-    if recipe.student_network == recipe.teacher.network:
+    settings = recipe.student.network_for(teacher.settings)
+    if settings == teacher.settings:
         return copy.deepcopy(teacher).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("network", recipe.seed, number).initial_seed())
         shape, classes = teacher.shape, teacher.num_classes
-        return nets.build(recipe.student_network, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+        return nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
 
 
 def distill_student(student: Student, report: Report) -> None:
@@ -239,7 +240,7 @@ def distill_student(student: Student, report: Report) -> None:
             "stage": stage.model_dump(mode="json"),
             "cost": state.cost | peak_memory(student.device),
         }
-        checkpoint.save_model(folder, state.ema.net, recipe.student_network, record)
+        checkpoint.save_model(folder, state.ema.net, record)
 
 
 def is_finished(folder: Path, stage: StageSettings) -> bool:
