@@ -109,7 +109,27 @@ class Toy2dSettings(Section):
     seed: Seed = Field(0, description="seed of the points")
 
 
-DataSettings = DigitsSettings | Toy2dSettings
+class FolderSettings(Section):
+    """Pictures of your own: a folder (class/...), EDM's zip or folder with dataset.json, or an .npz of arrays."""
+
+    name: Literal["folder"] = Field("folder", description="pictures from a folder, a zip or an .npz")
+    path: str = Field(description="the folder or file")
+    size: int | None = Field(None, ge=1, le=4096, description="side of the square images; absent: the first picture's")
+    channels: Literal[1, 3] = Field(3, description="3: colour; 1: grey, and colour pictures are made grey")
+    crop: bool = Field(False, description="cut the central square out of pictures that are not square")
+    resize: Literal["none", "box", "bicubic", "lanczos"] = Field(
+        "none", description="how pictures of another size are scaled; none: they are bad"
+    )
+    on_bad: Literal["refuse", "skip"] = Field(
+        "refuse", description="pictures that are damaged or of another size: stop and list them, or leave them out"
+    )
+    labels: bool = Field(True, description="false: one class for all")
+    classes: Count | None = Field(None, description="how many classes there must be")
+    count: Count | None = Field(None, description="how many pictures there must be")
+    source: str | None = Field(None, description="where the data come from: for whoever reads or plans the run")
+
+
+DataSettings = DigitsSettings | Toy2dSettings | FolderSettings
 Data = Annotated[DataSettings, Field(discriminator="name")]
 
 

@@ -11,9 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from msdcli.data import open_data
 from msdcli.data.base import Dataset
-from msdcli.engine import checkpoint, classifier, device, pairs, sample
+from msdcli.engine import checkpoint, classifier, dataset, device, pairs, sample
 from msdcli.engine.events import Progress, Report
 from msdcli.metrics.frechet import frechet_distance
 from msdcli.metrics.moments import Moments
@@ -127,7 +126,7 @@ def measure(run: RunDir, report: Report) -> Measurement:
     """
     recipe = run.recipe()
     on = device.prepare(recipe)
-    data = open_data(recipe.data)
+    data = dataset.provide(run, recipe, report)
     students = sample.load(run.root, on)
     teacher, description = checkpoint.load_model(run.teacher)
     planar = len(data.shape) == 1
