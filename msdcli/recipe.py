@@ -43,6 +43,10 @@ class UNetSettings(Section):
     embedding: int | None = Field(None, ge=1, le=65536, description="width of the embedding; 4 x channels if absent")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks while training")
 
+    def scaled(self, width: float, depth: float) -> UNetSettings:
+        """Return a section with `width` times the channels and `depth` times the blocks."""
+        return self.model_copy(update=_scaled(self.channels, width, self.blocks, depth))
+
 
 class MLPSettings(Section):
     """A residual MLP for points in the plane."""
@@ -52,8 +56,39 @@ class MLPSettings(Section):
     blocks: int = Field(3, ge=1, le=1024, description="residual blocks")
     embedding: int | None = Field(None, ge=1, le=65536, description="width of the embedding; `channels` if absent")
 
+    def scaled(self, width: float, depth: float) -> MLPSettings:
+        """Return a section with `width` times the channels and `depth` times the blocks."""
+        return self.model_copy(update=_scaled(self.channels, width, self.blocks, depth))
 
-NetworkSettings = UNetSettings | MLPSettings
+
+class EdmNetworkSettings(Section):
+    """A network of EDM or EDM2 (DDPM++, NCSN++, ADM, EDM2), by the constructor arguments of its authors' code."""
+
+    kind: Literal["edm"] = Field("edm", description="a network of EDM or EDM2")
+    preconditioning: Literal["EDM", "VP", "VE", "iDDPM", "EDM2"] = Field("EDM", description="how D is made of it")
+    arguments: dict[str, Any] = Field(
+        {}, description="constructor arguments, e.g. {model_channels: 192}; size and classes come from the data"
+    )
+
+    def scaled(self, width: float, depth: float) -> EdmNetworkSettings:
+        """Return a section with `width` times the channels, in whole groups, and `depth` times the blocks.
+
+        The section is that of a network that was built: its arguments are complete.
+        """
+        channels, blocks = self.arguments["model_channels"], self.arguments["num_blocks"]
+        group = 32 if channels * width >= 96 else 4  # what the networks' group norms can divide
+        changed = {
+            "model_channels": max(1, round(channels * width / group)) * group if width != 1 else channels,
+            "num_blocks": max(1, round(blocks * depth)),
+        }
+        return self.model_copy(update={"arguments": self.arguments | changed})
+
+
+def _scaled(channels: int, width: float, blocks: int, depth: float) -> dict[str, int]:
+    return {"channels": max(1, round(channels * width)), "blocks": max(1, round(blocks * depth))}
+
+
+NetworkSettings = UNetSettings | MLPSettings | EdmNetworkSettings
 Network = Annotated[NetworkSettings, Field(discriminator="kind")]
 
 
@@ -86,7 +121,27 @@ class GlyphsSettings(Section):
     seed: Seed = Field(0, description="seed of the images")
 
 
-DataSettings = DigitsSettings | Toy2dSettings | GlyphsSettings
+class FolderSettings(Section):
+    """Pictures of your own: a folder (class/...), EDM's zip or folder with dataset.json, or an .npz of arrays."""
+
+    name: Literal["folder"] = Field("folder", description="pictures from a folder, a zip or an .npz")
+    path: str = Field(description="the folder or file")
+    size: int | None = Field(None, ge=1, le=4096, description="side of the square images; absent: the first picture's")
+    channels: Literal[1, 3] = Field(3, description="3: colour; 1: grey, and colour pictures are made grey")
+    crop: bool = Field(False, description="cut the central square out of pictures that are not square")
+    resize: Literal["none", "box", "bicubic", "lanczos"] = Field(
+        "none", description="how pictures of another size are scaled; none: they are bad"
+    )
+    on_bad: Literal["refuse", "skip"] = Field(
+        "refuse", description="pictures that are damaged or of another size: stop and list them, or leave them out"
+    )
+    labels: bool = Field(True, description="false: one class for all")
+    classes: Count | None = Field(None, description="how many classes there must be")
+    count: Count | None = Field(None, description="how many pictures there must be")
+    source: str | None = Field(None, description="where the data come from: for whoever reads or plans the run")
+
+
+DataSettings = DigitsSettings | Toy2dSettings | GlyphsSettings | FolderSettings
 Data = Annotated[DataSettings, Field(discriminator="name")]
 
 
@@ -204,8 +259,15 @@ class SolverSettings(Section):
 class TeacherSettings(Section):
     """The diffusion model to distil: trained here, or loaded."""
 
-    path: str | None = Field(None, description="folder with model.safetensors and model.json; absent: train one")
-    network: Network = Field(default_factory=UNetSettings, description="the network to train")
+    path: str | None = Field(
+        None,
+        description="folder with model.safetensors and model.json, or an EDM or EDM2 pickle; absent: train one",
+    )
+    source: str | None = Field(None, description="where `path` can be downloaded: for whoever reads or plans the run")
+    network: Network = Field(
+        default_factory=UNetSettings,
+        description="the network to train; with `path`: what is expected there (kind edm is checked)",
+    )
     sigma_data: NoiseLevel = Field(0.5, description="standard deviation of the data (EDM)")
     seed: Seed = Field(0, description="seed of the teacher's training")
     training: EdmSettings = Field(default_factory=EdmSettings, description="how it is trained: objective `edm`")
@@ -266,12 +328,7 @@ class StudentSettings(Section):
         """Return the student's network, scaled from the teacher's."""
         if self.network is not None:
             return self.network
-        return teacher.model_copy(
-            update={
-                "channels": max(1, round(teacher.channels * self.width)),
-                "blocks": max(1, round(teacher.blocks * self.depth)),
-            }
-        )
+        return teacher.scaled(self.width, self.depth)
 
 
 class EvaluationSettings(Section):
@@ -308,11 +365,6 @@ class Recipe(Section):
     def run_dir(self) -> Path:
         """Where the run lives."""
         return Path(self.run or f"runs/{self.name}")
-
-    @property
-    def student_network(self) -> NetworkSettings:
-        """The network of every student."""
-        return self.student.network_for(self.teacher.network)
 
     def dump(self) -> dict[str, Any]:
         """Return every key with its value, as plain data."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -21,3 +22,16 @@ class Dataset(Protocol):
 
     def labels(self, numbers: Sequence[int]) -> Tensor:
         """Return int64 [len(numbers)]."""
+
+
+@runtime_checkable
+class EightBit(Protocol):
+    """A data set that keeps its pictures in 8 bits, too many perhaps for memory as float32."""
+
+    def pixels(self, numbers: Sequence[int]) -> Tensor:
+        """Return uint8 [len(numbers), *shape]; `to_float` of it is `images`."""
+
+
+def to_float(pixels: Tensor) -> Tensor:
+    """Map 0..255 to [-1, 1]; what is float already stays as it is."""
+    return pixels.to(torch.float32) / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels

@@ -48,10 +48,16 @@ class ImageFiles:
         self.names = sorted({name for name in names if _is_picture(name)})
         if not self.names:
             raise UserError(f"{path} holds no image.", hint=f"Images end in {', '.join(sorted(SUFFIXES))}.")
+        self.described = LABELS_FILE in set(names)
         self.labels = self._read_labels(set(names))
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def picture(self, number: int) -> np.ndarray:
+        """Decode one picture to uint8 RGB [H, W, 3]; any thread may ask. UserError naming it if it is damaged."""
+        name = self.names[number]
+        return decode(self._read(name), f"{self.path}: {name}")
 
     def close(self) -> None:
         if self._zip:

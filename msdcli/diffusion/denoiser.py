@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ class Denoiser(nn.Module):
     `net(c_in * x, c_noise, condition)` is the raw network. `x` [batch, *shape] float32, `sigma` [batch] float32,
     `condition` [batch] int64 class numbers, or None for an unconditional network. The preconditioning is float32
     whatever the network computes in. Subclasses for other parametrisations override `forward` and `features`.
+    `settings` is the network section it was built from; model.json stores it.
     """
+
+    settings: Any = None
 
     def __init__(self, net: nn.Module, *, shape: tuple[int, ...], num_classes: int, sigma_data: float = 0.5) -> None:
         super().__init__()

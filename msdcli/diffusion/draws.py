@@ -4,12 +4,14 @@ for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
+from msdcli.data.base import EightBit, to_float
 from msdcli.seeds import derive
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ def image_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Te
 
 
 class Source:
-    """Where a student's draws come from: its part of the data, resident on the device, and the teacher's pairs.
+    """Where a student's draws come from: its part of the data, on the device where it fits, and the teacher's pairs.
 
     `classes` are the student's conditions; `pairs` is (z, y, c) of the teacher, or None where no stage needs them.
     """
@@ -45,10 +47,18 @@ class Source:
         self.classes = torch.tensor(list(classes), device=self.device)
         labels = data.labels(range(len(data)))
         self.numbers = torch.isin(labels, self.classes.cpu()).nonzero().flatten()
-        self.images = data.images(self.numbers.tolist()).to(self.device)
+        self._images = resident(data, self.numbers, self.device)
+        self._data = data
         self.image_labels = labels[self.numbers].to(self.device)
         self._pairs = None if pairs is None else [t.to(self.device) for t in pairs]
         self._pairs_of_part: Tensor | None = None
+
+    def images(self, index: Tensor) -> Tensor:
+        """Return the images at places `index` of the student's part, float32 on the device."""
+        if self._images is not None:
+            return to_float(self._images[index])
+        assert isinstance(self._data, EightBit)
+        return to_float(self._data.pixels(self.numbers[index.cpu()].tolist()).to(self.device))
 
     def pairs_of(self, only_part: bool) -> tuple[Sequence[Tensor], Tensor]:
         """Return the pairs and the numbers of those that may be drawn."""
@@ -58,6 +68,21 @@ class Source:
         if self._pairs_of_part is None:
             self._pairs_of_part = torch.isin(self._pairs[2], self.classes).nonzero().flatten()
         return self._pairs, self._pairs_of_part
+
+
+def resident(data: Dataset, numbers: Tensor, device: torch.device) -> Tensor | None:
+    """Return the images of `numbers` on the device, in the type they are kept in, or None to fetch every batch.
+
+    8-bit pictures stay in their memory-mapped file on a CPU, where all processes share it, and on a GPU unless they
+    fit into half of the memory that is free.
+    """
+    if not isinstance(data, EightBit):
+        return data.images(numbers.tolist()).to(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    if len(numbers) * math.prod(data.shape) > free // 2:
+        return None
+    chunks = [data.pixels(chunk.tolist()).to(device) for chunk in numbers.split(10_000)]
+    return torch.cat(chunks)
 
 
 class Draws:
@@ -86,13 +111,13 @@ class Draws:
 
     def real(self) -> tuple[Tensor, Tensor]:
         """Return real images of the student's part and their classes."""
-        index = self._index("real", len(self.source.images), self.batch)
-        return self.source.images[index], self.source.image_labels[index]
+        index = self._index("real", len(self.source.numbers), self.batch)
+        return self.source.images(index), self.source.image_labels[index]
 
     def labels(self, how: str) -> Tensor:
         """Return conditions of the student's part: `uniform` over classes, or as frequent as in the `data`."""
         if how == "data":
-            return self.source.image_labels[self._index("labels", len(self.source.images), self.batch)]
+            return self.source.image_labels[self._index("labels", len(self.source.numbers), self.batch)]
         return self.source.classes[self._index("labels", len(self.source.classes), self.batch)]
 
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,12 +66,12 @@ def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
         tensor.copy_(tensors[name])
 
 
-def save_model(folder: Path, net: Denoiser, network: NetworkSettings, record: dict[str, Any]) -> None:
+def save_model(folder: Path, net: Denoiser, record: dict[str, Any]) -> None:
     """Write a denoiser as model.safetensors and model.json; the JSON comes last and makes the folder complete."""
     save_tensors(folder / WEIGHTS, net.state_dict())
     description = {
         "format": FORMAT,
-        "network": network.model_dump(mode="json"),
+        "network": net.settings.model_dump(mode="json"),
         "shape": list(net.shape),
         "num_classes": net.num_classes,
         "sigma_data": net.sigma_data,

@@ -200,19 +200,16 @@ class Student:
 
 def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
     """Return a student as its first stage finds it, with the weights that `student.init` asks for."""
-    init, equal = recipe.student.init, recipe.student_network == recipe.teacher.network
-    if init == "teacher" and not equal:
-        raise UserError(
-            "student.init: teacher is for students with the teacher's own network", hint="student.init=pruned"
-        )
-    if equal and init != "random":
+    settings, init = recipe.student.network_for(teacher.settings), recipe.student.init
+    if init == "teacher" and settings != teacher.settings:
+        raise UserError("student.init: teacher is for students with the teacher's network", hint="student.init=pruned")
+    if settings == teacher.settings and init != "random":
         return copy.deepcopy(teacher).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("network", recipe.seed, number).initial_seed())
         shape, classes = teacher.shape, teacher.num_classes
-        student = nets.build(
-            recipe.student_network, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data
-        ).to(next(teacher.parameters()).device)
+        student = nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+    student.to(next(teacher.parameters()).device)
     if init == "pruned":
         prune(teacher, student)
     return student
@@ -248,7 +245,7 @@ def distill_student(student: Student, report: Report) -> None:
             "stage": stage.model_dump(mode="json"),
             "cost": state.cost | peak_memory(student.device),
         }
-        checkpoint.save_model(folder, state.ema.net, recipe.student_network, record)
+        checkpoint.save_model(folder, state.ema.net, record)
 
 
 def is_finished(folder: Path, stage: StageSettings) -> bool:

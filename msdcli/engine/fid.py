@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdcli.data import open_data
 from msdcli.data.base import Dataset
 from msdcli.data.images import content_hash
-from msdcli.engine import checkpoint, classifier, device, features, pairs, sample
+from msdcli.engine import checkpoint, classifier, dataset, device, features, pairs, sample
 from msdcli.engine.events import Report
 from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet
@@ -182,7 +181,7 @@ class Scene:
         self.run, self.options, self.report = run, options, report
         self.recipe = run.recipe()
         self.device = device.prepare(self.recipe) if options.device is None else device.resolve(options.device)
-        self.data = open_data(self.recipe.data)
+        self.data = dataset.provide(run, self.recipe, report)
         self.planar = len(self.data.shape) == 1
         self.count = options.samples or self.recipe.evaluation.samples
         self.batch = options.batch or self.recipe.evaluation.batch

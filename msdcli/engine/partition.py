@@ -14,6 +14,7 @@ from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import checkpoint, sample
 from msdcli.errors import UserError
+from msdcli.nets.unet_taps import TappedUNet
 from msdcli.partition import Partition
 from msdcli.recipe import PartitionSettings, Recipe
 from msdcli.rundir import RunDir
@@ -42,10 +43,13 @@ def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -
 def _embeddings(teacher: Denoiser | None) -> np.ndarray:
     """The teacher's learned vector of every class [classes, width]."""
     assert teacher is not None, "k-means on class embeddings needs the teacher"
-    table = next((m for m in teacher.modules() if isinstance(m, nn.Embedding)), None)
-    if table is None:
+    if isinstance(teacher.net, TappedUNet):
+        vectors = teacher.net.class_vectors()
+    else:
+        vectors = next((m.weight for m in teacher.modules() if isinstance(m, nn.Embedding)), None)
+    if vectors is None:
         raise UserError("partition: this teacher has no class embeddings", hint="partition.features=images")
-    return table.weight.detach().double().cpu().numpy()
+    return vectors.detach().double().cpu().numpy()
 
 
 def _mean_images(data: Dataset) -> np.ndarray:

@@ -21,7 +21,7 @@ from msdcli.data import open_data
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
-from msdcli.engine import checkpoint, device, fid, partition, sample, teacher, workers
+from msdcli.engine import dataset, device, fid, partition, sample, teacher, workers
 from msdcli.engine.distill import Student, check_stage, distill_student, is_finished
 from msdcli.engine.events import Report, silent
 from msdcli.engine.pairs import Pairs
@@ -48,8 +48,6 @@ def check(recipe: Recipe) -> Dataset:
     data = open_data(recipe.data)
     num_classes = len(data.class_names)
     partition.check(recipe.partition, num_classes)
-    if recipe.teacher.path is not None:
-        checkpoint.load_model(Path(recipe.teacher.path))
     frozen, student = networks_on_meta(recipe, data)
     for stage in recipe.stages:
         check_stage(stage, student, frozen)
@@ -63,14 +61,10 @@ def check(recipe: Recipe) -> Dataset:
 
 def networks_on_meta(recipe: Recipe, data: Dataset) -> tuple[Denoiser, Denoiser]:
     """Build teacher and student without memory: shapes are checked and parameters can be counted."""
-    teacher_network, student_network = recipe.teacher.network, recipe.student_network
-    options: dict[str, Any] = {
-        "shape": data.shape,
-        "num_classes": len(data.class_names),
-        "sigma_data": recipe.teacher.sigma_data,
-    }
+    frozen = teacher.on_meta(recipe, data)
+    options = {"shape": frozen.shape, "num_classes": frozen.num_classes, "sigma_data": frozen.sigma_data}
     with torch.device("meta"):
-        return nets.build(teacher_network, **options), nets.build(student_network, **options)
+        return frozen, nets.build(recipe.student.network_for(frozen.settings), **options)
 
 
 def distill(recipe: Recipe, report: Report, *, student: int | None = None, worker: bool = False) -> Outcome:
@@ -85,6 +79,7 @@ def distill(recipe: Recipe, report: Report, *, student: int | None = None, worke
     run = RunDir(recipe.run_dir)
     if not worker:
         adopt(run, recipe, data, report)
+    data = dataset.provide(run, recipe, silent if worker else report)
     on = device.prepare(recipe)
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, silent if worker else report)
     bench = Bench(

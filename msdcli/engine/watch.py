@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import checkpoint, sample
-from msdcli.engine.distill import is_finished
+from msdcli.engine.distill import is_finished, new_network
 from msdcli.engine.events import Report
 from msdcli.engine.fid import Options, Reference, Scene
 from msdcli.metrics.evaluate import FeatureSet
@@ -86,13 +85,7 @@ def _load(run: RunDir, recipe: Recipe, number: int, point: Point) -> tuple[Denoi
         net, description = checkpoint.load_model(folder)
         return net, sigma_init, replace(point, step=description["steps"])
     tensors, numbers = checkpoint.load_tensors(folder / checkpoint.STATE)
-    teacher = read_json(run.teacher / checkpoint.MODEL)
-    net = nets.build(
-        recipe.student_network,
-        shape=tuple(teacher["shape"]),
-        num_classes=teacher["num_classes"],
-        sigma_data=teacher["sigma_data"],
-    )
+    net = new_network(recipe, checkpoint.load_model(run.teacher)[0], number)
     average = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
     checkpoint.load_weights(net.requires_grad_(False).eval(), average, folder / checkpoint.STATE)
     return net, sigma_init, replace(point, step=int(numbers["step"]))

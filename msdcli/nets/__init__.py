@@ -4,29 +4,61 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.errors import UserError
+from msdcli.nets import edm_import
 from msdcli.nets.mlp import MLP
 from msdcli.nets.unet import UNet
-from msdcli.recipe import MLPSettings
+from msdcli.recipe import EdmNetworkSettings, MLPSettings
 
 if TYPE_CHECKING:
-    from msdcli.recipe import NetworkSettings
+    from msdcli.recipe import NetworkSettings, UNetSettings
 
 
 def build(settings: NetworkSettings, *, shape: tuple[int, ...], num_classes: int, sigma_data: float) -> Denoiser:
-    """Build the denoiser of a network section for images of `shape`. UserError where the two do not fit."""
-    if isinstance(settings, MLPSettings):
-        if len(shape) != 1:
-            raise UserError(
-                f"network kind 'mlp' is for points, the data are images of shape {shape}", hint="kind: unet"
-            )
-        net: MLP | UNet = MLP(settings, shape=shape, num_classes=num_classes)
-    else:
-        divisor = 2 ** (len(settings.multipliers) - 1)
-        if len(shape) != 3:
-            raise UserError(f"network kind 'unet' is for images, the data have shape {shape}", hint="kind: mlp")
-        if shape[1] % divisor or shape[2] % divisor:
-            raise UserError(f"{len(settings.multipliers)} levels need sides divisible by {divisor}, not {shape[1:]}")
-        net = UNet(settings, shape=shape, num_classes=num_classes)
-    return Denoiser(net, shape=shape, num_classes=num_classes, sigma_data=sigma_data)
+    """Build the denoiser of a network section for images of `shape`. UserError where the two do not fit.
+
+    It remembers its section (kind edm: with all arguments) as `settings`.
+    """
+    if isinstance(settings, EdmNetworkSettings):
+        return _edm(settings, shape, num_classes, sigma_data)
+    net = (
+        _mlp(settings, shape, num_classes) if isinstance(settings, MLPSettings) else _unet(settings, shape, num_classes)
+    )
+    denoiser = Denoiser(net, shape=shape, num_classes=num_classes, sigma_data=sigma_data)
+    denoiser.settings = settings
+    return denoiser
+
+
+def _mlp(settings: MLPSettings, shape: tuple[int, ...], num_classes: int) -> MLP:
+    if len(shape) != 1:
+        raise UserError(f"network kind 'mlp' is for points, the data are images of shape {shape}", hint="kind: unet")
+    return MLP(settings, shape=shape, num_classes=num_classes)
+
+
+def _unet(settings: UNetSettings, shape: tuple[int, ...], num_classes: int) -> UNet:
+    divisor = 2 ** (len(settings.multipliers) - 1)
+    if len(shape) != 3:
+        raise UserError(f"network kind 'unet' is for images, the data have shape {shape}", hint="kind: mlp")
+    if shape[1] % divisor or shape[2] % divisor:
+        raise UserError(f"{len(settings.multipliers)} levels need sides divisible by {divisor}, not {shape[1:]}")
+    return UNet(settings, shape=shape, num_classes=num_classes)
+
+
+def _edm(settings: EdmNetworkSettings, shape: tuple[int, ...], num_classes: int, sigma_data: float) -> Denoiser:
+    """Size and classes are those of the data; arguments that say otherwise are refused."""
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise UserError(f"network kind 'edm' is for square images, the data have shape {shape}", hint="kind: mlp")
+    wanted = {"img_resolution": shape[1], "img_channels": shape[0], "label_dim": num_classes}
+    for name, value in wanted.items():
+        if settings.arguments.get(name, value) != value:
+            raise UserError(f"network kind 'edm': {name} is {settings.arguments[name]}, the data make it {value}")
+    arguments = wanted | settings.arguments
+    if settings.preconditioning in ("EDM", "EDM2"):
+        arguments = {"sigma_data": sigma_data} | arguments
+    description = {"kind": "edm", "preconditioning": settings.preconditioning, "arguments": arguments}
+    denoiser = edm_import.build_edm(description, device=torch.get_default_device())
+    denoiser.settings = settings.model_copy(update={"arguments": edm_import.complete_arguments(description)})
+    return denoiser

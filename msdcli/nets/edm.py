@@ -271,6 +271,9 @@ class SongUNet(TappedUNet):
                 if module.bias is not None:
                     module.bias.zero_()
 
+    def class_vectors(self) -> Tensor | None:
+        return None if self.map_label is None else self.map_label.weight.T
+
     def embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         emb = self.map_noise(c_noise).unflatten(1, (2, -1)).flip(1).flatten(1)  # sin before cos
         if self.map_label is not None and labels is not None:
@@ -364,6 +367,9 @@ class DhariwalUNet(TappedUNet):
                     module.bias.zero_()
         if self.map_label is not None:
             nn.init.normal_(self.map_label.weight)
+
+    def class_vectors(self) -> Tensor | None:
+        return None if self.map_label is None else self.map_label.weight.T
 
     def embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         emb = self.map_layer1(F.silu(self.map_layer0(self.map_noise(c_noise))))

@@ -223,6 +223,9 @@ class EDM2UNet(TappedUNet):
         self.dec = nn.ModuleDict({cell.name: block(cell, True) for cell in decoder})
         self.out_conv = MPConv(widths[0], out_channels, 3)
 
+    def class_vectors(self) -> Tensor | None:
+        return None if self.emb_label is None else self.emb_label.weight.T
+
     def embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(c_noise))
         if self.emb_label is not None and labels is not None:

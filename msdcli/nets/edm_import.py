@@ -55,6 +55,18 @@ def import_edm(path: Path | str) -> tuple[Preconditioned, dict[str, Any]]:
     The description is JSON-able, and `build_edm` makes the same network from it. Nothing from the file is run.
     Raises UserError where the file holds something else than such a network, or not exactly its weights.
     """
+    denoiser, description, tensors = open_edm(path)
+    denoiser = load_weights(denoiser, tensors, description["source"]["file"]).eval()
+    if isinstance(denoiser.net, EDM2UNet) and tensors["net.out_gain"].dtype == torch.float16:
+        round_gains(denoiser.net)
+    return denoiser, description
+
+
+def open_edm(path: Path | str) -> tuple[Preconditioned, dict[str, Any], dict[str, TensorRecord]]:
+    """Read all but the numbers: the denoiser on the meta device, its description, its weights still in the file.
+
+    Raises UserError like `import_edm`.
+    """
     source = read_pickle(path)
     record = _averaged_network(source)
     preconditioning = next((name for name, form in _FORMATS.items() if form.class_name == record.class_name), None)
@@ -70,10 +82,15 @@ def import_edm(path: Path | str) -> tuple[Preconditioned, dict[str, Any]]:
     denoiser = build_edm(description, device="meta")
     description["arguments"] = _plan(description).arguments
     tensors = _weights(record, _FORMATS[preconditioning].prefix, source)
-    denoiser = load_weights(denoiser, tensors, source.file).eval()
-    if isinstance(denoiser.net, EDM2UNet) and tensors["net.out_gain"].dtype == torch.float16:
-        round_gains(denoiser.net)
-    return denoiser, description
+    check_weights(denoiser, tensors, source.file)
+    return denoiser, description, tensors
+
+
+def complete_arguments(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The description's arguments with the network's defaults for those that it leaves out."""
+    plan = _plan(description)
+    defaults = {n: p.default for n, p in inspect.signature(plan.network).parameters.items() if p.default is not p.empty}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in (defaults | plan.arguments).items()}
 
 
 def build_edm(description: Mapping[str, Any], *, device: torch.device | str = "cpu") -> Preconditioned:
@@ -104,6 +121,18 @@ def load_weights(denoiser: Preconditioned, tensors: Mapping[str, Tensor | Tensor
     A denoiser on the meta device is given memory on the CPU once everything has been found to match.
     Raises UserError naming what is missing, too much or of another shape.
     """
+    check_weights(denoiser, tensors, source)
+    if any(tensor.is_meta for tensor in denoiser.state_dict().values()):
+        denoiser = denoiser.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, target in denoiser.state_dict().items():
+            tensor = tensors[name]
+            target.copy_(tensor.read() if isinstance(tensor, TensorRecord) else tensor)
+    return denoiser
+
+
+def check_weights(denoiser: Preconditioned, tensors: Mapping[str, Tensor | TensorRecord], source: str) -> None:
+    """Raise UserError unless names and shapes are the denoiser's, naming what is not."""
     expected = {name: tuple(tensor.shape) for name, tensor in denoiser.state_dict().items()}
     held = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [f"missing {name}" for name in expected if name not in held]
@@ -116,13 +145,6 @@ def load_weights(denoiser: Preconditioned, tensors: Mapping[str, Tensor | Tensor
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(f"{source} does not hold this network's weights: {'; '.join(problems[:5])}{more}")
-    if any(tensor.is_meta for tensor in denoiser.state_dict().values()):
-        denoiser = denoiser.to_empty(device="cpu")
-    with torch.no_grad():
-        for name, target in denoiser.state_dict().items():
-            tensor = tensors[name]
-            target.copy_(tensor.read() if isinstance(tensor, TensorRecord) else tensor)
-    return denoiser
 
 
 @torch.no_grad()

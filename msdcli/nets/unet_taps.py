@@ -75,6 +75,10 @@ class TappedUNet(nn.Module):
         """Names of the encoder's blocks, in order; a feature is what the decoder gets from that block."""
         return tuple(name for name in self.enc if "aux" not in name)
 
+    def class_vectors(self) -> Tensor | None:
+        """The learned vector of every class [label_dim, width], or None where there are no classes."""
+        raise NotImplementedError
+
     def embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         """Embedding of noise level and class [n, emb_channels]."""
         raise NotImplementedError

@@ -1,0 +1,60 @@
+"""`msd import`: bring a teacher that somebody else trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from msdcli import console
+from msdcli.cli import options
+
+
+def register(app: typer.Typer) -> None:
+    app.command("import")(import_)
+
+
+def import_(
+    teacher: Annotated[Path, typer.Argument(help="A pickle of EDM or EDM2. Nothing in it is run.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write model.safetensors and model.json to.")],
+    check: Annotated[
+        Path | None,
+        typer.Option(help="An .npz of x, sigma, class_labels and the original's denoised; above 1e-5: exit code 1."),
+    ] = None,
+    json_: options.Json = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Read another project's teacher, safely, and write it in msd's format."""
+    from msdcli.engine import importing
+
+    importing.check_free(out, teacher)
+    imported = importing.read(teacher, reference=check)
+    written = imported.agrees and not dry_run
+    if written:
+        importing.write(imported, out)
+    summary = imported.summary()
+    if json_:
+        console.print_json(summary | {"folder": str(out) if written else None})
+    else:
+        _show(summary, out, written)
+    if not imported.agrees:
+        console.fail(
+            f"{teacher} differs from the reference by {imported.difference:.3g}, more than "
+            f"{importing.TOLERANCE:g}: nothing was written",
+            "is the reference of this very checkpoint?",
+        )
+        raise typer.Exit(1)
+
+
+def _show(summary: dict[str, Any], out: Path, written: bool) -> None:
+    network = summary["network"]
+    console.say(
+        f"network:    {network['preconditioning']}, {summary['parameters']:,} parameters, images {summary['shape']}, "
+        f"{summary['num_classes'] or 'no'} classes"
+    )
+    console.say(f"source:     {summary['source']['file']}, sha256 {summary['source']['sha256'][:16]}")
+    if "check" in summary:
+        difference = float("inf") if summary["max_relative_difference"] is None else summary["max_relative_difference"]
+        console.say(f"difference: {difference:.3g} (largest, relative)")
+    console.say(f"written:    {out}  (next: teacher.path={out})" if written else "nothing was written")

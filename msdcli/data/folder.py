@@ -1,0 +1,231 @@
+"""Pictures of the user's own: from files as they lie (`Pictures`), or decoded once and memory-mapped (`Decoded`)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from msdcli.data.base import Dataset, to_float
+from msdcli.data.images import ImageArray, ImageFiles, open_images
+from msdcli.errors import UserError
+from msdcli.recipe import FolderSettings
+
+FILTERS = {
+    "box": Image.Resampling.BOX,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+PIXELS, RECORD = "pixels.bin", "data.json"
+SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A picture that cannot be used: its name and why."""
+
+    name: str
+    reason: str
+
+
+class Pictures:
+    """The files as they lie: numbered by name, classed by folder or dataset.json, decoded when asked for."""
+
+    def __init__(self, settings: FolderSettings) -> None:
+        self.settings = settings
+        self._source = open_images(settings.path)
+        classes, self.class_names = _classes(self._source, settings)
+        self._labels = torch.from_numpy(classes)
+        self._check_expected()
+        self.size = settings.size or self._first_size()
+        self.shape = (settings.channels, self.size, self.size)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def labels(self, numbers: Sequence[int]) -> Tensor:
+        return self._labels[list(numbers)]
+
+    def images(self, numbers: Sequence[int]) -> Tensor:
+        return to_float(torch.stack([torch.from_numpy(self._good(n)) for n in numbers]))
+
+    def picture(self, number: int) -> np.ndarray | Bad:
+        """Return image `number`, uint8 [channels, size, size], or why it cannot be used."""
+        try:
+            return _fitted(self._raw(number), self.settings, self.size)
+        except UserError as error:
+            return Bad(self.name(number), error.message)
+
+    def name(self, number: int) -> str:
+        return self._source.names[number] if isinstance(self._source, ImageFiles) else f"image {number}"
+
+    def decode_all(self, workers: int) -> Iterator[np.ndarray | Bad]:
+        """Yield every image in order; `workers` threads decode ahead."""
+        ahead: deque[Any] = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            for number in range(len(self)):
+                ahead.append(pool.submit(self.picture, number))
+                if len(ahead) > 8 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def fingerprint(self) -> list[Any]:
+        """Name what the files are, without reading them: names, sizes and times."""
+        path = Path(self.settings.path)
+        files = [path] if path.is_file() else [path / name for name in self._source.names]
+        return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+    def _good(self, number: int) -> np.ndarray:
+        picture = self.picture(number)
+        if isinstance(picture, Bad):
+            raise refusal(self.settings, [picture])
+        return picture
+
+    def _raw(self, number: int) -> np.ndarray:
+        return self._source.picture(number) if isinstance(self._source, ImageFiles) else self._array[number]
+
+    @functools.cached_property
+    def _array(self) -> np.ndarray:
+        return np.concatenate([batch.images for batch in self._source.batches(1024)])
+
+    def _first_size(self) -> int:
+        """The side of the first picture that can be decoded."""
+        if isinstance(self._source, ImageArray):
+            return min(self._source.shape[1:3])
+        for number in range(len(self)):
+            try:
+                return min(self._raw(number).shape[:2])
+            except UserError:
+                if self.settings.on_bad == "refuse":
+                    raise
+        raise UserError(f"{self.settings.path} holds no picture that can be decoded")
+
+    def _check_expected(self) -> None:
+        for what, wanted, found in (
+            ("pictures", self.settings.count, len(self)),
+            ("classes", self.settings.classes, len(self.class_names)),
+        ):
+            if wanted is not None and wanted != found:
+                raise UserError(f"{self.settings.path} holds {found:,} {what}, the recipe expects {wanted:,}")
+
+
+class Decoded:
+    """The decoded whole: 8-bit pixels memory-mapped from one file, so that all processes of a machine share them."""
+
+    def __init__(self, folder: Path) -> None:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        self.class_names: list[str] = record["class_names"]
+        self.shape = tuple(record["shape"])
+        self._labels = torch.tensor(record["labels"], dtype=torch.int64)
+        shape = (len(self._labels), *self.shape)
+        if (folder / PIXELS).stat().st_size != np.prod(shape):
+            hint = f"remove {folder}, and the same command makes it again"
+            raise UserError(f"{folder / PIXELS} is damaged", hint=hint)
+        self._pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=shape)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def labels(self, numbers: Sequence[int]) -> Tensor:
+        return self._labels[list(numbers)]
+
+    def pixels(self, numbers: Sequence[int]) -> Tensor:
+        return torch.from_numpy(self._pixels[list(numbers)])
+
+    def images(self, numbers: Sequence[int]) -> Tensor:
+        return to_float(self.pixels(numbers))
+
+
+class Expected:
+    """What a recipe says of data that are not here: enough to plan a run."""
+
+    def __init__(self, settings: FolderSettings) -> None:
+        assert settings.size and settings.classes and settings.count
+        self.shape = (settings.channels, settings.size, settings.size)
+        self.class_names = list(map(str, range(settings.classes))) if settings.labels else ["all"]
+        self._count = settings.count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def images(self, numbers: Sequence[int]) -> Tensor:
+        raise AssertionError("a plan reads no data")
+
+    labels = images
+
+
+def expected(settings: FolderSettings) -> Dataset:
+    """Return the data, or, where they are missing and the recipe says enough of them, their stand-in."""
+    if Path(settings.path).exists():
+        return Pictures(settings)
+    if not (settings.size and settings.classes and settings.count):
+        raise UserError(
+            f"{settings.path} does not exist", hint="data.size, data.classes and data.count let a plan do without it"
+        )
+    return Expected(settings)
+
+
+def refusal(settings: FolderSettings, bad: Sequence[Bad]) -> UserError:
+    """The error that lists pictures which cannot be used."""
+    lines = [f"  {b.name}: {b.reason.removeprefix(f'{settings.path}: {b.name} ')}" for b in bad[:SHOWN]]
+    more = f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+    count = "1 picture" if len(bad) == 1 else f"{len(bad):,} pictures"
+    return UserError(
+        f"{settings.path}: {count} cannot be used\n" + "\n".join(lines) + more,
+        hint="data.on_bad=skip leaves them out; data.crop=true and data.resize=lanczos make sizes fit",
+    )
+
+
+def _classes(source: ImageFiles | ImageArray, settings: FolderSettings) -> tuple[np.ndarray, list[str]]:
+    """The class of every image, and the classes' names."""
+    if not settings.labels:
+        return np.zeros(len(source), np.int64), ["all"]
+    if source.labels is not None:
+        if source.labels.min() < 0:
+            raise UserError(f"{settings.path}: class {source.labels.min()} is negative")
+        return source.labels, list(map(str, range(int(source.labels.max()) + 1)))
+    # EDM's unlabelled sets have folders too, which mean nothing; their dataset.json says so.
+    by_folder = isinstance(source, ImageFiles) and not source.described
+    folders = [name.split("/")[0] if "/" in name else "" for name in source.names] if by_folder else [""]
+    if "" in folders:
+        raise UserError(
+            f"{settings.path} gives no classes: neither every picture in a folder named after its class, nor labels",
+            hint="data.labels=false makes them one class",
+        )
+    names = sorted(set(folders))
+    number = {name: i for i, name in enumerate(names)}
+    return np.array([number[folder] for folder in folders], np.int64), names
+
+
+def _fitted(picture: np.ndarray, settings: FolderSettings, size: int) -> np.ndarray:
+    """Bring uint8 RGB [H, W, 3] to [channels, size, size], only in the ways that the recipe states."""
+    height, width = picture.shape[:2]
+    if height != width and settings.crop:
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        picture = picture[top : top + side, left : left + side]
+    if picture.shape[:2] != (size, size):
+        picture = _resized(picture, settings, size)
+    if settings.channels == 1:
+        return np.asarray(Image.fromarray(picture).convert("L"))[None]
+    return np.ascontiguousarray(picture.transpose(2, 0, 1))
+
+
+def _resized(picture: np.ndarray, settings: FolderSettings, size: int) -> np.ndarray:
+    height, width = picture.shape[:2]
+    if height != width:
+        raise UserError(f"is {width}x{height}, not square")
+    if settings.resize == "none":
+        raise UserError(f"is {width}x{height}, not {size}x{size}")
+    return np.asarray(Image.fromarray(picture).resize((size, size), FILTERS[settings.resize]))

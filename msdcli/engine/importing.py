@@ -1,0 +1,100 @@
+"""`msd import`: other people's teachers, read without running anything of theirs, written in the project's format."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine import checkpoint
+from msdcli.errors import UserError
+from msdcli.nets.edm_import import check_against, complete_arguments, import_edm, open_edm
+from msdcli.recipe import EdmNetworkSettings
+from msdcli.rundir import read_json
+
+TOLERANCE = 1e-5  # relative, float32, on the CPU
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A teacher that has been read: the denoiser, what model.json says of it beside the network, and how far it is
+    from a reference (None without one).
+    """
+
+    denoiser: Denoiser
+    record: dict[str, Any]
+    difference: float | None
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference is None or self.difference <= TOLERANCE
+
+    def summary(self) -> dict[str, Any]:
+        """What a script wants to know."""
+        net = self.denoiser
+        return {
+            "network": net.settings.model_dump(mode="json"),
+            "shape": list(net.shape),
+            "num_classes": net.num_classes,
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "max_relative_difference": _finite(self.difference),
+            "tolerance": TOLERANCE,
+            "agrees": self.agrees,
+        } | self.record
+
+
+def read(source: Path, *, reference: Path | None = None) -> Imported:
+    """Read a pickle of EDM or EDM2 and compare it with `reference`. UserError for whatever it may not hold."""
+    denoiser, description = import_edm(source)
+    denoiser.settings = _section(description)
+    difference = None if reference is None else check_against(denoiser, reference)
+    record: dict[str, Any] = {"source": description["source"]}
+    if reference is not None and difference is not None:
+        record["check"] = {"file": reference.name, "max_relative_difference": _finite(difference)}
+    return Imported(denoiser, record, difference)
+
+
+def inspect(source: Path) -> Denoiser:
+    """Return a pickle's denoiser on the meta device: all is checked, no weight is read."""
+    denoiser, description, _ = open_edm(source)
+    denoiser.settings = _section(description)
+    return denoiser
+
+
+def write(imported: Imported, folder: Path) -> None:
+    """Write the teacher as model.safetensors and model.json."""
+    checkpoint.save_model(folder, imported.denoiser, imported.record)
+
+
+def check_free(folder: Path, source: Path) -> None:
+    """Raise UserError if `folder` holds anything but an earlier import of a file of this name."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    model = folder / checkpoint.MODEL
+    held = read_json(model).get("source") if model.is_file() else None
+    if not isinstance(held, dict) or held.get("file") != source.name:
+        raise UserError(
+            f"{folder} exists and is no import of {source.name}: nothing was written", hint="another folder"
+        )
+
+
+def _section(description: dict[str, Any]) -> EdmNetworkSettings:
+    """The network section of a pickle.
+
+    Dropout is how the original was trained, not what it is: a one-step student and its fake network train without, as
+    in DMD2's code.
+    """
+    arguments = complete_arguments(description) | {"dropout": 0.0}
+    return EdmNetworkSettings(preconditioning=description["preconditioning"], arguments=arguments)
+
+
+def _finite(difference: float | None) -> float | None:
+    """JSON knows no infinity, which stands for a number that is none."""
+    return None if difference is None or math.isinf(difference) else difference
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a teacher's `path` is a file to import; else it is a folder in the project's format."""
+    return path.is_file()
