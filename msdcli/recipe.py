@@ -312,6 +312,15 @@ class StudentSettings(Section):
     width: float = Field(1.0, gt=0, le=16, description="channels, as a multiple of the teacher's")
     depth: float = Field(1.0, gt=0, le=16, description="blocks, as a multiple of the teacher's (at least one stays)")
     network: Network | None = Field(None, description="a full network section instead of `width` and `depth`")
+    parameters: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="a target instead: this share of the teacher's parameters, as fast as can be found",
+    )
+    latency: float | None = Field(
+        None, gt=0, lt=1, description="a target instead: this share of the teacher's latency on this device"
+    )
     init: Literal["auto", "teacher", "pruned", "random"] = Field(
         "auto",
         description="first weights: the teacher's, those of its leading channels (for a smaller network), or random; "
@@ -320,8 +329,10 @@ class StudentSettings(Section):
 
     @model_validator(mode="after")
     def _one_way_only(self) -> StudentSettings:
-        if self.network is not None and (self.width, self.depth) != (1.0, 1.0):
-            raise ValueError("`network` replaces `width` and `depth`: give one or the other")
+        scaled = (self.width, self.depth) != (1.0, 1.0)
+        ways = [scaled, self.network is not None, self.parameters is not None, self.latency is not None]
+        if sum(ways) > 1:
+            raise ValueError("give one of `width` and `depth`, `network`, `parameters`, `latency`")
         return self
 
     def network_for(self, teacher: NetworkSettings) -> NetworkSettings:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine import checkpoint, sample
+from msdcli.engine import checkpoint, sample, search
 from msdcli.engine.distill import is_finished, new_network
-from msdcli.engine.events import Report
+from msdcli.engine.events import Report, silent
 from msdcli.engine.fid import Options, Reference, Scene
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.moments import Gaussian
@@ -85,7 +85,8 @@ def _load(run: RunDir, recipe: Recipe, number: int, point: Point) -> tuple[Denoi
         net, description = checkpoint.load_model(folder)
         return net, sigma_init, replace(point, step=description["steps"])
     tensors, numbers = checkpoint.load_tensors(folder / checkpoint.STATE)
-    net = new_network(recipe, checkpoint.load_model(run.teacher)[0], number)
+    teacher, _ = checkpoint.load_model(run.teacher)
+    net = new_network(search.resolve(run, recipe, teacher, silent), teacher, number)
     average = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
     checkpoint.load_weights(net.requires_grad_(False).eval(), average, folder / checkpoint.STATE)
     return net, sigma_init, replace(point, step=int(numbers["step"]))
