@@ -13,7 +13,7 @@ from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import checkpoint, sample
 from msdcli.engine.distill import is_finished
-from msdcli.engine.events import Report
+from msdcli.engine.events import Report, silent
 from msdcli.engine.fid import Options, Reference, Scene
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.moments import Gaussian
@@ -45,6 +45,7 @@ def watch(run: RunDir, report: Report, options: Options, *, poll: float = 2.0) -
     scene = Scene(run, options, report)
     against = scene.teacher() if scene.planar else scene.real()
     students = sample.of_run(run, scene.device)
+    scene.report = silent  # the lines say enough
     seen: dict[int, Point] = {}
     sets: dict[int, FeatureSet] = {}
     while True:
