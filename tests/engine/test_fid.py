@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from msdcli.engine import fid, watch
+from msdcli.engine import classifier, fid, watch
 from msdcli.engine.events import silent
 from msdcli.metrics.evaluate import collect
 from msdcli.metrics.inception import FeatureNetwork
@@ -42,9 +42,13 @@ evaluation: {samples: 120}
 """
 
 
+SHORT = classifier.TRAINING.model_copy(update={"steps": 20})  # another metric, but measured in the same way
+
+
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(classifier, "TRAINING", SHORT)
 
 
 @pytest.fixture
@@ -65,7 +69,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from msdcli.engine.pipeline import distill
     from msdcli.recipe import load
 
-    distill(load(folder / "digits.yaml", [f"run={folder / 'runs' / 'digits'}"]), silent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classifier, "TRAINING", SHORT)
+        distill(load(folder / "digits.yaml", [f"run={folder / 'runs' / 'digits'}"]), silent)
     return folder / "runs" / "digits"
 
 
