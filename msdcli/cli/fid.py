@@ -103,9 +103,9 @@ def _files(path: Path, chosen: Options, *, watch: bool, json_: bool, dry_run: bo
         return
     with console.Monitor(quiet=json_) as monitor:
         result = engine.compare(request, monitor)
-    if json_:
+    if json_ and result is not None:
         console.print_json(result)
-    else:
+    elif result is not None:
         _show_files(result)
 
 

@@ -126,7 +126,7 @@ def cached(folder: Path, make: Callable[[], FeatureSet], report: Report) -> Feat
     with lock(folder, f"the features {folder.name}", wait=report):
         if path.is_file():
             try:
-                with np.load(path, allow_pickle=False) as arrays:
+                with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
                     return FeatureSet.from_arrays(arrays)
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 report(f"{path} is damaged: it is made again")

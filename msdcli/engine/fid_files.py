@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msdcli.data.images import content_hash, open_images
-from msdcli.engine import device, features
+from msdcli.engine import distributed, features
 from msdcli.engine.events import Report
 from msdcli.engine.fid import Options
 from msdcli.errors import UserError
@@ -52,20 +52,28 @@ def check(images: Path, reference: str | None, options: Options) -> Request:
     path = features.find_reference(reference)
     if not is_statistics(path):
         open_images(path).close()
-    where = device.resolve(options.device or "auto")
+    where = distributed.own_device(options.device or "auto")
     network = open_network(options.protocol or "clean", weights=options.weights, device=where)
     return Request(images, reference, options, options.samples or have, network)
 
 
-def compare(request: Request, report: Report) -> dict[str, Any]:
-    """Return every figure as plain data; the key of the distance is `fid`. The reference comes first: it is kept."""
+def compare(request: Request, report: Report) -> dict[str, Any] | None:
+    """Return every figure as plain data; the key of the distance is `fid`. The reference comes first: it is kept.
+
+    Under torchrun every process takes its share of the images; the first has the result, the others None.
+    """
     options, network = request.options, request.network
     how = {"workers": options.workers}
     batch = options.batch or BATCH
     theirs = features.of_reference(request.reference, network, batch=batch, report=report, **how)
-    mine = collect(
-        request.images, network, batch_size=batch, limit=options.samples, keep_features=not options.lean, **how
+    share = distributed.share()
+    part = collect(
+        *(request.images, network),
+        **{"batch_size": batch, "limit": options.samples, "keep_features": not options.lean, "share": share, **how},
     )
+    mine = distributed.merged(part, share)
+    if mine is None:
+        return None
     result = mine.summary(
         theirs, groups=_groups(mine, theirs), replicates=options.bootstrap or 0, extrapolate=options.infinity
     )

@@ -44,6 +44,7 @@ def watch(run: RunDir, report: Report, options: Options, *, poll: float = 2.0) -
     scene = Scene(run, options, report)
     against = scene.teacher() if scene.planar else scene.real()
     students = sample.of_run(run, scene.device)
+    scene.report = silent  # the lines say enough
     seen: dict[int, Point] = {}
     sets: dict[int, FeatureSet] = {}
     while True:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from msdcli.data.images import ImageArray, ImageFiles, Images, content_hash, open_images
+from msdcli.data.images import WHOLE, ImageArray, ImageFiles, Images, Share, content_hash, open_images
 from msdcli.errors import UserError
 from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_infinity
 from msdcli.metrics.inception import FeatureNetwork, open_network
@@ -258,17 +258,18 @@ def collect(
     workers: int = 1,
     limit: int | None = None,
     keep_features: bool = True,
+    share: Share = WHOLE,
 ) -> FeatureSet:
     """Run the network over every image once. Without `keep_features` memory does not grow with their number.
 
     `labels` [N] overrides those of a file; images without a label count as one class. With fewer than `limit` images a
-    UserError is raised: a FID of fewer images is another figure.
+    UserError is raised: a FID of fewer images is another figure. `share` (i, n) takes the i-th part of n of a file.
     """
     moments: ClassMoments | None = None
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]] = []
     seen = 0
     with _opened(images) as source:
-        for batch, given, numbers in _batches(source, batch_size, workers, limit, network.floats):
+        for batch, given, numbers in _batches(source, batch_size, workers, limit, network.floats, share):
             features = _features(batch, network, batch_size)
             moments = moments or ClassMoments(features.shape[1])
             given = given if labels is None else labels[numbers]
@@ -277,7 +278,9 @@ def collect(
             seen += len(features)
             if keep_features:
                 kept.append((numbers, features.cpu().numpy(), _probabilities(features, network), given))
-    if moments is None or (limit is not None and seen < limit):
+    if moments is None and share != WHOLE:
+        raise UserError(f"{_name(images)} has no batch for each of {share[1]} processes.", hint="A smaller --batch.")
+    if moments is None or (limit is not None and seen < limit and share == WHOLE):
         raise UserError(f"{_name(images)} holds {seen} images, fewer than the {limit or 1} asked for.")
     return FeatureSet(network.record(), moments, *_in_order(kept))
 
@@ -289,14 +292,15 @@ def _opened(images: ImageSource) -> Any:
 
 
 def _batches(
-    source: Images | Iterable[ImageBatch], batch_size: int, workers: int, limit: int | None, floats: bool
+    source: Images | Iterable[ImageBatch], batch_size: int, workers: int, limit: int | None, floats: bool, share: Share
 ) -> Iterator[tuple[torch.Tensor, np.ndarray | None, np.ndarray]]:
     """Batches as the network wants them, uint8 [N, 3, H, W] or floats, with labels and numbers, whatever the source."""
     if isinstance(source, ImageFiles | ImageArray):
-        for batch in source.batches(batch_size, workers=workers, limit=limit):
+        for batch in source.batches(batch_size, workers=workers, limit=limit, share=share):
             labels = None if source.labels is None else source.labels[batch.numbers]
             yield _as_tensor(batch.images, floats), labels, batch.numbers
         return
+    assert share == WHOLE, "a generator is shared out by whoever makes it"
     start = 0
     for item in source:
         images, labels = item if isinstance(item, tuple) else (item, None)
