@@ -110,9 +110,7 @@ class Toy2dSettings(Section):
 
 
 class GlyphsSettings(Section):
-    """Characters in many typefaces, drawn from code: procedural, 62 classes (0-9, A-Z, a-z), as many images as
-    wanted.
-    """
+    """Characters in many typefaces, drawn from code: procedural, 62 classes (0-9, A-Z, a-z), endless."""
 
     name: Literal["glyphs"] = Field("glyphs", description="characters in many typefaces")
     size: int = Field(16, ge=8, le=64, description="side in pixels")
@@ -212,9 +210,7 @@ class DmSettings(StageSettings):
 
 
 class AdmSettings(DmSettings):
-    """Adversarial distribution matching: `dm` continued with a GAN loss (MSD, arXiv 2410.23274; DMD2, arXiv
-    2405.14867).
-    """
+    """Adversarial distribution matching: `dm` continued with a GAN loss (DMD2, arXiv 2405.14867)."""
 
     objective: Literal["adm"] = Field("adm", description="adversarial distribution matching")  # type: ignore[assignment]
     features: Literal["fake", "teacher"] = Field(
@@ -392,9 +388,7 @@ FREE_KEYS = ("name", "run", "workers", "checkpoint_seconds", "evaluation", "devi
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the dotted keys in which two dumped recipes differ, except where a resumed run may: more steps at the
-    end.
-    """
+    """Return the dotted keys in which two dumped recipes differ and a resumed run may not."""
     found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
     last = f"stages.{len(new['stages']) - 1}.steps"
     if last in found and len(old["stages"]) == len(new["stages"]) and _at(new, last) > _at(old, last):
@@ -418,8 +412,7 @@ def _at(tree: Any, dotted: str) -> Any:
 
 
 def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe file (or the recipe of a run directory, or a shipped recipe by name) and apply `key=value`
-    overrides.
+    """Read a recipe (a file, a run directory's, or a shipped one by name) and apply `key=value` overrides.
 
     Raises UserError that lists every mistake with file, line, dotted key, value, what is allowed and the nearest name.
     """

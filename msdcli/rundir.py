@@ -201,9 +201,7 @@ def _holder(file: IO[str]) -> str:
 
 
 def link(source: Path, target: Path) -> None:
-    """Make `target` a folder with the finished files of `source`: hard links where the file system has them, else
-    copies.
-    """
+    """Give `target` the finished files of `source`: hard links where the file system has them, else copies."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir(), key=lambda f: f.name == "model.json"):  # the sign of completeness comes last
         if file.name.startswith(".") or file.name == "state.safetensors" or not file.is_file():

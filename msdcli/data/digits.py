@@ -1,6 +1,4 @@
-"""scikit-learn's handwritten digits (Alpaydin and Kaynak 1998): 1,797 grey 8x8 images, 10 classes, carried by the
-library.
-"""
+"""scikit-learn's handwritten digits (Alpaydin and Kaynak 1998): 1,797 grey 8x8 images, 10 classes."""
 
 from __future__ import annotations
 

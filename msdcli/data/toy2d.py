@@ -1,6 +1,4 @@
-"""Eight awkward shapes in the plane, one class each: thin, broken, curved or nested, so that one-step maps find them
-hard.
-"""
+"""Eight awkward shapes in the plane, one class each: thin, broken, curved or nested."""
 
 from __future__ import annotations
 

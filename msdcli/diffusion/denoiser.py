@@ -1,6 +1,4 @@
-"""Sigma space: every network answers D(x, sigma, condition) with x = y + sigma * n (Karras et al. 2022, arXiv
-2206.00364).
-"""
+"""Sigma space: every network answers D(x, sigma, condition) with x = y + sigma n (EDM, arXiv 2206.00364)."""
 
 from __future__ import annotations
 

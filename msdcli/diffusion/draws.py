@@ -1,6 +1,4 @@
-"""The random draws of one turn of training: the same numbers whenever, wherever and in whatever order they are asked
-for.
-"""
+"""The random draws of one turn of training: the same numbers whenever and wherever they are asked for."""
 
 from __future__ import annotations
 
@@ -86,9 +84,7 @@ def resident(data: Dataset, numbers: Tensor, device: torch.device) -> Tensor | N
 
 
 class Draws:
-    """The draws of turn `turn` of a step: a function of (key, turn, purpose), where `key` is seed, student, stage,
-    step.
-    """
+    """The draws of one turn: functions of key (seed, student, stage, step), turn and purpose, and of nothing else."""
 
     def __init__(self, source: Source, batch: int, key: tuple[int | str, ...], turn: int) -> None:
         self.source = source
@@ -121,9 +117,7 @@ class Draws:
         return self.source.classes[self._index("labels", len(self.source.classes), self.batch)]
 
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return unit noise z, the teacher's sample y from it, and its class: `count` pairs, or as many as the
-        batch.
-        """
+        """Return `count` pairs (or a batch): unit noise z, the teacher's sample y from it, and its class."""
         (z, y, c), allowed = self.source.pairs_of(only_part)
         index = allowed[self._index("pairs", len(allowed), count or self.batch)]
         return z[index], y[index], c[index]

@@ -25,10 +25,9 @@ def heun(
     sigma_max: float = 80.0,
     rho: float = 7.0,
 ) -> Tensor:
-    """Solve the probability-flow ODE from unit noise `z` [batch, ...] with Heun's method (Algorithm 1): 2 steps - 1
-    calls.
+    """Solve the probability-flow ODE from unit noise `z` [batch, ...] by Heun's method (Algorithm 1).
 
-    The state is float64; the network sees `z`'s own type.
+    It takes 2 steps - 1 calls. The state is float64; the network sees `z`'s own type.
     """
     sigmas = karras_sigmas(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho).to(z.device)
     sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])

@@ -9,9 +9,7 @@ from msdcli.rundir import RunDir, read_json
 
 
 def costs(run: RunDir) -> list[dict[str, Any]]:
-    """Return seconds, images, FLOPs and peak memory of the teacher, of every student's stages, and of the students
-    in all.
-    """
+    """Return the cost of the teacher, of every student's stages, and of the students in all."""
     recipe = run.recipe()
     found = [("teacher", run.teacher)]
     for k in range(recipe.partition.students):

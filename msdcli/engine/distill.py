@@ -43,8 +43,7 @@ def train(
     checkpoint_seconds: float,
     report: Report = silent,
 ) -> checkpoint.TrainState:
-    """Run `goal` for `stage.steps` steps and return the final state; take up the checkpoint in `folder` if there is
-    one.
+    """Run `goal` for `stage.steps` steps, from the checkpoint in `folder` if there is one; return the final state.
 
     `key` (seed, student, stage) and the step are all that the random draws depend on, so an interrupted run, resumed,
     ends with the same bits. Raises Interrupted after a checkpoint, UserError when a loss is not finite.

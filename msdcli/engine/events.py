@@ -1,6 +1,4 @@
-"""What the engine tells whoever watches: sentences and progress. The command line shows them, a worker prints them
-as JSON.
-"""
+"""What the engine tells whoever watches: sentences and progress."""
 
 from __future__ import annotations
 

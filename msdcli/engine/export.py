@@ -1,6 +1,4 @@
-"""Give the students away: a folder of weights, the partition and a README, checked against the run before it says
-done.
-"""
+"""Give the students away: weights, partition and a README, checked against the run before it says done."""
 
 from __future__ import annotations
 

@@ -23,9 +23,7 @@ RECORD = "pairs.json"
 
 
 def labels_for(data: Dataset, numbers: range) -> Tensor:
-    """Return the class of sample number i: that of image i (modulo their number), so that classes are as frequent as
-    in the data.
-    """
+    """Return the classes of samples: those of the data's images in turn, so that classes are as frequent."""
     return data.labels([i % len(data) for i in numbers])
 
 

@@ -60,9 +60,7 @@ def _mean_images(data: Dataset) -> np.ndarray:
 
 
 def preview(recipe: Recipe) -> tuple[Partition, Dataset]:
-    """Return the stored partition of the recipe's run, or the one it would get; UserError if that needs an untrained
-    teacher.
-    """
+    """Return the partition that a recipe's run has, or would get. UserError where that needs an untrained teacher."""
     data = open_data(recipe.data)
     run = RunDir(recipe.run_dir)
     check(recipe.partition, len(data.class_names))

@@ -68,8 +68,7 @@ def networks_on_meta(recipe: Recipe, data: Dataset) -> tuple[Denoiser, Denoiser]
 
 
 def distill(recipe: Recipe, report: Report, *, student: int | None = None, worker: bool = False) -> Outcome:
-    """Do all that is left of a run, or only one `student`; a `worker` trains the students that are free and stops
-    there.
+    """Do all that is left of a run, or only one `student`; a `worker` trains free students and stops there.
 
     Raises UserError for what the user can fix, Interrupted (resumable) on Ctrl-C.
     """

@@ -1,6 +1,4 @@
-"""One-step samples from K students: every request is routed to the student that owns its class, and comes back in
-order.
-"""
+"""One-step samples from K students: requests are routed to the owners of their classes and come back in order."""
 
 from __future__ import annotations
 

@@ -37,9 +37,7 @@ class Line:
 
 
 def run(sweep: Sweep, report: Report, *, worker: tuple[int, int] = (0, 1)) -> None:
-    """Finish the cells of worker i of n: cells i, i + n, i + 2n, ... A cell that another process is at is waited
-    for.
-    """
+    """Finish the cells of worker i of n (i, i + n, ...), waiting where another process is at one."""
     index, count = worker
     mine = sweep.cells[index::count]
     for cell in mine:

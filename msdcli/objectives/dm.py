@@ -48,9 +48,7 @@ class DistributionMatching(Objective):
         return self.matching_loss(y, c, draws)
 
     def matching_loss(self, y: Tensor, c: Tensor, draws: Draws) -> Tensor:
-        """A loss whose gradient is that of KL(student || teacher), averaged over noise levels, plus DMD's
-        regression.
-        """
+        """A loss with the gradient of KL(student || teacher), averaged over noise levels, plus DMD's regression."""
         with torch.no_grad():
             x, sigma = self.diffuse(y, draws)
             gradient = d.matching_gradient(self.fake(x, sigma, c), self.teacher(x, sigma, c), y)
@@ -60,9 +58,7 @@ class DistributionMatching(Objective):
         return loss
 
     def pair_loss(self, draws: Draws) -> Tensor:
-        """DMD's regression on what the teacher's deterministic sampler makes of the same noise (a mean over the
-        pairs).
-        """
+        """DMD's regression on the teacher's samples from the same noise: one mean over the pairs."""
         z, y, c = draws.pairs(self.settings.pairs == "filtered", self.settings.pair_batch)
         return d.image_mean((d.one_step(self.student, z, self.settings.sigma_init, c) - y).square()).mean()
 

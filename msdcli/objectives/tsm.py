@@ -1,6 +1,4 @@
-"""Teacher score matching: a student whose network differs from the teacher's learns its denoiser (MSD, arXiv
-2410.23274).
-"""
+"""Teacher score matching: a student with another network learns the teacher's denoiser (arXiv 2410.23274)."""
 
 from __future__ import annotations
 
