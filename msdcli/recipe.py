@@ -199,7 +199,40 @@ class DmSettings(StageSettings):
     pair_batch: Count | None = Field(None, description="pairs per update; `batch` if absent")
 
 
-Stage = Annotated[EdmSettings | TsmSettings | DmSettings, Field(discriminator="objective")]
+class AdmSettings(DmSettings):
+    """Adversarial distribution matching: `dm` continued with a GAN loss (MSD, arXiv 2410.23274; DMD2, arXiv
+    2405.14867).
+    """
+
+    objective: Literal["adm"] = Field("adm", description="adversarial distribution matching")  # type: ignore[assignment]
+    features: Literal["fake", "teacher"] = Field(
+        "fake", description="where the heads look: the trainable fake network (DMD2) or the frozen teacher (FastGen)"
+    )
+    taps: list[str] | None = Field(
+        None, min_length=1, description="encoder blocks that get a head each, by name; the last one if absent"
+    )
+    gan_weight: float = Field(3e-3, ge=0, description="weight of the student's GAN loss (DMD2: 3e-3)")
+    head_weight: float = Field(1e-2, ge=0, description="weight of the heads' loss (DMD2: 1e-2; FastGen: 1)")
+    gan_noise: Literal["own", "shared"] = Field(
+        "own", description="noise of the samples the heads see: their own draw (DMD2) or that of the dm loss (FastGen)"
+    )
+    gan_span: Span = Field(
+        [0.0, 1.0],
+        min_length=2,
+        max_length=2,
+        description="noise levels the heads see, as parts of the Karras schedule",
+    )
+
+
+class CdSettings(StageSettings):
+    """Consistency distillation (Song et al. 2023, arXiv 2303.01469; improved as in arXiv 2310.14189)."""
+
+    objective: Literal["cd"] = Field("cd", description="consistency distillation")
+    sigma_init: NoiseLevel = Field(80.0, description="noise level at which the student is evaluated, once")
+    levels: int = Field(18, ge=2, le=10_000, description="noise levels of the schedule")
+
+
+Stage = Annotated[EdmSettings | TsmSettings | DmSettings | AdmSettings | CdSettings, Field(discriminator="objective")]
 
 
 class SolverSettings(Section):
@@ -267,6 +300,11 @@ class StudentSettings(Section):
     width: float = Field(1.0, gt=0, le=16, description="channels, as a multiple of the teacher's")
     depth: float = Field(1.0, gt=0, le=16, description="blocks, as a multiple of the teacher's (at least one stays)")
     network: Network | None = Field(None, description="a full network section instead of `width` and `depth`")
+    init: Literal["auto", "teacher", "pruned", "random"] = Field(
+        "auto",
+        description="first weights: the teacher's, those of its leading channels (for a smaller network), or random; "
+        "auto: the teacher's where the networks are equal, else random",
+    )
 
     @model_validator(mode="after")
     def _one_way_only(self) -> StudentSettings:
@@ -401,8 +439,12 @@ def find(source: str | Path) -> Path:
     )
 
 
-def shipped() -> list[Path]:
-    """Return the recipes that travel with the package (in a checkout: the `recipes` folder beside it)."""
+def recipes_folder() -> Path:
+    """Return the folder of the recipes that travel with the package (in a checkout: the one beside it)."""
     package = Path(__file__).parent
-    folder = package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
-    return sorted(folder.glob("*.yaml"))
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def shipped() -> list[Path]:
+    """Return the recipes that ship with msd."""
+    return sorted(recipes_folder().glob("*.yaml"))

@@ -78,7 +78,10 @@ class Document:
         if not equals or not all(keys):
             raise UserError(f"override {text!r} is not of the form key=value", hint="for instance: stages.0.steps=50")
         where = f"override '{text}'"
-        value = _parse(value_text, where, {})
+        self.set(keys, _parse(value_text, where, {}), where)
+
+    def set(self, keys: list[str], value: Any, where: str) -> None:
+        """Set the value at the path `keys`; `where` stands in messages for its origin."""
         node: Any = self.tree
         for depth, part in enumerate(keys):
             index = self._index(node, part, where)

@@ -51,6 +51,11 @@ class Denoiser(nn.Module):
         F_x = self.net(c_in * x, sigma.log() / 4, condition)
         return c_skip * x + c_out * F_x.to(torch.float32)
 
+    @property
+    def taps(self) -> list[str]:
+        """The names of the encoder's blocks, in order, whose features can be asked for."""
+        return self.net.taps
+
     def features(self, x: Tensor, sigma: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
         """Return the encoder's features at the named `taps`, without running the decoder."""
         sigma = sigma.to(torch.float32)

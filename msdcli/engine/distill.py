@@ -23,6 +23,7 @@ from msdcli.engine import checkpoint
 from msdcli.engine.events import Progress, Report, silent
 from msdcli.engine.interrupt import Interrupted, interruptible
 from msdcli.errors import UserError
+from msdcli.nets.prune import prune
 from msdcli.objectives import Objective, objective
 from msdcli.recipe import Recipe, StageSettings
 from msdcli.rundir import read_json
@@ -198,16 +199,23 @@ class Student:
 
 
 def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
-    """Return the student as its first stage finds it: the teacher's copy, or, where the networks differ, random
-    weights.
-    """
+    """Return a student as its first stage finds it, with the weights that `student.init` asks for."""
     settings = recipe.student.network_for(teacher.settings)
-    if settings == teacher.settings:
+    init, equal = recipe.student.init, settings == teacher.settings
+    if init == "teacher" and not equal:
+        raise UserError(
+            "student.init: teacher is for students with the teacher's own network", hint="student.init=pruned"
+        )
+    if equal and init != "random":
         return copy.deepcopy(teacher).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("network", recipe.seed, number).initial_seed())
         shape, classes = teacher.shape, teacher.num_classes
-        return nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+        student = nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+        student = student.to(next(teacher.parameters()).device)
+    if init == "pruned":
+        prune(teacher, student)
+    return student
 
 
 def distill_student(student: Student, report: Report) -> None:

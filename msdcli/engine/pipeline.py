@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from msdcli import nets
 from msdcli.data import open_data
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.engine import dataset, device, fid, partition, sample, teacher, workers
-from msdcli.engine.distill import Student, check_stage, distill_student, is_finished
+from msdcli.engine.distill import Student, check_stage, distill_student, is_finished, new_network
 from msdcli.engine.events import Report, silent
 from msdcli.engine.pairs import Pairs
 from msdcli.errors import UserError
@@ -62,9 +61,8 @@ def check(recipe: Recipe) -> Dataset:
 def networks_on_meta(recipe: Recipe, data: Dataset) -> tuple[Denoiser, Denoiser]:
     """Build teacher and student without memory: shapes are checked and parameters can be counted."""
     frozen = teacher.on_meta(recipe, data)
-    options = {"shape": frozen.shape, "num_classes": frozen.num_classes, "sigma_data": frozen.sigma_data}
     with torch.device("meta"):
-        return frozen, nets.build(recipe.student.network_for(frozen.settings), **options)
+        return frozen, new_network(recipe, frozen, 0)
 
 
 def distill(recipe: Recipe, report: Report, *, student: int | None = None, worker: bool = False) -> Outcome:

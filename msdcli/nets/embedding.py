@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msdcli.errors import UserError
+
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
@@ -18,6 +20,13 @@ def zeroed(layer: Layer) -> Layer:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def tap_number(taps: list[str], tap: str) -> int:
+    """Return the position of a named block. UserError if there is none of that name."""
+    if tap not in taps:
+        raise UserError(f"no encoder block is called {tap!r}; there are {', '.join(taps)}")
+    return taps.index(tap)
 
 
 class Embedding(nn.Module):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msdcli.nets.embedding import Embedding, zeroed
+from msdcli.nets.embedding import Embedding, tap_number, zeroed
 
 if TYPE_CHECKING:
     from msdcli.recipe import MLPSettings
@@ -37,6 +38,21 @@ class MLP(nn.Module):
         self.blocks = nn.ModuleList(Block(settings.channels, self.embedding.width) for _ in range(settings.blocks))
         self.norm = nn.LayerNorm(settings.channels)
         self.outlet = zeroed(nn.Linear(settings.channels, shape[0]))
+
+    @property
+    def taps(self) -> list[str]:
+        """The names of the blocks, in order."""
+        return [f"block{i}" for i in range(len(self.blocks))]
+
+    def features(self, x: Tensor, c_noise: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
+        """Return what the named blocks give, in the order asked for; blocks after the last of them do not run."""
+        numbers = [tap_number(self.taps, tap) for tap in taps]
+        embedding = self.embedding(c_noise, condition)
+        found, h = list[Tensor](), self.inlet(x)
+        for block in self.blocks[: max(numbers) + 1]:
+            h = block(h, embedding)
+            found.append(h)
+        return [found[i] for i in numbers]
 
     def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None) -> Tensor:
         embedding = self.embedding(c_noise, condition)

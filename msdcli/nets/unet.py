@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msdcli.errors import UserError
-from msdcli.nets.embedding import Embedding, zeroed
+from msdcli.nets.embedding import Embedding, tap_number, zeroed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,10 +32,17 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """norm, SiLU, conv, twice; the second norm is scaled and shifted by the embedding; attention last if asked for."""
+    """norm, SiLU, conv, twice; the second norm is scaled and shifted by the embedding; attention last if asked for.
 
-    def __init__(self, c_in: int, c_out: int, embedding: int, *, resample: str = "", attention: bool, dropout: float):
+    `inputs` are the channels of the tensors that its input is put together from.
+    """
+
+    def __init__(
+        self, inputs: tuple[int, ...], c_out: int, embedding: int, *, resample: str, attention: bool, dropout: float
+    ) -> None:
         super().__init__()
+        c_in = sum(inputs)
+        self.inputs = inputs
         self.resample = resample
         self.dropout = dropout
         self.norm0 = group_norm(c_in)
@@ -92,10 +98,10 @@ class UNet(nn.Module):
         widths = [settings.channels * m for m in settings.multipliers]
         sizes = [size >> level for level in range(len(widths))]
 
-        def block(c_in: int, c_out: int, at: int, resample: str = "") -> ResidualBlock:
+        def block(inputs: tuple[int, ...], c_out: int, at: int, resample: str = "") -> ResidualBlock:
             wants = at in settings.attention
             e = self.embedding.width
-            return ResidualBlock(c_in, c_out, e, resample=resample, attention=wants, dropout=settings.dropout)
+            return ResidualBlock(inputs, c_out, e, resample=resample, attention=wants, dropout=settings.dropout)
 
         # Encoder: every output is a skip.
         self.conv_in = nn.Conv2d(image_channels, widths[0], 3, padding=1)
@@ -103,22 +109,22 @@ class UNet(nn.Module):
         skips, c = [widths[0]], widths[0]
         for level, (width, at) in enumerate(zip(widths, sizes, strict=True)):
             if level > 0:
-                self.encoder[f"{at}x{at}_down"] = block(c, c, at, "down")
+                self.encoder[f"{at}x{at}_down"] = block((c,), c, at, "down")
                 skips.append(c)
             for i in range(settings.blocks):
-                self.encoder[f"{at}x{at}_{i}"] = block(c, width, at)
+                self.encoder[f"{at}x{at}_{i}"] = block((c,), width, at)
                 c = width
                 skips.append(c)
 
         # Decoder: the mirror image, one block more per level.
-        self.middle = block(c, c, sizes[-1])
+        self.middle = block((c,), c, sizes[-1])
         self.decoder = nn.ModuleDict()
         for level, (width, at) in reversed([*enumerate(zip(widths, sizes, strict=True))]):
             for i in range(settings.blocks + 1):
-                self.decoder[f"{at}x{at}_{i}"] = block(c + skips.pop(), width, at)
+                self.decoder[f"{at}x{at}_{i}"] = block((c, skips.pop()), width, at)
                 c = width
             if level > 0:
-                self.decoder[f"{at}x{at}_up"] = block(c, c, sizes[level - 1], "up")
+                self.decoder[f"{at}x{at}_up"] = block((c,), c, sizes[level - 1], "up")
         self.norm_out = group_norm(c)
         self.conv_out = zeroed(nn.Conv2d(c, image_channels, 3, padding=1))
 
@@ -141,13 +147,10 @@ class UNet(nn.Module):
 
     def features(self, x: Tensor, c_noise: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
         """Return what the named encoder blocks give, in the order asked for; the decoder does not run."""
-        if unknown := [tap for tap in taps if tap not in self.taps]:
-            raise UserError(f"no encoder block is called {unknown[0]!r}; there are {', '.join(self.taps)}")
+        numbers = [tap_number(self.taps, tap) for tap in taps]
         embedding = self.embedding(c_noise, condition)
-        h, found = self.conv_in(x), {}
-        for name in self.taps:
-            h = (self.middle if name == "middle" else self.encoder[name])(h, embedding)
-            found[name] = h
-            if len(found.keys() & set(taps)) == len(set(taps)):
-                break
-        return [found[tap] for tap in taps]
+        found, h = list[Tensor](), self.conv_in(x)
+        for block in [*self.encoder.values(), self.middle][: max(numbers) + 1]:
+            h = block(h, embedding)
+            found.append(h)
+        return [found[i] for i in numbers]

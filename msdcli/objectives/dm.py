@@ -32,19 +32,25 @@ class DistributionMatching(Objective):
         yield ("student",), self.student_loss
 
     def fake_loss(self, draws: Draws) -> Tensor:
-        """Denoising score matching on the student's samples."""
         y, c = self.fake_batch(draws)
         x, sigma = self.diffuse(y, draws)
+        return self.denoising_loss(x, sigma, c, y)
+
+    def denoising_loss(self, x: Tensor, sigma: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        """The fake network's denoising score matching on the student's samples y."""
         error = d.image_mean((self.fake(x, sigma, c) - y).square())
         if self.settings.fake_weight == "none":
             return error
         return (sigma**-2 + self.teacher.sigma_data**-2) * error
 
     def student_loss(self, draws: Draws) -> Tensor:
+        y, c = self.generate(self.shared(draws))
+        return self.matching_loss(y, c, draws)
+
+    def matching_loss(self, y: Tensor, c: Tensor, draws: Draws) -> Tensor:
         """A loss whose gradient is that of KL(student || teacher), averaged over noise levels, plus DMD's
         regression.
         """
-        y, c = self.generate(self.shared(draws))
         with torch.no_grad():
             x, sigma = self.diffuse(y, draws)
             gradient = d.matching_gradient(self.fake(x, sigma, c), self.teacher(x, sigma, c), y)

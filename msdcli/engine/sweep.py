@@ -1,0 +1,162 @@
+"""Run the cells of a sweep, and sum them up: a table with the spread over seeds, a CSV and a picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msdcli.engine import pipeline
+from msdcli.engine.accounting import costs
+from msdcli.engine.events import Report
+from msdcli.errors import UserError
+from msdcli.rundir import RunDir, read_json, write_text, writing
+from msdcli.sweep import Cell, Sweep
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: every figure of every seed that is done, by name."""
+
+    label: str
+    seeds: list[int]
+    samples: int
+    figures: dict[str, list[float]]
+
+    def mean(self, name: str) -> float:
+        return statistics.fmean(self.figures[name])
+
+    def spread(self, name: str) -> float:
+        """The standard deviation over seeds; 0 for a single one."""
+        values = self.figures[name]
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def run(sweep: Sweep, report: Report, *, worker: tuple[int, int] = (0, 1)) -> None:
+    """Finish the cells of worker i of n: cells i, i + n, i + 2n, ... A cell that another process is at is waited
+    for.
+    """
+    index, count = worker
+    mine = sweep.cells[index::count]
+    for cell in mine:
+        report(f"{cell.label}, seed {cell.seed} ({sweep.cells.index(cell) + 1} of {len(sweep.cells)})")
+        if _result(cell) is None:
+            pipeline.distill(cell.recipe, report)
+
+
+def _result(cell: Cell) -> dict[str, Any] | None:
+    """Return the measurement of a finished cell. UserError if its directory belongs to another recipe."""
+    run_dir = RunDir(cell.recipe.run_dir)
+    run_dir.check(cell.recipe)
+    found = sorted(run_dir.metrics.glob("*.json"))
+    return read_json(found[0]) if found else None
+
+
+def lines(sweep: Sweep) -> list[Line]:
+    """Return what is done, line by line; the first line is the teacher's."""
+    table, metric = list[Line](), None
+    for label in sweep.labels:
+        done = [(cell, result) for cell in sweep.cells if cell.label == label and (result := _result(cell))]
+        if not done:
+            continue
+        metric = done[0][1]["metric"]
+        figures = [_whole(result, "students") | _cost(RunDir(cell.recipe.run_dir)) for cell, result in done]
+        names = figures[0].keys()
+        by_name = {name: [f[name] for f in figures] for name in names}
+        table.append(Line(label, [cell.seed for cell, _ in done], done[0][1]["samples"], by_name))
+    if metric is None:
+        raise UserError(f"{sweep.folder}: no run of this sweep is finished", hint=f"msd sweep {sweep.name}")
+    return [*_teachers(sweep), *table]
+
+
+def _teachers(sweep: Sweep) -> list[Line]:
+    """One line for the teachers of the sweep, one value per distinct teacher."""
+    found = {}
+    for cell in sweep.cells:
+        if result := _result(cell):
+            found[result["teacher_sha256"]] = (cell.seed, _whole(result, "teacher"), result["samples"])
+    figures = [values for _, values, _ in found.values()]
+    by_name = {name: [f[name] for f in figures] for name in figures[0]}
+    return [Line("teacher", [seed for seed, _, _ in found.values()], next(iter(found.values()))[2], by_name)]
+
+
+def _whole(result: dict[str, Any], who: str) -> dict[str, float]:
+    row = next(row for row in result["rows"] if (row["who"], row["group"]) == (who, "whole"))
+    return dict(row["values"])
+
+
+def _cost(run_dir: RunDir) -> dict[str, float]:
+    total = next(row for row in costs(run_dir) if row["part"] == "all students")
+    return {"student seconds": total["seconds"], "student FLOP": total["flops"]}
+
+
+def summary(table: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+    """Return column names and rows: mean ± standard deviation over seeds."""
+    names = list(dict.fromkeys(name for line in table for name in line.figures))
+    rows = []
+    for line in table:
+        cells = [
+            f"{_short(line.mean(n))} ± {_short(line.spread(n))}"
+            if n in line.figures and len(line.seeds) > 1
+            else _short(line.mean(n))
+            if n in line.figures
+            else ""
+            for n in names
+        ]
+        rows.append([line.label, str(len(line.seeds)), f"{line.samples:,}", *cells])
+    return ["", "seeds", "samples", *names], rows
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) >= 1e4 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.4f}"
+
+
+def write(sweep: Sweep, table: Sequence[Line]) -> list[Path]:
+    """Write table.md, table.csv (one row per run) and table.png into the sweep's folder; return their paths."""
+    paths = [sweep.folder / name for name in ("table.md", "table.csv", "table.png")]
+    columns, rows = summary(table)
+    markdown = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    write_text(paths[0], "\n".join([*markdown, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n")
+    write_text(paths[1], _csv(table))
+    _draw(paths[2], sweep.name, table)
+    return paths
+
+
+def _csv(table: Sequence[Line]) -> str:
+    names = list(dict.fromkeys(name for line in table for name in line.figures))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["line", "seed", "samples", *names])
+    for line in table:
+        for i, seed in enumerate(line.seeds):
+            writer.writerow([line.label, seed, line.samples, *(line.figures.get(n, [""] * (i + 1))[i] for n in names)])
+    return text.getvalue()
+
+
+def _draw(path: Path, title: str, table: Sequence[Line]) -> None:
+    """Draw the first figure of every line: each seed a dot, the mean a bar, the teacher a broken line."""
+    from matplotlib.figure import Figure
+
+    metric = next(iter(table[-1].figures))
+    students = [line for line in table if line.label != "teacher"]
+    figure = Figure(figsize=(7, 0.8 + 0.34 * len(students)), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"{metric} ({students[0].samples:,} samples; a dot is a seed)", title=title)
+    for y, line in enumerate(reversed(students)):
+        values = line.figures[metric]
+        axes.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.6, markersize=5)
+        axes.plot([line.mean(metric)], [y], "|", color="black", markersize=14)
+    for line in table:
+        if line.label == "teacher" and metric in line.figures:
+            axes.axvline(line.mean(metric), linestyle="--", color="tab:gray", label="teacher")
+            axes.legend(fontsize=8)
+    axes.set_yticks(range(len(students)), [line.label for line in reversed(students)])
+    spans = [v for line in students for v in line.figures[metric]]
+    if min(spans) > 0 and max(spans) / min(spans) > 20:
+        axes.set_xscale("log")
+    axes.grid(axis="x", alpha=0.3)
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)

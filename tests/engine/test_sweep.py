@@ -1,0 +1,82 @@
+"""Sweeps: cells are ordinary runs, machines share them, tables carry the spread."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from msdcli import sweep
+from msdcli.errors import UserError
+from tests.conftest import Msd
+
+SWEEP = """
+recipe: tiny.yaml
+base: {stages.0.steps: 3}
+seeds: [0, 1]
+rows:
+  - {label: "K = 1", set: {partition.students: 1}}
+  - {label: "K = 2, cd", set: {stages: [{objective: cd, steps: 3, batch: 16}]}}
+"""
+
+
+@pytest.mark.parametrize("path", sweep.shipped(), ids=lambda p: p.stem)
+def test_shipped_sweeps_are_good(path: Path) -> None:
+    assert len(sweep.load(path).cells) >= 6
+    assert all(f"# {key}:" in path.read_text() for key in ("Shows", "Costs", "Measured"))
+
+
+def test_two_workers_finish_one_sweep_and_the_table_sums_it_up(msd: Msd, tiny: Path) -> None:
+    (tiny.parent / "mini.yaml").write_text(SWEEP)
+    first = msd("sweep", "mini.yaml", "--worker", "0/2")
+    assert first.returncode == 0, first.stderr
+    second = msd("sweep", "mini.yaml", "--worker", "1/2", "--json")
+    assert second.returncode == 0, second.stderr
+    lines = {line["label"]: line for line in json.loads(second.stdout)["lines"]}
+    assert list(lines) == ["teacher", "K = 1", "K = 2, cd"]
+    assert lines["K = 1"]["seeds"] == [0, 1]
+    assert len(set(lines["K = 1"]["figures"]["sliced_wasserstein"])) == 2
+    folder = tiny.parent / "runs/mini"
+    assert len(list((folder / ".shared").glob("teacher-*"))) == 1, "cells share the teacher"
+    with open(folder / "table.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["line"] for r in rows] == ["teacher", "K = 1", "K = 1", "K = 2, cd", "K = 2, cd"]
+    assert "±" in (folder / "table.md").read_text()
+    assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
+    assert msd("status", "runs/mini/k-1-seed0").returncode == 0, "a cell is an ordinary run"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SWEEP.replace("rows", "row"), "did you mean `rows`"),
+        (SWEEP.replace("partition.students: 1", "partition.student: 1"), "K = 1: partition.student"),
+        (SWEEP.replace("K = 2, cd", "K: 1"), "the same label"),
+        (SWEEP.replace("tiny.yaml", "tinny"), "no recipe at tinny"),
+    ],
+)
+def test_mistakes_in_a_sweep_are_named(tiny: Path, text: str, said: str) -> None:
+    path = tiny.parent / "mini.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        sweep.load(path)
+
+
+def test_a_grid_is_every_combination(tiny: Path) -> None:
+    path = tiny.parent / "mini.yaml"
+    path.write_text("recipe: tiny.yaml\nseeds: [0]\ngrid: {partition.students: [1, 2], stages.0.batch: [8, 16]}\n")
+    loaded = sweep.load(path)
+    assert loaded.labels == [f"students {k}, batch {b}" for k in (1, 2) for b in (8, 16)]
+    assert {(c.recipe.partition.students, c.recipe.stages[0].batch) for c in loaded.cells} == {
+        (1, 8),
+        (1, 16),
+        (2, 8),
+        (2, 16),
+    }
+
+
+def test_bad_shares_are_refused(msd: Msd, tiny: Path) -> None:
+    (tiny.parent / "mini.yaml").write_text(SWEEP)
+    assert msd("sweep", "mini.yaml", "--worker", "2/2").returncode == 2
