@@ -49,6 +49,8 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
         options = {"shape": data.shape, "num_classes": len(data.class_names), "sigma_data": settings.sigma_data}
         with torch.device("meta"):
             return nets.build(settings.network, **options)
+    if not path.exists():
+        raise UserError(f"no model at {path}", hint=f"get it from {settings.source}" if settings.source else None)
     teacher = importing.inspect(path) if importing.is_pickle(path) else checkpoint.load_model(path)[0].to("meta")
     _check_fit(teacher, recipe, data)
     return teacher
