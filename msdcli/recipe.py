@@ -165,6 +165,7 @@ class EdmSettings(StageSettings):
     objective: Literal["edm"] = Field("edm", description="denoising score matching")
     P_mean: float = Field(-1.2, description="mean of ln(sigma)")
     P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
+    label_dropout: Fraction = Field(0.0, description="part of the images trained without their class, for guidance")
 
 
 class TsmSettings(StageSettings):
@@ -244,6 +245,18 @@ class SolverSettings(Section):
     rho: Positive = Field(7.0, description="spacing of the levels")
 
 
+class GuidanceSettings(Section):
+    """Guidance of the teacher wherever it is asked: in pairs, samples and losses."""
+
+    scale: float = Field(ge=0, le=100, description="1 is no guidance; more moves away from the worse prediction")
+    interval: list[Annotated[float, Field(ge=0, le=10_000)]] = Field(
+        [0.0, 10_000.0], min_length=2, max_length=2, description="noise levels that are guided: above, and up to"
+    )
+    guide: str | None = Field(
+        None, description="a weaker teacher (folder or pickle) to move away from; absent: the teacher without class"
+    )
+
+
 class TeacherSettings(Section):
     """The diffusion model to distil: trained here, or loaded."""
 
@@ -260,6 +273,7 @@ class TeacherSettings(Section):
     seed: Seed = Field(0, description="seed of the teacher's training")
     training: EdmSettings = Field(default_factory=EdmSettings, description="how it is trained: objective `edm`")
     solver: SolverSettings = Field(default_factory=SolverSettings, description="how it is sampled")
+    guidance: GuidanceSettings | None = Field(None, description="how it is guided; absent: not at all")
 
 
 class PartitionSettings(Section):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset
 from msdcli.engine import checkpoint, classifier, dataset, device, pairs, sample
+from msdcli.engine import teacher as teachers
 from msdcli.engine.events import Progress, Report
 from msdcli.metrics.frechet import frechet_distance
 from msdcli.metrics.moments import Moments
@@ -128,7 +129,7 @@ def measure(run: RunDir, report: Report) -> Measurement:
     on = device.prepare(recipe)
     data = dataset.provide(run, recipe, report)
     students = sample.load(run.root, on)
-    teacher, description = checkpoint.load_model(run.teacher)
+    teacher, teacher_hash = teachers.load(run, recipe)
     planar = len(data.shape) == 1
     judge: Judge = PlanarJudge(recipe) if planar else ClassifierJudge(run, recipe, data, on, report)
 
@@ -136,7 +137,7 @@ def measure(run: RunDir, report: Report) -> Measurement:
     count = recipe.evaluation.samples
     classes = pairs.labels_for(data, range(count))
     by_teacher = judge.features(
-        teacher_samples(pairs.Pairs(run, recipe, data, description["sha256"]), teacher.to(on), count, report)
+        teacher_samples(pairs.Pairs(run, recipe, data, teacher_hash), teacher.to(on), count, report)
     )
     y = students.sample(
         classes.tolist(), seed=derive("evaluation", recipe.evaluation.seed), batch=recipe.evaluation.batch
@@ -154,7 +155,7 @@ def measure(run: RunDir, report: Report) -> Measurement:
     record = {
         "samples": count,
         "seed": recipe.evaluation.seed,
-        "teacher_sha256": description["sha256"],
+        "teacher_sha256": teacher_hash,
         "students_sha256": [checkpoint.read_json(f / checkpoint.MODEL)["sha256"] for f in students.folders],
         "students_against": "teacher" if planar else "data",
         "solver": recipe.teacher.solver.model_dump(),
