@@ -18,7 +18,8 @@ class Preconditioned(ExactBuffers, Denoiser):
     """D(x, sigma, condition) = c_skip x + c_out F(c_in x, c_noise, condition) (Eq. 7); here with EDM's coefficients.
 
     `condition` is [n] int64 class numbers, [n, num_classes] float one-hot rows, or None; None and negative numbers are
-    no class, a row of zeros. A network without classes ignores it. `sigma_min` and `sigma_max` bound the noise levels that it was made for.
+    no class, a row of zeros. A network without classes ignores it. `sigma_min` and `sigma_max` bound the noise levels
+    that it was made for.
     """
 
     net: TappedUNet
