@@ -84,11 +84,34 @@ class EdmNetworkSettings(Section):
         return self.model_copy(update={"arguments": self.arguments | changed})
 
 
+class DiffusersNetworkSettings(Section):
+    """A network of the diffusers library, by its own configuration."""
+
+    kind: Literal["diffusers"] = Field("diffusers", description="a network of the diffusers library")
+    class_name: Literal["UNet2DModel", "DiTTransformer2DModel"] = Field(description="the network's class")
+    config: dict[str, Any] = Field(description="its config.json")
+    prediction: Literal["epsilon", "v_prediction", "sample", "flow"] = Field("epsilon", description="what it predicts")
+    schedule: dict[str, Any] = Field({}, description="its scheduler's betas, e.g. {beta_schedule: linear}")
+
+    def scaled(self, width: float, depth: float) -> DiffusersNetworkSettings:
+        """Return a section with `width` times the channels (DiT: heads) and `depth` times the blocks."""
+        config = dict(self.config)
+        if self.class_name == "UNet2DModel":
+            group = config.get("norm_num_groups") or 32
+            channels = config.get("block_out_channels", [224, 448, 672, 896])  # the library's defaults
+            config["block_out_channels"] = [max(1, round(c * width / group)) * group for c in channels]
+            config["layers_per_block"] = max(1, round(config.get("layers_per_block", 2) * depth))
+        else:
+            config["num_attention_heads"] = max(1, round(config.get("num_attention_heads", 16) * width))
+            config["num_layers"] = max(1, round(config.get("num_layers", 28) * depth))
+        return self if (width, depth) == (1, 1) else self.model_copy(update={"config": config})
+
+
 def _scaled(channels: int, width: float, blocks: int, depth: float) -> dict[str, int]:
     return {"channels": max(1, round(channels * width)), "blocks": max(1, round(blocks * depth))}
 
 
-NetworkSettings = UNetSettings | MLPSettings | EdmNetworkSettings
+NetworkSettings = UNetSettings | MLPSettings | EdmNetworkSettings | DiffusersNetworkSettings
 Network = Annotated[NetworkSettings, Field(discriminator="kind")]
 
 
@@ -262,7 +285,8 @@ class TeacherSettings(Section):
 
     path: str | None = Field(
         None,
-        description="folder with model.safetensors and model.json, or an EDM or EDM2 pickle; absent: train one",
+        description="folder with model.safetensors and model.json, EDM or EDM2 pickle, or folder of diffusers; absent: "
+        "train one",
     )
     source: str | None = Field(None, description="where `path` can be downloaded: for whoever reads or plans the run")
     network: Network = Field(

@@ -18,8 +18,8 @@ from msdcli.engine.distill import is_finished, peak_memory, train
 from msdcli.engine.events import Report, silent
 from msdcli.errors import UserError
 from msdcli.objectives.edm import DenoisingScoreMatching
-from msdcli.recipe import EdmNetworkSettings, Recipe, TeacherSettings
-from msdcli.rundir import RunDir, file_hash, key, link, lock
+from msdcli.recipe import DiffusersNetworkSettings, EdmNetworkSettings, Recipe, TeacherSettings
+from msdcli.rundir import RunDir, key, link, lock
 
 
 def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> tuple[Denoiser, str]:
@@ -79,7 +79,7 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
 def _given_on_meta(path: Path, source: str | None) -> Denoiser:
     if not path.exists():
         raise UserError(f"no model at {path}", hint=f"get it from {source}" if source else None)
-    return importing.inspect(path) if importing.is_pickle(path) else checkpoint.load_model(path)[0].to("meta")
+    return importing.inspect(path) if importing.is_foreign(path) else checkpoint.load_model(path)[0].to("meta")
 
 
 def _guided(teacher: Denoiser, recipe: Recipe, guide: Denoiser | None) -> Denoiser:
@@ -102,14 +102,16 @@ def _label_dropout(teacher: Denoiser, recipe: Recipe) -> float | None:
     """How often the teacher trained without a class; None where nobody says."""
     if recipe.teacher.path is None:
         return recipe.teacher.training.label_dropout
+    if isinstance(teacher.settings, DiffusersNetworkSettings):
+        return 0.0 if teacher.settings.class_name == "UNet2DModel" else None
     return getattr(teacher.settings, "arguments", {}).get("label_dropout")
 
 
 def _located(run: RunDir, path: Path, report: Report) -> Path:
-    """Return the folder of a given teacher; a pickle is imported once, next to the runs that share it."""
-    if not importing.is_pickle(path):
+    """Return the folder of a given teacher; one from elsewhere is imported once, next to the runs that share it."""
+    if not importing.is_foreign(path):
         return path
-    folder = run.shared / f"teacher-{key('imported', file_hash(path))}"
+    folder = run.shared / f"teacher-{importing.identity(path)}"
     with lock(folder, "the teacher", wait=report):
         if not checkpoint.is_complete(folder):
             report(f"teacher: importing {path}")
