@@ -38,9 +38,10 @@ def fail(message: str, hint: str | None) -> None:
         err.print(f"[bold]try:[/] {escape(hint)}")
 
 
-def print_json(value: Any) -> None:
-    """Print a value as JSON on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+def print_json(value: Any, *, compact: bool = False) -> None:
+    """Print a value as JSON on stdout; `compact` is one line, of many that follow each other."""
+    sys.stdout.write(json.dumps(value, indent=None if compact else 1) + "\n")
+    sys.stdout.flush()
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> None:

@@ -132,6 +132,18 @@ class Toy2dSettings(Section):
     seed: Seed = Field(0, description="seed of the points")
 
 
+class GlyphsSettings(Section):
+    """Characters in many typefaces, drawn from code: procedural, 62 classes (0-9, A-Z, a-z), as many images as
+    wanted.
+    """
+
+    name: Literal["glyphs"] = Field("glyphs", description="characters in many typefaces")
+    size: int = Field(16, ge=8, le=64, description="side in pixels")
+    channels: Literal[1, 3] = Field(1, description="1: grey, 3: colour")
+    count: int = Field(20_000, ge=62, le=2**40, description="number of images")
+    seed: Seed = Field(0, description="seed of the images")
+
+
 class FolderSettings(Section):
     """Pictures of your own: a folder (class/...), EDM's zip or folder with dataset.json, or an .npz of arrays."""
 
@@ -152,7 +164,7 @@ class FolderSettings(Section):
     source: str | None = Field(None, description="where the data come from: for whoever reads or plans the run")
 
 
-DataSettings = DigitsSettings | Toy2dSettings | FolderSettings
+DataSettings = DigitsSettings | Toy2dSettings | GlyphsSettings | FolderSettings
 Data = Annotated[DataSettings, Field(discriminator="name")]
 
 
@@ -338,6 +350,15 @@ class StudentSettings(Section):
     width: float = Field(1.0, gt=0, le=16, description="channels, as a multiple of the teacher's")
     depth: float = Field(1.0, gt=0, le=16, description="blocks, as a multiple of the teacher's (at least one stays)")
     network: Network | None = Field(None, description="a full network section instead of `width` and `depth`")
+    parameters: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="a target instead: this share of the teacher's parameters, as fast as can be found",
+    )
+    latency: float | None = Field(
+        None, gt=0, lt=1, description="a target instead: this share of the teacher's latency on this device"
+    )
     init: Literal["auto", "teacher", "pruned", "random"] = Field(
         "auto",
         description="first weights: the teacher's, those of its leading channels (for a smaller network), or random; "
@@ -346,8 +367,10 @@ class StudentSettings(Section):
 
     @model_validator(mode="after")
     def _one_way_only(self) -> StudentSettings:
-        if self.network is not None and (self.width, self.depth) != (1.0, 1.0):
-            raise ValueError("`network` replaces `width` and `depth`: give one or the other")
+        scaled = (self.width, self.depth) != (1.0, 1.0)
+        ways = [scaled, self.network is not None, self.parameters is not None, self.latency is not None]
+        if sum(ways) > 1:
+            raise ValueError("give one of `width` and `depth`, `network`, `parameters`, `latency`")
         return self
 
     def network_for(self, teacher: NetworkSettings) -> NetworkSettings:

@@ -18,6 +18,7 @@ class RowSettings(Section):
     """One line of the table: what it is called and which keys it sets."""
 
     label: str = Field(min_length=1, max_length=100, description="name of the line in tables and pictures")
+    recipe: str | None = Field(None, description="another recipe than the sweep's, for this line")
     set: dict[str, Any] = Field({}, description="dotted recipe keys and their values")
 
 
@@ -67,10 +68,11 @@ def load(source: str | Path, *, folder: str | None = None) -> Sweep:
         lines = [recipe_yaml.explain(document, SweepSettings, dict(e)) for e in error.errors(include_url=False)]
         raise UserError("mistakes in the sweep\n" + "\n".join(lines)) from None
     root = Path(folder or f"runs/{path.stem}")
-    near = path.parent / settings.recipe
-    recipe = near if near.is_file() else find(settings.recipe)
+    rows = [*settings.rows, *_grid_rows(settings.grid)] or [RowSettings(label=path.stem)]
     cells = []
-    for row in [*settings.rows, *_grid_rows(settings.grid)] or [RowSettings(label=recipe.stem)]:
+    for row in rows:
+        near = path.parent / (row.recipe or settings.recipe)
+        recipe = near if near.is_file() else find(row.recipe or settings.recipe)
         for seed in settings.seeds:
             keys = settings.base | row.set | dict.fromkeys(settings.seed_keys, seed)
             slug = f"{_slug(row.label)}-seed{seed}"

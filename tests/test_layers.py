@@ -20,7 +20,7 @@ BELOW = {
     "partition": {"rundir", "seeds", "errors"},
     "console": {"errors", "engine.events"},
     "diffusion": {"seeds", "errors", "data.base"},
-    "data": {"diffusion", "recipe", "errors"},
+    "data": {"diffusion", "recipe", "seeds", "errors"},
     "nets": {"diffusion", "recipe", "errors"},
     "metrics": {"diffusion", "nets", "data", "errors"},
     "objectives": {"diffusion", "nets", "recipe", "errors"},

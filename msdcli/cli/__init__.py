@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from msdcli import console, errors
-from msdcli.cli import distill, export, fid, importing, partition, recipes, sample, status, sweep
+from msdcli.cli import bench, distill, export, fid, importing, partition, recipes, sample, status, sweep
 
 
 class Verbs(TyperGroup):
@@ -35,7 +35,7 @@ app = typer.Typer(
     epilog="Start: msd distill digits. The same command again resumes. Exit codes: 0 done, 1 failed while working, "
     "2 something for you to fix, 130 interrupted.",
 )
-for verb in (recipes, importing, partition, distill, status, sample, fid, export, sweep):
+for verb in (recipes, importing, partition, distill, status, sample, fid, export, sweep, bench):
     verb.register(app)
 
 

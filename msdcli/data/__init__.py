@@ -19,6 +19,10 @@ def open_data(settings: DataSettings, *, planning: bool = False) -> Dataset:
         from msdcli.data.digits import Digits
 
         return Digits(settings)
+    if settings.name == "glyphs":
+        from msdcli.data.glyphs import Glyphs
+
+        return Glyphs(settings)
     if settings.name == "folder":
         from msdcli.data import folder
 

@@ -30,6 +30,10 @@ ARRAY_NAMES = ("arr_0", "images")
 LABEL_NAMES = ("arr_1", "labels")
 
 
+Share = tuple[int, int]  # (i, n): of every n batches the one with number i, as one of n processes takes them
+WHOLE: Share = (0, 1)
+
+
 @dataclass(frozen=True)
 class Batch:
     """Images of one size, uint8 [N, H, W, 3], with their numbers in the source."""
@@ -63,15 +67,17 @@ class ImageFiles:
         if self._zip:
             self._zip.close()
 
-    def batches(self, batch_size: int, *, workers: int = 1, limit: int | None = None) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, workers: int = 1, limit: int | None = None, share: Share = WHOLE
+    ) -> Iterator[Batch]:
         """Read in order, `workers` threads decoding; mixed sizes are split by size, so that each batch is one array."""
         names = self.names[:limit]
-        starts = range(0, len(names), batch_size)
+        starts = range(0, len(names), batch_size)[share[0] :: share[1]]
         with ThreadPoolExecutor(max(workers, 1)) as pool:
             # One window ahead: the threads decode it while the caller works on the one before.
             ahead = deque(self._submit(pool, names[start : start + batch_size]) for start in starts[:1])
             for start in starts:
-                coming = start + batch_size
+                coming = start + starts.step
                 if coming < len(names):
                     ahead.append(self._submit(pool, names[coming : coming + batch_size]))
                 yield from _by_size([future.result() for future in ahead.popleft()], start)
@@ -120,7 +126,9 @@ class ImageArray:
     def close(self) -> None:
         self._zip.close()
 
-    def batches(self, batch_size: int, *, workers: int = 1, limit: int | None = None) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, workers: int = 1, limit: int | None = None, share: Share = WHOLE
+    ) -> Iterator[Batch]:
         """Read in order; there is nothing to decode, so `workers` changes nothing."""
         count = len(self) if limit is None else min(limit, len(self))
         one = int(np.prod(self.shape[1:]))
@@ -131,6 +139,8 @@ class ImageArray:
                 content = file.read(size * one)
                 if len(content) < size * one:
                     raise UserError(f"{self.path} ends before image {start + size}.")
+                if start // batch_size % share[1] != share[0]:
+                    continue
                 images = np.frombuffer(bytearray(content), dtype=np.uint8).reshape(size, *self.shape[1:])
                 yield Batch(_as_rgb(images), np.arange(start, start + size))
 

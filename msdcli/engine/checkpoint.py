@@ -104,6 +104,15 @@ def is_complete(folder: Path) -> bool:
     return (folder / MODEL).is_file() and (folder / WEIGHTS).is_file()
 
 
+def step_of(folder: Path) -> int:
+    """Return the step of the training state in `folder`, without reading its tensors."""
+    try:
+        with safe_open(folder / STATE, framework="pt") as file:
+            return int((file.metadata() or {})["step"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{folder / STATE} is damaged or truncated: {error}") from None
+
+
 class TrainState:
     """All that a stage must remember: networks, optimizers, the average, the step, and the cost so far.
 

@@ -9,6 +9,7 @@ from msdcli.diffusion.draws import Source
 from msdcli.engine import checkpoint
 from msdcli.engine.distill import train
 from msdcli.engine.events import Report
+from msdcli.metrics.inception import FeatureNetwork
 from msdcli.nets.classifier import Classifier
 from msdcli.objectives.classify import Classification
 from msdcli.recipe import Recipe, StageSettings
@@ -46,3 +47,10 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
     checkpoint.load_weights(network, tensors, weights)
     link(folder, run.classifier)
     return network.to(device).requires_grad_(False).eval(), read_json(folder / checkpoint.MODEL)["sha256"]
+
+
+def as_network(net: Classifier, sha256: str, device: torch.device) -> FeatureNetwork:
+    """The classifier in the place of Inception: it sees floats, and its classes are the data's own."""
+    return FeatureNetwork(
+        "data", net.features, lambda f: net.head(f).softmax(dim=1), sha256, device=device, floats=True, cpu_batch=500
+    )

@@ -200,19 +200,16 @@ class Student:
 
 def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
     """Return a student as its first stage finds it, with the weights that `student.init` asks for."""
-    settings = recipe.student.network_for(teacher.settings)
-    init, equal = recipe.student.init, settings == teacher.settings
-    if init == "teacher" and not equal:
-        raise UserError(
-            "student.init: teacher is for students with the teacher's own network", hint="student.init=pruned"
-        )
-    if equal and init != "random":
+    settings, init = recipe.student.network_for(teacher.settings), recipe.student.init
+    if init == "teacher" and settings != teacher.settings:
+        raise UserError("student.init: teacher is for students with the teacher's network", hint="student.init=pruned")
+    if settings == teacher.settings and init != "random":
         return copy.deepcopy(teacher).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("network", recipe.seed, number).initial_seed())
         shape, classes = teacher.shape, teacher.num_classes
         student = nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
-        student = student.to(next(teacher.parameters()).device)
+    student.to(next(teacher.parameters()).device)
     if init == "pruned":
         prune(copy.deepcopy(teacher), student)  # a copy is plain, without guidance
     return student

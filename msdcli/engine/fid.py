@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from msdcli.data.base import Dataset
-from msdcli.engine import checkpoint, classifier, dataset, device, pairs, sample
+from msdcli.data.images import content_hash
+from msdcli.engine import checkpoint, classifier, dataset, device, features, pairs, sample
 from msdcli.engine import teacher as teachers
-from msdcli.engine.events import Progress, Report
-from msdcli.metrics.frechet import frechet_distance
-from msdcli.metrics.moments import Moments
+from msdcli.engine.events import Report
+from msdcli.errors import UserError
+from msdcli.metrics.evaluate import FeatureSet
+from msdcli.metrics.inception import VIT_MODELS, FeatureNetwork, open_network
+from msdcli.metrics.intervals import bootstrap, mean_interval
+from msdcli.metrics.moments import Gaussian
 from msdcli.metrics.planar import histogram_l1, sliced_wasserstein
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
@@ -24,6 +29,13 @@ from msdcli.rundir import RunDir, write_json
 from msdcli.seeds import derive
 
 MAX_REFERENCE = 50_000
+REPLICATES = 100  # of the bootstrap where no number is asked for and features have at most
+CHEAP = 256  # dimensions: at 2048 a replicate costs seconds
+FEWEST = 10  # images that an interval needs: of fewer, a resample can be one image over and over
+
+Reference = FeatureSet | Gaussian
+Values = dict[str, float]
+Intervals = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,9 @@ class Row:
     who: str
     group: str
     samples: int
-    reference: int
-    values: dict[str, float]
+    reference: int | None
+    values: Values
+    intervals: Intervals = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,178 +59,293 @@ class Measurement:
     rows: list[Row]
     record: dict[str, Any]
 
-    def whole(self, who: str) -> dict[str, float]:
+    def whole(self, who: str) -> Values:
         """The values of one line's whole set."""
-        return next(row.values for row in self.rows if (row.who, row.group) == (who, "whole"))
+        return self.row(who).values
+
+    def row(self, who: str) -> Row:
+        return next(row for row in self.rows if (row.who, row.group) == (who, "whole"))
 
     def to_json(self) -> dict[str, Any]:
         rows = [asdict(row) for row in self.rows]
         return {"metric": self.metric, "protocol": self.protocol, "rows": rows} | self.record
 
 
-class Judge(Protocol):
-    """How one kind of data is measured."""
+@dataclass(frozen=True)
+class Options:
+    """How a run is measured; what is None is for the recipe or the protocol to say."""
 
+    protocol: str | None = None
+    weights: Path | None = None
+    reference: str | None = None
+    samples: int | None = None
+    batch: int | None = None
+    workers: int = 1
+    device: str | None = None
+    bootstrap: int | None = None
+    infinity: bool = False
+    lean: bool = False
+    save: int = 0
+
+
+# How two sets of features are compared.
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The network that measures, the name of its first figure, and what is said about it."""
+
+    network: FeatureNetwork
     metric: str
     protocol: str
-    record: dict[str, Any]
-
-    def features(self, images: Tensor) -> Tensor: ...
-
-    def values(self, features: Tensor, classes: Tensor, reference: Tensor) -> dict[str, float]: ...
+    compare: Callable[[FeatureSet, Reference, int, bool], tuple[Values, Intervals, list[str]]]
+    record: dict[str, Any] = field(default_factory=dict)
 
 
-class ClassifierJudge:
-    """Frechet distance on the features of the data's own classifier, and how often the classifier sees the asked
-    class.
-    """
+def judge_of(run: RunDir, recipe: Recipe, data: Dataset, options: Options, on: torch.device, report: Report) -> Judge:
+    """Open what measures this run: the data's own classifier, or the network of a published protocol."""
+    name, protocol = recipe.data.name, options.protocol or "data"
+    if len(data.shape) == 1:
+        if protocol != "data" or options.reference:
+            raise UserError(f"{name} holds points, which have no {protocol} features", hint="leave the protocol out")
+        what = "L1 distance of 100 x 100 histograms over [-1.5, 1.5]^2, sliced 2-Wasserstein over 128 directions"
+        return Judge(FeatureNetwork("points", lambda x: x, floats=True), f"l1_{name}", what, _points(f"l1_{name}"))
+    if protocol == "data":
+        if options.reference or options.weights:
+            raise UserError(
+                f"the classifier of {name} is the run's own, and compares with the run's own data",
+                hint="--protocol clean (or another) for a reference or weights of yours",
+            )
+        network = classifier.as_network(*classifier.provide(run, recipe, data, on, report), on)
+        dimension = classifier.Classifier.num_features
+        what = f"Frechet distance, {dimension} features of a classifier trained on {name}"
+        metric = f"fd_{name}"
+        return Judge(network, metric, what, _pictures(metric, knows=True), {"classifier_sha256": network.sha256})
+    network = open_network(protocol, weights=options.weights, device=on)
+    metric = ("fd_" if protocol in VIT_MODELS else "fid_") + protocol.replace("-", "_")
+    return Judge(network, metric, protocol, _pictures(metric, knows=False))
 
-    def __init__(self, run: RunDir, recipe: Recipe, data: Dataset, on: torch.device, report: Report) -> None:
-        self.net, sha256 = classifier.provide(run, recipe, data, on, report)
-        self.device = on
-        self.metric = f"fd_{recipe.data.name}"
-        self.protocol = (
-            f"Frechet distance, {self.net.num_features} features of a classifier trained on {recipe.data.name}"
+
+def _pictures(metric: str, *, knows: bool) -> Callable[..., tuple[Values, Intervals, list[str]]]:
+    """Compare by the Frechet distance and its companions; `knows`: the network's classes are the data's own."""
+
+    def compare(mine: FeatureSet, theirs: Reference, replicates: int, extrapolate: bool) -> Any:
+        found = mine.summary(theirs, replicates=replicates, extrapolate=extrapolate)
+        intervals = found.pop("intervals")
+        warnings: list[str] = found.pop("warnings")
+        figures = {k: v for k, v in found.items() if isinstance(v, float)}
+        values, own = {metric: figures.pop("fid")}, intervals.pop("fid", None)
+        spans = {} if own is None else {metric: own}
+        if "fid_infinity" in figures:
+            values[f"{metric}_infinity"] = figures.pop("fid_infinity")
+        if knows and mine.probabilities is not None and mine.labels is not None:
+            right = (mine.probabilities.argmax(axis=1) == mine.labels).astype(float)
+            values["accuracy"] = float(right.mean())
+            if replicates:
+                spans["accuracy"] = asdict(mean_interval(right, replicates=replicates, seed=0))
+            figures.pop("inception_score", None)  # of a network that is not Inception
+            intervals.pop("inception_score", None)
+        return values | figures, spans | intervals, warnings
+
+    return compare
+
+
+def _points(metric: str) -> Callable[..., tuple[Values, Intervals, list[str]]]:
+    """Compare points in the plane."""
+
+    def compare(mine: FeatureSet, theirs: FeatureSet, replicates: int, extrapolate: bool) -> Any:
+        x, y = _tensor(mine), _tensor(theirs)
+        values = {metric: histogram_l1(x, y), "sliced_wasserstein": sliced_wasserstein(x, y)}
+
+        def reweighted(weights: np.ndarray) -> float:
+            return histogram_l1(x.repeat_interleave(torch.from_numpy(weights).long(), dim=0), y)
+
+        if not replicates:
+            return values, {}, []
+        return values, {metric: asdict(bootstrap(reweighted, len(x), replicates=replicates, seed=0))}, []
+
+    return compare
+
+
+def _tensor(points: FeatureSet) -> Tensor:
+    assert points.features is not None, "points are always kept"
+    return torch.from_numpy(points.features)
+
+
+# A run, its networks and its samples.
+
+
+class Scene:
+    """A run under one network: what measuring it once and watching it have in common."""
+
+    def __init__(self, run: RunDir, options: Options, report: Report) -> None:
+        self.run, self.options, self.report = run, options, report
+        self.recipe = run.recipe()
+        self.device = device.prepare(self.recipe) if options.device is None else device.resolve(options.device)
+        self.data = dataset.provide(run, self.recipe, report)
+        self.planar = len(self.data.shape) == 1
+        self.count = options.samples or self.recipe.evaluation.samples
+        self.batch = options.batch or self.recipe.evaluation.batch
+        if self.planar and (options.lean or options.save):
+            raise UserError("points are no pictures: they cannot be saved, and are measured one by one")
+        self.judge = judge_of(run, self.recipe, self.data, options, self.device, report)
+        self.how = features.Measuring(self.judge.network, self.batch, keep=not options.lean)
+        # Number i has the class of image i, so classes are as frequent as in the data.
+        self.classes: list[int] = pairs.labels_for(self.data, range(self.count)).tolist()
+        # A seed of its own, never the noise of the pairs that the students were trained on.
+        self.seed = derive("evaluation", self.recipe.evaluation.seed)
+
+    def replicates(self, dimension: int) -> int:
+        if self.options.bootstrap is not None:
+            return self.options.bootstrap
+        return REPLICATES if dimension <= CHEAP and not self.options.lean else 0
+
+    def real(self) -> Reference:
+        """The reference: the data, or what the user names."""
+        if self.options.reference:
+            options = {"batch": self.batch, "workers": self.options.workers, "report": self.report}
+            return features.of_reference(self.options.reference, self.judge.network, **options)
+        largest = max(self.count, MAX_REFERENCE) if self.planar else MAX_REFERENCE
+        numbers = range(min(len(self.data), largest))
+        depends = self.recipe.data.model_dump(mode="json"), features.fingerprint(self.data), len(numbers)
+        return self._cached(lambda: features.of_data(self.data, numbers, self.how), "data", *depends)
+
+    def teacher(self) -> FeatureSet:
+        """The teacher's samples; they depend on its weights, its solver and the pairs' seed."""
+        net, sha256 = teachers.load(self.run, self.recipe)
+        source = pairs.Pairs(self.run, self.recipe, self.data, sha256)
+        depends = (
+            *(sha256, self.recipe.teacher.solver.model_dump(), self.recipe.pairs.seed),
+            *(self.recipe.data.model_dump(mode="json"), self.count),
         )
-        self.record = {"classifier_sha256": sha256}
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        return torch.cat([self.net.features(chunk.to(self.device)).cpu() for chunk in images.split(500)])
-
-    @torch.no_grad()
-    def values(self, features: Tensor, classes: Tensor, reference: Tensor) -> dict[str, float]:
-        predicted = self.net.head(features.to(self.device)).argmax(1).cpu()
-        accuracy = (predicted == classes).double().mean().item()
-        return {self.metric: frechet_distance(moments(features), moments(reference)), "accuracy": accuracy}
-
-
-def moments(features: Tensor) -> Moments:
-    """Return mean and covariance of features [images, dimensions]."""
-    result = Moments(features.shape[1])
-    result.add(features)
-    return result
-
-
-class PlanarJudge:
-    """L1 distance of histograms and sliced Wasserstein distance of points."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.metric = f"l1_{recipe.data.name}"
-        self.protocol = (
-            "L1 distance of 100 x 100 histograms over [-1.5, 1.5]^2, sliced 2-Wasserstein over 128 directions"
+        return self._cached(
+            lambda: features.of_teacher(source, net.to(self.device), self.count, self.how, self.report),
+            *("teacher", *depends),
         )
-        self.record: dict[str, Any] = {}
 
-    def features(self, images: Tensor) -> Tensor:
-        return images
+    def students(self, students: sample.Students, only: Sequence[int] | None = None) -> FeatureSet:
+        """The students' samples, of all classes or of those in `only`; number i is the same sample either way."""
+        at = [i for i, c in enumerate(self.classes) if only is None or c in only]
+        classes = [self.classes[i] for i in at]
+        drawn = students.stream(classes, seed=self.seed, batch=self.batch, numbers=at)
+        if self.options.save:
+            drawn = features.saving(
+                drawn, classes, self.options.save, self.run.samples / f"measured-{self.judge.metric}"
+            )
+        return features.of_students(drawn, classes, self.how, self.report, what="students' samples")
 
-    def values(self, features: Tensor, classes: Tensor, reference: Tensor) -> dict[str, float]:
-        return {
-            self.metric: histogram_l1(features, reference),
-            "sliced_wasserstein": sliced_wasserstein(features, reference),
-        }
+    def _cached(self, make: Callable[[], FeatureSet], *depends: Any) -> FeatureSet:
+        folder = self.run.shared / f"features-{self.how.key(*depends)}"
+        return features.cached(folder, make, self.report)
 
 
-def measure(run: RunDir, report: Report) -> Measurement:
+def measure(run: RunDir, report: Report, options: Options | None = None) -> Measurement:
     """Measure a finished run and write metrics/NAME.json.
 
-    The students' samples use a seed of their own, never the noise of the pairs that they were trained on. Points are
-    compared with the teacher's samples as the paper does, pictures with the data.
+    Points are compared with the teacher's samples as the paper does, pictures with the data.
     """
-    recipe = run.recipe()
-    on = device.prepare(recipe)
-    data = dataset.provide(run, recipe, report)
-    students = sample.load(run.root, on)
-    teacher, teacher_hash = teachers.load(run, recipe)
-    planar = len(data.shape) == 1
-    judge: Judge = PlanarJudge(recipe) if planar else ClassifierJudge(run, recipe, data, on, report)
-
-    # Samples: number i has the class of image i, so classes are as frequent as in the data.
-    count = recipe.evaluation.samples
-    classes = pairs.labels_for(data, range(count))
-    by_teacher = judge.features(
-        teacher_samples(pairs.Pairs(run, recipe, data, teacher_hash), teacher.to(on), count, report)
-    )
-    y = students.sample(
-        classes.tolist(), seed=derive("evaluation", recipe.evaluation.seed), batch=recipe.evaluation.batch
-    )
-    by_students = judge.features(y)
-    numbers = range(min(len(data), max(count, MAX_REFERENCE) if planar else MAX_REFERENCE))
-    real, real_classes = judge.features(data.images(numbers)), data.labels(numbers)
-
-    against = (by_teacher, classes) if planar else (real, real_classes)
+    students = sample.load(run.root)  # are they all finished?
+    scene = Scene(run, options or Options(), report)
+    students.device = scene.device
+    real = scene.real()  # what can be wrong comes first
+    by_teacher = scene.teacher()
+    by_students = scene.students(students)
+    replicates = scene.replicates(by_students.moments.dimension)
+    against = by_teacher if scene.planar else real
+    lines = Lines(scene.judge, students.partition, replicates, scene.options.infinity)
     rows = [
-        halves(judge, real, real_classes),
-        *rows_for("teacher", judge, (by_teacher, classes), (real, real_classes), students.partition),
-        *rows_for("students", judge, (by_students, classes), against, students.partition),
+        *halves(scene.judge, real),
+        *lines.of("teacher", by_teacher, real),
+        *lines.of("students", by_students, against),
     ]
-    record = {
-        "samples": count,
-        "seed": recipe.evaluation.seed,
-        "teacher_sha256": teacher_hash,
-        "students_sha256": [checkpoint.read_json(f / checkpoint.MODEL)["sha256"] for f in students.folders],
-        "students_against": "teacher" if planar else "data",
-        "solver": recipe.teacher.solver.model_dump(),
-        "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
-    }
-    result = Measurement(judge.metric, judge.protocol, rows, record | judge.record)
-    write_json(run.metrics / f"{judge.metric}.json", result.to_json())
+    result = Measurement(
+        scene.judge.metric,
+        scene.judge.protocol,
+        rows,
+        _record(scene, students, by_students) | {"replicates": replicates, "warnings": lines.warnings},
+    )
+    write_json(run.metrics / f"{scene.judge.metric}.json", result.to_json())
     return result
 
 
-def teacher_samples(source: pairs.Pairs, teacher: checkpoint.Denoiser, count: int, report: Report) -> Tensor:
-    """Return `count` samples of the teacher: its pairs, and more from the same rule where they are too few."""
-    have = [checkpoint.load_tensors(path)[0]["y"] for path, _ in source.shards() if path.exists()]
-    samples = torch.cat([*have, torch.empty(0, *teacher.shape)])[:count]
-    step = 500
-    for start in range(len(samples), count, step):
-        numbers = range(start, min(start + step, count))
-        classes = pairs.labels_for(source.data, numbers)
-        y = pairs.sample_teacher(teacher, source.noise(numbers), classes, source.solver)
-        samples = torch.cat([samples, y])
-        report(Progress("teacher samples", len(samples), count, "images"))
-    return samples
+def _record(scene: Scene, students: sample.Students, measured: FeatureSet) -> dict[str, Any]:
+    recipe, options = scene.recipe, scene.options
+    return {
+        "samples": scene.count,
+        "seed": recipe.evaluation.seed,
+        "labels": {str(label): count for label, count in measured.moments.counts().items()},
+        "network": scene.judge.network.record() | {"dimension": measured.moments.dimension},
+        "teacher_sha256": checkpoint.read_json(scene.run.teacher / checkpoint.MODEL)["sha256"],
+        "students_sha256": [checkpoint.read_json(f / checkpoint.MODEL)["sha256"] for f in students.folders],
+        "students_against": "teacher" if scene.planar else options.reference or "data",
+        "reference_sha256": _reference_hash(scene),
+        "solver": recipe.teacher.solver.model_dump(),
+        "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
+    } | scene.judge.record
 
 
-def rows_for(
-    who: str, judge: Judge, sampled: tuple[Tensor, Tensor], against: tuple[Tensor, Tensor], partition: Partition
-) -> Iterator[Row]:
-    """Yield the rows of one set of samples: whole, per student's part, per class."""
-    features, classes = sampled
-    reference, reference_classes = against
-    groups = (
-        {"whole": range(partition.num_conditions)}
-        if len(partition.parts) == 1
-        else {
-            "whole": range(partition.num_conditions),
-            **{f"student {k}": part for k, part in enumerate(partition.parts)},
-        }
-    )
-    for name, members in [*groups.items(), *((f"class {c}", [c]) for c in range(partition.num_conditions))]:
-        mine, theirs = _among(classes, members), _among(reference_classes, members)
-        if mine.sum() < 2 or theirs.sum() < 2:
-            continue  # too few for a covariance: a small --samples leaves rare classes out
-        values = judge.values(features[mine], classes[mine], reference[theirs])
-        yield Row(who, name, int(mine.sum()), int(theirs.sum()), values)
+def _reference_hash(scene: Scene) -> str:
+    if scene.options.reference is None:
+        return features.fingerprint(scene.data)
+    return content_hash(features.find_reference(scene.options.reference))
 
 
-def _among(classes: Tensor, members: Sequence[int]) -> Tensor:
-    return torch.isin(classes, torch.tensor(list(members)))
+def check(run: RunDir, options: Options) -> tuple[int, str]:
+    """Check what can be checked without writing; return the number of samples and the protocol."""
+    recipe = run.recipe()
+    sample.load(run.root)
+    if options.protocol not in (None, "data"):
+        open_network(str(options.protocol), weights=options.weights)
+    if options.reference:
+        features.find_reference(options.reference)
+    return options.samples or recipe.evaluation.samples, options.protocol or "data"
 
 
-def halves(judge: Judge, real: Tensor, classes: Tensor, *, splits: int = 10) -> Row:
+class Lines:
+    """The rows of a set of samples: whole, per student's part, per class."""
+
+    def __init__(self, judge: Judge, partition: Partition, replicates: int, extrapolate: bool = False) -> None:
+        self.judge, self.partition = judge, partition
+        self.replicates, self.extrapolate = replicates, extrapolate
+        self.warnings: list[str] = []
+
+    def of(self, who: str, mine: FeatureSet, against: Reference) -> Iterator[Row]:
+        """Yield the rows; a reference that does not know the classes is compared with as a whole only."""
+        yield self._row(who, "whole", mine, against, extrapolate=self.extrapolate)
+        if isinstance(against, Gaussian) or set(against.moments.classes) == {-1}:
+            return
+        parts = self.partition.parts
+        groups = {f"student {k}": part for k, part in enumerate(parts)} if len(parts) > 1 else {}
+        classes = {f"class {c}": [c] for c in range(self.partition.num_conditions)}
+        for name, members in (groups | classes).items():
+            part, same = mine.select(members), against.select(members)
+            if min(part.count, same.count) >= 2:  # fewer have no covariance: a small --samples leaves rare classes out
+                yield self._row(who, name, part, same)
+
+    def _row(self, who: str, group: str, mine: FeatureSet, against: Reference, *, extrapolate: bool = False) -> Row:
+        replicates = self.replicates if mine.count >= FEWEST else 0
+        values, intervals, warnings = self.judge.compare(mine, against, replicates, extrapolate)
+        if group == "whole":
+            self.warnings += [f"{who}: {warning}" for warning in warnings]
+        return Row(who, group, mine.count, against.count, values, intervals)
+
+
+def halves(judge: Judge, real: Reference, *, splits: int = 10) -> list[Row]:
     """The distance between two random halves of the real data, averaged: what a perfect model of this data could
-    show.
+    show. Nothing where the reference is no more than its moments.
     """
+    if isinstance(real, Gaussian) or real.features is None or real.count < 2 * FEWEST:
+        return []
+    if real.features.shape[1] > CHEAP:
+        splits = 1
     generator = torch.Generator().manual_seed(0)
-    values: list[dict[str, float]] = []
+    values: list[Values] = []
     for _ in range(splits):
-        order = torch.randperm(len(real), generator=generator)
-        a, b = order[: len(order) // 2], order[len(order) // 2 :]
-        values.append(judge.values(real[a], classes[a], real[b]))
+        order = torch.randperm(real.count, generator=generator).numpy()
+        a, b = real.take(order[: real.count // 2]), real.take(order[real.count // 2 :])
+        values.append(judge.compare(a, b, 0, False)[0])
     mean = {key: sum(v[key] for v in values) / splits for key in values[0]}
-    return Row("real halves", "whole", len(real) // 2, len(real) - len(real) // 2, mean)
+    return [Row("real halves", "whole", real.count // 2, real.count - real.count // 2, mean)]
 
 
 def stored(run: RunDir) -> list[Path]:

@@ -20,7 +20,7 @@ from msdcli.data import open_data
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
-from msdcli.engine import dataset, device, estimate, fid, partition, sample, teacher, workers
+from msdcli.engine import dataset, device, estimate, fid, partition, sample, search, teacher, workers
 from msdcli.engine.distill import Student, check_stage, distill_student, is_finished, new_network
 from msdcli.engine.events import Report, silent
 from msdcli.engine.pairs import Pairs
@@ -85,7 +85,7 @@ def distill(recipe: Recipe, report: Report, *, student: int | None = None, worke
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, silent if worker else report)
     bench = Bench(
         run,
-        recipe,
+        search.resolve(run, recipe, frozen, report),
         data,
         frozen,
         Pairs(run, recipe, data, teacher_hash),

@@ -4,7 +4,7 @@ order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from msdcli.data.images import to_uint8
 from msdcli.diffusion.denoiser import Denoiser, one_step
 from msdcli.diffusion.draws import image_noise
 from msdcli.engine import checkpoint
@@ -35,26 +36,40 @@ class Students:
         self.device = device
         self._loaded: dict[int, tuple[Denoiser, float]] = {}
 
-    @torch.no_grad()
     def sample(self, classes: Sequence[int], *, seed: int = 0, first: int = 0, batch: int = 500) -> Tensor:
         """Return one sample per entry of `classes`, float32 [len(classes), *shape] on the CPU, one evaluation each.
 
         Sample number `first + i` depends on `seed`, its number and its class alone.
         """
-        if unknown := [c for c in classes if not 0 <= c < len(self.class_names)]:
-            raise UserError(f"class {unknown[0]} does not exist: there are 0 to {len(self.class_names) - 1}")
         samples: Tensor | None = None
-        for number, positions in self.partition.route(classes).items():
-            net, sigma_init = self.student(number)
+        for at, y in self.stream(classes, seed=seed, batch=batch, numbers=range(first, first + len(classes))):
             if samples is None:
-                samples = torch.empty(len(classes), *net.shape)
-            for at in (positions[i : i + batch] for i in range(0, len(positions), batch)):
-                z = image_noise(seed, [first + i for i in at], net.shape).to(self.device)
-                c = torch.tensor([classes[i] for i in at], device=self.device)
-                samples[at] = one_step(net, z, sigma_init, c).float().cpu()
+                samples = torch.empty(len(classes), *y.shape[1:])
+            samples[at] = y.cpu()
         if samples is None:
             raise UserError("no class was asked for")
         return samples
+
+    @torch.no_grad()
+    def stream(
+        self, classes: Sequence[int], *, seed: int = 0, batch: int = 500, numbers: Sequence[int] | None = None
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield the same samples in batches, one student after the other: positions in `classes`, and float32 samples
+        on the device. `numbers` are the samples' own, from 0 on if absent.
+        """
+        numbers = range(len(classes)) if numbers is None else numbers
+        if unknown := [c for c in classes if not 0 <= c < len(self.class_names)]:
+            raise UserError(f"class {unknown[0]} does not exist: there are 0 to {len(self.class_names) - 1}")
+        for number, positions in self.partition.route(classes).items():
+            net, sigma_init = self.student(number)
+            for at in (positions[i : i + batch] for i in range(0, len(positions), batch)):
+                z = image_noise(seed, [numbers[i] for i in at], net.shape).to(self.device)
+                c = torch.tensor([classes[i] for i in at], device=self.device)
+                yield at, one_step(net, z, sigma_init, c).float()
+
+    def put(self, number: int, net: Denoiser, sigma_init: float) -> None:
+        """Use this network as student `number`, whatever its folder holds."""
+        self._loaded[number] = net.to(self.device), sigma_init
 
     def student(self, number: int) -> tuple[Denoiser, float]:
         """Return student `number` and the noise level that it is evaluated at."""
@@ -76,21 +91,21 @@ def load(source: Path | str, device: torch.device | str = "cpu") -> Students:
         partition = Partition.load(root / "partition.json")
         folders = [root / "students" / str(k) for k in range(len(partition.parts))]
         return Students(folders, partition, list(read_json(root / BUNDLE)["class_names"]), device)
-    run = RunDir(root)
+    students = of_run(RunDir(root), device)
+    if waiting := [str(k) for k, folder in enumerate(students.folders) if not checkpoint.is_complete(folder)]:
+        raise UserError(
+            f"{root}: student {', '.join(waiting[:8])} is not finished", hint=f"`msd distill {root}` continues the run"
+        )
+    return students
+
+
+def of_run(run: RunDir, device: torch.device) -> Students:
+    """Return the router of a run whose students may still be in training."""
     recipe = run.recipe()
     partition = Partition.load(run.partition)
     number, last = len(recipe.stages) - 1, recipe.stages[-1]
     folders = [run.stage(k, number, last.objective) for k in range(len(partition.parts))]
-    if waiting := [str(k) for k, folder in enumerate(folders) if not checkpoint.is_complete(folder)]:
-        raise UserError(
-            f"{root}: student {', '.join(waiting[:8])} is not finished", hint=f"`msd distill {root}` continues the run"
-        )
     return Students(folders, partition, read_json(run.record_file)["class_names"], device)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Map [-1, 1] to 0..255, rounding to nearest: the pixels that are saved and the pixels that are measured."""
-    return (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
 # Pictures and files.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from msdcli.data.images import ImageArray, ImageFiles, Images, content_hash, open_images
+from msdcli.data.images import WHOLE, ImageArray, ImageFiles, Images, Share, content_hash, open_images
 from msdcli.errors import UserError
 from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_infinity
 from msdcli.metrics.inception import FeatureNetwork, open_network
@@ -35,22 +35,26 @@ from msdcli.metrics.moments import ClassMoments, Gaussian
 from msdcli.metrics.reference import is_statistics, read_statistics
 
 EXACT_PAIRS = 10_000**2  # up to here all pairs cost no more than clean-fid's 100 subsets of 1,000
-CPU_SLICE = 8  # images per call on a CPU: activations of 64 images at 299 x 299 leave the cache, which can cost double
+KEPT = ("features", "probabilities", "labels")
 PACKAGES = ("msdcli", "torch", "torchvision", "numpy", "scipy", "pillow")
 
-# uint8, [N, H, W, 3] as numpy or [N, 3, H, W] as torch (one channel is repeated); or such a batch with its labels [N].
+# uint8, [N, H, W, 3] as numpy or [N, 3, H, W] as torch (one channel is repeated), or the floats that a network wants;
+# or such a batch with its labels [N].
 ImageBatch = np.ndarray | torch.Tensor | tuple[Any, Any]
 ImageSource = str | Path | Images | Iterable[ImageBatch]
 
 
 @dataclass
 class FeatureSet:
-    """What one pass leaves: moments per class; features [N, d] and probabilities [N, classes] where they were kept."""
+    """What one pass leaves: moments per class; features [N, d], labels [N] (-1: none) and probabilities [N, classes]
+    where they were kept.
+    """
 
     network: dict[str, Any]  # FeatureNetwork.record(): what the features are
     moments: ClassMoments
     features: np.ndarray | None = None
     probabilities: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
     @property
     def count(self) -> int:
@@ -62,6 +66,29 @@ class FeatureSet:
         self.moments.merge(other.moments)
         self.features = _joined(self.features, other.features)
         self.probabilities = _joined(self.probabilities, other.probabilities)
+        self.labels = _joined(self.labels, other.labels)
+
+    def select(self, labels: Iterable[int]) -> FeatureSet:
+        """The images of some classes."""
+        wanted = set(labels)
+        moments = ClassMoments(self.moments.dimension)
+        moments.classes = {label: m for label, m in self.moments.classes.items() if label in wanted}
+        kept: tuple[np.ndarray | None, ...] = (None, None, None)
+        if self.labels is not None:
+            rows = np.isin(self.labels, list(wanted))
+            kept = tuple(None if a is None else a[rows] for a in (self.features, self.probabilities, self.labels))
+        return FeatureSet(self.network, moments, *kept)
+
+    def take(self, rows: np.ndarray) -> FeatureSet:
+        """The images with these numbers, by their kept features."""
+        if self.features is None or self.labels is None:
+            raise UserError("Single images cannot be picked: their features were not kept.")
+        features, labels = self.features[rows], self.labels[rows]
+        moments = ClassMoments(self.moments.dimension)
+        moments.add(torch.from_numpy(features), labels)
+        return FeatureSet(
+            self.network, moments, features, None if self.probabilities is None else self.probabilities[rows], labels
+        )
 
     def check_network(self, network: Mapping[str, Any]) -> None:
         if dict(network) != self.network:
@@ -72,13 +99,13 @@ class FeatureSet:
         """Everything as arrays, for `np.savez`; no array needs pickle."""
         arrays = {f"moments/{name}": array for name, array in self.moments.to_arrays().items()}
         arrays["network"] = np.array(json.dumps(self.network))
-        kept = {"features": self.features, "probabilities": self.probabilities}
+        kept = {name: getattr(self, name) for name in KEPT}
         return arrays | {name: array for name, array in kept.items() if array is not None}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> FeatureSet:
         moments = {name.removeprefix("moments/"): arrays[name] for name in arrays if name.startswith("moments/")}
-        kept = {name: arrays.get(name) for name in ("features", "probabilities")}
+        kept = {name: arrays.get(name) for name in KEPT}
         return cls(json.loads(str(arrays["network"])), ClassMoments.from_arrays(moments), **kept)
 
     def summary(
@@ -231,25 +258,29 @@ def collect(
     workers: int = 1,
     limit: int | None = None,
     keep_features: bool = True,
+    share: Share = WHOLE,
 ) -> FeatureSet:
     """Run the network over every image once. Without `keep_features` memory does not grow with their number.
 
     `labels` [N] overrides those of a file; images without a label count as one class. With fewer than `limit` images a
-    UserError is raised: a FID of fewer images is another figure.
+    UserError is raised: a FID of fewer images is another figure. `share` (i, n) takes the i-th part of n of a file.
     """
     moments: ClassMoments | None = None
-    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
+    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]] = []
     seen = 0
     with _opened(images) as source:
-        for batch, given, numbers in _batches(source, batch_size, workers, limit):
+        for batch, given, numbers in _batches(source, batch_size, workers, limit, network.floats, share):
             features = _features(batch, network, batch_size)
             moments = moments or ClassMoments(features.shape[1])
-            moments.add(features, given if labels is None else labels[numbers])
+            given = given if labels is None else labels[numbers]
+            given = np.full(len(features), -1) if given is None else given
+            moments.add(features, given)
             seen += len(features)
             if keep_features:
-                probabilities = network.probabilities(features).cpu().numpy() if network.probabilities else None
-                kept.append((numbers, features.cpu().numpy(), probabilities))
-    if moments is None or (limit is not None and seen < limit):
+                kept.append((numbers, features.cpu().numpy(), _probabilities(features, network), given))
+    if moments is None and share != WHOLE:
+        raise UserError(f"{_name(images)} has no batch for each of {share[1]} processes.", hint="A smaller --batch.")
+    if moments is None or (limit is not None and seen < limit and share == WHOLE):
         raise UserError(f"{_name(images)} holds {seen} images, fewer than the {limit or 1} asked for.")
     return FeatureSet(network.record(), moments, *_in_order(kept))
 
@@ -261,18 +292,19 @@ def _opened(images: ImageSource) -> Any:
 
 
 def _batches(
-    source: Images | Iterable[ImageBatch], batch_size: int, workers: int, limit: int | None
+    source: Images | Iterable[ImageBatch], batch_size: int, workers: int, limit: int | None, floats: bool, share: Share
 ) -> Iterator[tuple[torch.Tensor, np.ndarray | None, np.ndarray]]:
-    """Batches as uint8 [N, 3, H, W] with labels and numbers, whatever the source."""
+    """Batches as the network wants them, uint8 [N, 3, H, W] or floats, with labels and numbers, whatever the source."""
     if isinstance(source, ImageFiles | ImageArray):
-        for batch in source.batches(batch_size, workers=workers, limit=limit):
+        for batch in source.batches(batch_size, workers=workers, limit=limit, share=share):
             labels = None if source.labels is None else source.labels[batch.numbers]
-            yield _as_tensor(batch.images), labels, batch.numbers
+            yield _as_tensor(batch.images, floats), labels, batch.numbers
         return
+    assert share == WHOLE, "a generator is shared out by whoever makes it"
     start = 0
     for item in source:
         images, labels = item if isinstance(item, tuple) else (item, None)
-        images = _as_tensor(images)[: None if limit is None else limit - start]
+        images = _as_tensor(images, floats)[: None if limit is None else limit - start]
         labels = None if labels is None else np.asarray(labels)[: len(images)]
         yield images, labels, np.arange(start, start + len(images))
         start += len(images)
@@ -280,7 +312,11 @@ def _batches(
             return
 
 
-def _as_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
+def _as_tensor(images: np.ndarray | torch.Tensor, floats: bool) -> torch.Tensor:
+    if floats:
+        if not (isinstance(images, torch.Tensor) and images.is_floating_point()):
+            raise UserError("This network measures what a model draws, as floats, and not the pictures of a file.")
+        return images
     x = torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
         raise UserError(f"Images must be uint8 with 1 or 3 channels, not {x.dtype} {list(x.shape)}.")
@@ -288,21 +324,25 @@ def _as_tensor(images: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 
 def _features(images: torch.Tensor, network: FeatureNetwork, batch_size: int) -> torch.Tensor:
-    size = min(batch_size, CPU_SLICE) if network.device.type == "cpu" else batch_size
+    size = min(batch_size, network.cpu_batch) if network.device.type == "cpu" else batch_size
     with torch.no_grad():
         return torch.cat([network.features(part.to(network.device)) for part in torch.split(images, size)])
 
 
+def _probabilities(features: torch.Tensor, network: FeatureNetwork) -> np.ndarray | None:
+    with torch.no_grad():
+        return network.probabilities(features).cpu().numpy() if network.probabilities else None
+
+
 def _in_order(
-    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]],
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Features and probabilities by image number: batches of mixed sizes come out of order."""
+    kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]],
+) -> tuple[np.ndarray | None, ...]:
+    """Features, probabilities and labels by image number: batches of mixed sizes come out of order."""
     if not kept:
-        return None, None
-    numbers, features, probabilities = zip(*kept, strict=True)
+        return None, None, None
+    numbers, *columns = zip(*kept, strict=True)
     order = np.argsort(np.concatenate(numbers))
-    with_head = probabilities[0] is not None
-    return np.concatenate(features)[order], np.concatenate(probabilities)[order] if with_head else None
+    return tuple(None if column[0] is None else np.concatenate(column)[order] for column in columns)
 
 
 def _joined(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:

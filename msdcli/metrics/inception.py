@@ -11,6 +11,9 @@
 
 A TorchScript file is code. It is loaded only when its sha256 is the published one, or when the user names the file
 (`weights=`, `--weights`), which is taken as consent; the bytes that were hashed are the bytes that are loaded.
+
+sFID (arXiv 2103.03841) is left out: it needs seven channels of an inner layer, and the published file's interface gives
+the pooled features and the logits only.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ Network = Callable[[torch.Tensor], torch.Tensor]
 class FeatureNetwork:
     """`features` maps uint8 [N, 3, H, W] on `device` to float32 [N, d]; `probabilities` maps these to [N, classes].
 
-    A network of one's own (the data's classifier) is made by calling the class; `protocol` is then any name.
+    A network of one's own (the data's classifier) is made by calling the class; `protocol` is then any name. With
+    `floats` it is fed float32 of the data's own shape, in [-1, 1] where they are pictures.
     """
 
     protocol: str
@@ -61,6 +65,9 @@ class FeatureNetwork:
     sha256: str | None = None  # of the weights
     published: bool = False  # the weights are the ones everybody uses
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    floats: bool = False
+    # Images per call on a CPU: activations of 64 images at 299 x 299 leave the cache, which can cost double.
+    cpu_batch: int = 8
 
     def record(self) -> dict[str, Any]:
         return {"protocol": self.protocol, "weights_sha256": self.sha256, "weights_published": self.published}
@@ -121,8 +128,8 @@ def _address(name: str) -> str:
 
 
 def _torchscript_inception(protocol: str, content: bytes, device: torch.device) -> tuple[Network, Network | None]:
-    base: Any
     """Load NVlabs' file: `layers` (normalised 299 x 299 to features), `output`, and a forward that resizes."""
+    base: Any
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, which the published file is
         try:

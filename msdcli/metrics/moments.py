@@ -102,11 +102,11 @@ class Moments:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Moments:
         self = cls(arrays["rows"].shape[1])
-        if len(arrays["rows"]):
-            self.add(arrays["rows"])
-        if "scatter" in arrays:
+        if "scatter" in arrays:  # first, as it was: what is read back gives the same bits
             folded = int(arrays["folded"][0])
             self._combine(folded, torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["scatter"]))
+        if len(arrays["rows"]):
+            self.add(arrays["rows"])
         return self
 
     def _settled(self) -> tuple[torch.Tensor, torch.Tensor]:

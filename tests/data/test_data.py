@@ -5,11 +5,15 @@ import torch
 
 from msdcli.data import open_data
 from msdcli.data.toy2d import SHAPES
-from msdcli.recipe import DigitsSettings, Toy2dSettings
+from msdcli.recipe import DigitsSettings, GlyphsSettings, Toy2dSettings
 
 
-@pytest.mark.parametrize("settings", [DigitsSettings(), Toy2dSettings(points=4000)], ids=lambda s: s.name)
-def test_an_image_is_its_number(settings: DigitsSettings | Toy2dSettings) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [DigitsSettings(), Toy2dSettings(points=4000), GlyphsSettings(count=124, channels=3)],
+    ids=lambda s: s.name,
+)
+def test_an_image_is_its_number(settings: DigitsSettings | Toy2dSettings | GlyphsSettings) -> None:
     data = open_data(settings)
     numbers = [5, 0, len(data) - 1, 5]
     assert torch.equal(data.images(numbers), torch.cat([data.images([n]) for n in numbers]))
@@ -39,3 +43,21 @@ def test_toy_classes_are_different_shapes() -> None:
     corners = points[labels == list(SHAPES).index("grid")]
     assert len((corners / 0.45).round().unique(dim=0)) == 25
     assert 0.3 < points.std() < 0.7
+
+
+@pytest.mark.parametrize(("size", "channels"), [(16, 1), (32, 3), (64, 3)])
+def test_glyphs_are_legible_at_every_size(size: int, channels: int) -> None:
+    data = open_data(GlyphsSettings(size=size, channels=channels))
+    images = data.images(range(62))
+    assert images.shape == (62, channels, size, size)
+    assert len(data.class_names) == 62
+    flat = images.mean(1).flatten(1)
+    assert (flat.max(1).values - flat.min(1).values).min() > 0.5, "ink stands out from paper"
+    assert len({tuple(i.flatten().tolist()) for i in images}) == 62
+
+
+def test_glyphs_come_in_many_typefaces() -> None:
+    from msdcli.data.glyphs import CHARACTERS, typefaces
+
+    assert len(typefaces()) >= 15
+    assert CHARACTERS[10] == "A"

@@ -1,0 +1,187 @@
+"""Sets of features, one pass each: of real images, of the teacher's samples and of the students', straight from the
+generator; what does not change is kept on disk by the hash of what it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from msdcli.data.base import Dataset
+from msdcli.data.images import to_uint8
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine import checkpoint, sample
+from msdcli.engine.events import Progress, Report
+from msdcli.engine.pairs import Pairs, labels_for, sample_teacher
+from msdcli.errors import UserError
+from msdcli.metrics.evaluate import FeatureSet, ImageBatch, cache_key, collect
+from msdcli.metrics.inception import FeatureNetwork
+from msdcli.metrics.moments import Gaussian
+from msdcli.metrics.reference import cleanfid_statistics, is_statistics, read_statistics
+from msdcli.rundir import key, lock, writing
+
+FILE = "features.npz"
+STEP = 500  # images of a data set, or samples of the teacher, held at once
+PROBES = 64  # images by which a data set's content is recognised, beside its recipe and all its labels
+
+Drawn = Iterator[tuple[list[int], Tensor]]  # positions among the classes asked for, samples on the device
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """The network that measures, and how: the batch size, and whether single features are kept or only moments."""
+
+    network: FeatureNetwork
+    batch: int
+    keep: bool = True
+
+    def collect(self, images: Iterator[ImageBatch]) -> FeatureSet:
+        return collect(images, self.network, batch_size=self.batch, keep_features=self.keep)
+
+    def as_fed(self, images: Tensor) -> Tensor:
+        """Samples in [-1, 1] as the network wants them: with the pixels of a saved PNG, or untouched."""
+        return images if self.network.floats else to_uint8(images)
+
+    def key(self, *parts: object) -> str:
+        return key("features", 1, self.network.record(), self.keep, *parts)
+
+
+def of_data(data: Dataset, numbers: range, how: Measuring) -> FeatureSet:
+    """Features of the data's images."""
+    return how.collect(
+        (how.as_fed(data.images(part)), data.labels(part).numpy())
+        for part in (numbers[i : i + STEP] for i in range(0, len(numbers), STEP))
+    )
+
+
+def of_teacher(source: Pairs, teacher: Denoiser, count: int, how: Measuring, report: Report) -> FeatureSet:
+    """Features of `count` samples of the teacher: its pairs, and more from the same rule where they are too few."""
+    return how.collect(
+        (how.as_fed(y), classes.numpy()) for y, classes in _teacher_samples(source, teacher, count, report)
+    )
+
+
+def _teacher_samples(source: Pairs, teacher: Denoiser, count: int, report: Report) -> Iterator[tuple[Tensor, Tensor]]:
+    done = 0
+    for path, _ in source.shards():
+        if done >= count or not path.exists():
+            break
+        stored, _ = checkpoint.load_tensors(path)
+        y, classes = stored["y"][: count - done], stored["c"][: count - done]
+        done += len(y)
+        yield y, classes
+    for start in range(done, count, STEP):
+        numbers = range(start, min(start + STEP, count))
+        classes = labels_for(source.data, numbers)
+        yield sample_teacher(teacher, source.noise(numbers), classes, source.solver), classes
+        report(Progress("teacher samples", numbers.stop, count, "images"))
+
+
+def of_students(drawn: Drawn, classes: Sequence[int], how: Measuring, report: Report, *, what: str) -> FeatureSet:
+    """Features of samples as they are drawn; no more than a batch of images is held."""
+    labels = np.asarray(classes)
+
+    def batches() -> Iterator[ImageBatch]:
+        done = 0
+        for positions, images in drawn:
+            yield how.as_fed(images), labels[positions]
+            done += len(positions)
+            report(Progress(what, done, len(labels), "images"))
+
+    return how.collect(batches())
+
+
+def saving(drawn: Drawn, classes: Sequence[int], first: int, folder: Path) -> Drawn:
+    """Pass samples on, and at the end write the first so many as PNGs."""
+    kept: dict[int, Tensor] = {}
+    for positions, images in drawn:
+        kept |= {i: image.cpu() for i, image in zip(positions, images, strict=True) if i < first}
+        yield positions, images
+    order = sorted(kept)
+    if order:
+        sample.save_files(folder, torch.stack([kept[i] for i in order]), [classes[i] for i in order])
+
+
+# What is kept on disk.
+
+
+def fingerprint(data: Dataset) -> str:
+    """A hash of the data's content: all labels and some images."""
+    labels = data.labels(range(len(data))).numpy()
+    some = np.unique(np.linspace(0, len(data) - 1, PROBES).astype(int)).tolist()
+    return hashlib.sha256(labels.tobytes() + data.images(some).numpy().tobytes()).hexdigest()
+
+
+def cached(folder: Path, make: Callable[[], FeatureSet], report: Report) -> FeatureSet:
+    """Read the features in `folder`, or make them and keep them there; one process makes them, others wait."""
+    path = folder / FILE
+    with lock(folder, f"the features {folder.name}", wait=report):
+        if path.is_file():
+            try:
+                with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+                    return FeatureSet.from_arrays(arrays)
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                report(f"{path} is damaged: it is made again")
+        arrays = make().to_arrays()
+        with writing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+    return FeatureSet.from_arrays(arrays)  # as it will be read, so that the second figure has the first one's bits
+
+
+def user_cache() -> Path:
+    """Where features of files are kept: $XDG_CACHE_HOME/msd, or ~/.cache/msd."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msd"
+
+
+def of_reference(
+    name: str, network: FeatureNetwork, *, batch: int, workers: int, report: Report
+) -> FeatureSet | Gaussian:
+    """Statistics of a reference: published ones as they are, images by one pass that is kept in the user's cache.
+
+    UserError, before anything is sampled, for what cannot be read or is of other features.
+    """
+    path = find_reference(name)
+    if is_statistics(path):
+        statistics = read_statistics(path, network.protocol)
+        _refuse_other_features(path, statistics, network)
+        return statistics
+
+    def make() -> FeatureSet:
+        return collect(path, network, batch_size=batch, workers=workers)
+
+    folder = user_cache() / f"features-{cache_key(path, network)[:32]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        report(f"the reference's features are not kept: {folder} cannot be made ({error.strerror})")
+        return make()
+    return cached(folder, make, report)
+
+
+def find_reference(name: str) -> Path:
+    """Return the file or folder called `name`, or clean-fid's statistics of that name."""
+    path = Path(name)
+    if path.exists():
+        return path
+    if path.suffix or len(path.parts) != 1:
+        raise UserError(f"The reference {name} does not exist.", hint="A folder, zip or npz of images, or statistics.")
+    return cleanfid_statistics(name)
+
+
+@torch.no_grad()
+def _refuse_other_features(path: Path, statistics: Gaussian, network: FeatureNetwork) -> None:
+    probe = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=network.device)
+    dimension = network.features(probe).shape[1]
+    if dimension != len(statistics.mean):
+        raise UserError(
+            f"{path} has {len(statistics.mean)} dimensions, the features of {network.protocol} have {dimension}.",
+            hint="Take the statistics of this protocol, or the --protocol of these statistics.",
+        )

@@ -1,0 +1,150 @@
+"""Find the student's network for a target: a share of the teacher's parameters, or of its latency on this device.
+
+Fewer parameters do not mean less time: in the paper 42 % fewer bought 7 % (MSD, arXiv 2410.23274, Section 5.4). So
+width, depth and attention are searched together, and what counts is measured here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from msdcli import nets
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine.events import Report
+from msdcli.errors import UserError
+from msdcli.recipe import Network, NetworkSettings, Recipe, StudentSettings, UNetSettings
+from msdcli.rundir import RunDir, lock, read_json, write_json
+
+WIDTHS = [w / 20 for w in range(20, 2, -1)]
+DEPTHS = [1.0, 0.75, 0.5, 0.25]
+MEASURED = 16  # candidates that are timed: those whose operation count comes nearest to the target
+CLOSE = 0.15  # how far under a target of parameters a candidate may lie
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A network, as shares of the teacher's parameters, operations and (where it was timed) latency."""
+
+    network: NetworkSettings
+    parameters: float
+    flops: float
+    latency: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        return vars(self) | {"network": self.network.model_dump(mode="json")}
+
+
+def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report) -> Recipe:
+    """Return the recipe with its student's network settled; a search is made once per run and kept in student.json.
+
+    UserError if no network of the teacher's kind meets the target.
+    """
+    student = recipe.student
+    if student.parameters is None and student.latency is None:
+        return recipe
+    path = run.root / "student.json"
+    with lock(run.root, "the run directory", wait=report):
+        if not path.exists():
+            chosen, tried = search(student, teacher)
+            write_json(path, {"target": student.model_dump(mode="json"), "chosen": chosen.record(), "tried": tried})
+            report(_said(chosen))
+    network = TypeAdapter[NetworkSettings](Network).validate_python(read_json(path)["chosen"]["network"])
+    return recipe.model_copy(update={"student": StudentSettings(network=network, init=student.init)})
+
+
+def _said(chosen: Candidate) -> str:
+    keys = {
+        k: v for k, v in chosen.network.model_dump().items() if k in ("channels", "blocks", "attention", "arguments")
+    }
+    return (
+        f"student: chose {keys}: {chosen.parameters:.0%} of the teacher's parameters, {chosen.flops:.0%} of its "
+        f"operations, {chosen.latency or 0:.0%} of its latency here (one image, median)"
+    )
+
+
+def search(student: StudentSettings, teacher: Denoiser) -> tuple[Candidate, list[dict[str, Any]]]:
+    """Return the best candidate and all that were timed.
+
+    For `parameters`: the fastest of those just under the target. For `latency`: the largest of those that are fast
+    enough.
+    """
+    target = student.parameters or student.latency or 1.0
+    span = (0.0, 1.0) if student.parameters is None else (target * (1 - CLOSE), target)
+    found = candidates(teacher, span)
+    near = sorted(found, key=lambda c: abs(c.flops - target))[:MEASURED]
+    timed = [Candidate(c.network, c.parameters, c.flops, latency(c, teacher)) for c in near]
+    if student.parameters is not None:
+        best = min(timed, key=lambda c: c.latency or 1.0, default=None)
+    else:
+        fast = [c for c in timed if c.latency is not None and c.latency <= target]
+        best = max(fast, key=lambda c: c.parameters, default=None)
+    if best is None:
+        kind = "parameters" if student.parameters is not None else "latency"
+        raise UserError(
+            f"student: no network of the teacher's kind has {target:g} of its {kind} on this device",
+            hint="another target, or student.width and student.depth by hand",
+        )
+    return best, [c.record() for c in timed]
+
+
+def candidates(teacher: Denoiser, span: tuple[float, float] = (0.0, 1.0)) -> list[Candidate]:
+    """Every distinct network of the grid whose share of the teacher's parameters lies in `span`, counted without
+    memory.
+    """
+    base, seen = teacher.settings, dict[str, NetworkSettings]()
+    for width, depth in itertools.product(WIDTHS, DEPTHS):
+        scaled = base.scaled(width, depth)
+        plain = [scaled.model_copy(update={"attention": []})] if isinstance(scaled, UNetSettings) else []
+        for network in [scaled, *plain]:
+            seen[network.model_dump_json()] = network
+    size, work = _parameters(base, teacher), _flops(base, teacher)
+    shares = [(n, _parameters(n, teacher) / size) for n in seen.values() if n != base]
+    return [Candidate(n, share, _flops(n, teacher) / work) for n, share in shares if span[0] <= share <= span[1]]
+
+
+def _parameters(network: NetworkSettings, teacher: Denoiser) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in _build(network, teacher).parameters())
+
+
+def _flops(network: NetworkSettings, teacher: Denoiser) -> int:
+    """Return the floating-point operations of one evaluation."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        _build(network, teacher)(*_one(teacher, "meta"))
+    return counter.get_total_flops()
+
+
+def _build(network: NetworkSettings, teacher: Denoiser) -> Denoiser:
+    shape, classes = teacher.shape, teacher.num_classes
+    return nets.build(network, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+
+
+def _one(teacher: Denoiser, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    classes = torch.zeros(1, dtype=torch.int64, device=device)
+    return torch.zeros(1, *teacher.shape, device=device), torch.ones(1, device=device), classes
+
+
+@torch.no_grad()
+def latency(candidate: Candidate, teacher: Denoiser, *, repeats: int = 15) -> float:
+    """Return the candidate's time per evaluation of one image as a share of the teacher's: medians, taken in turn."""
+    device = next(teacher.parameters()).device
+    student, inputs = _build(candidate.network, teacher).to(device).eval(), _one(teacher, device)
+    times: dict[str, list[float]] = {"student": [], "teacher": []}
+    for repeat in range(-3, repeats):  # the first three warm up
+        for name, net in (("student", student), ("teacher", teacher)):
+            begun = time.perf_counter()
+            net(*inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if repeat >= 0:
+                times[name].append(time.perf_counter() - begun)
+    return statistics.median(times["student"]) / statistics.median(times["teacher"])
