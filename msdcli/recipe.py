@@ -84,11 +84,34 @@ class EdmNetworkSettings(Section):
         return self.model_copy(update={"arguments": self.arguments | changed})
 
 
+class DiffusersNetworkSettings(Section):
+    """A network of the diffusers library, by its own configuration."""
+
+    kind: Literal["diffusers"] = Field("diffusers", description="a network of the diffusers library")
+    class_name: Literal["UNet2DModel", "DiTTransformer2DModel"] = Field(description="the network's class")
+    config: dict[str, Any] = Field(description="its config.json")
+    prediction: Literal["epsilon", "v_prediction", "sample", "flow"] = Field("epsilon", description="what it predicts")
+    schedule: dict[str, Any] = Field({}, description="its scheduler's betas, e.g. {beta_schedule: linear}")
+
+    def scaled(self, width: float, depth: float) -> DiffusersNetworkSettings:
+        """Return a section with `width` times the channels (DiT: heads) and `depth` times the blocks."""
+        config = dict(self.config)
+        if self.class_name == "UNet2DModel":
+            group = config.get("norm_num_groups") or 32
+            channels = config.get("block_out_channels", [224, 448, 672, 896])  # the library's defaults
+            config["block_out_channels"] = [max(1, round(c * width / group)) * group for c in channels]
+            config["layers_per_block"] = max(1, round(config.get("layers_per_block", 2) * depth))
+        else:
+            config["num_attention_heads"] = max(1, round(config.get("num_attention_heads", 16) * width))
+            config["num_layers"] = max(1, round(config.get("num_layers", 28) * depth))
+        return self if (width, depth) == (1, 1) else self.model_copy(update={"config": config})
+
+
 def _scaled(channels: int, width: float, blocks: int, depth: float) -> dict[str, int]:
     return {"channels": max(1, round(channels * width)), "blocks": max(1, round(blocks * depth))}
 
 
-NetworkSettings = UNetSettings | MLPSettings | EdmNetworkSettings
+NetworkSettings = UNetSettings | MLPSettings | EdmNetworkSettings | DiffusersNetworkSettings
 Network = Annotated[NetworkSettings, Field(discriminator="kind")]
 
 
@@ -175,6 +198,7 @@ class EdmSettings(StageSettings):
     objective: Literal["edm"] = Field("edm", description="denoising score matching")
     P_mean: float = Field(-1.2, description="mean of ln(sigma)")
     P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
+    label_dropout: Fraction = Field(0.0, description="part of the images trained without their class, for guidance")
 
 
 class TsmSettings(StageSettings):
@@ -252,12 +276,25 @@ class SolverSettings(Section):
     rho: Positive = Field(7.0, description="spacing of the levels")
 
 
+class GuidanceSettings(Section):
+    """Guidance of the teacher wherever it is asked: in pairs, samples and losses."""
+
+    scale: float = Field(ge=0, le=100, description="1 is no guidance; more moves away from the worse prediction")
+    interval: list[Annotated[float, Field(ge=0, le=10_000)]] = Field(
+        [0.0, 10_000.0], min_length=2, max_length=2, description="noise levels that are guided: above, and up to"
+    )
+    guide: str | None = Field(
+        None, description="a weaker teacher (folder or pickle) to move away from; absent: the teacher without class"
+    )
+
+
 class TeacherSettings(Section):
     """The diffusion model to distil: trained here, or loaded."""
 
     path: str | None = Field(
         None,
-        description="folder with model.safetensors and model.json, or an EDM or EDM2 pickle; absent: train one",
+        description="folder with model.safetensors and model.json, EDM or EDM2 pickle, or folder of diffusers; absent: "
+        "train one",
     )
     source: str | None = Field(None, description="where `path` can be downloaded: for whoever reads or plans the run")
     network: Network = Field(
@@ -268,6 +305,7 @@ class TeacherSettings(Section):
     seed: Seed = Field(0, description="seed of the teacher's training")
     training: EdmSettings = Field(default_factory=EdmSettings, description="how it is trained: objective `edm`")
     solver: SolverSettings = Field(default_factory=SolverSettings, description="how it is sampled")
+    guidance: GuidanceSettings | None = Field(None, description="how it is guided; absent: not at all")
 
 
 class PartitionSettings(Section):

@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 
 
 def import_(
-    teacher: Annotated[Path, typer.Argument(help="A pickle of EDM or EDM2. Nothing in it is run.")],
+    teacher: Annotated[
+        Path, typer.Argument(help="A pickle of EDM or EDM2, or a folder of diffusers. Nothing in it is run.")
+    ],
     out: Annotated[Path, typer.Argument(help="The folder to write model.safetensors and model.json to.")],
     check: Annotated[
         Path | None,
@@ -48,9 +50,9 @@ def import_(
 
 
 def _show(summary: dict[str, Any], out: Path, written: bool) -> None:
-    network = summary["network"]
+    kind = summary["network"].get("preconditioning") or summary["network"]["class_name"]
     console.say(
-        f"network:    {network['preconditioning']}, {summary['parameters']:,} parameters, images {summary['shape']}, "
+        f"network:    {kind}, {summary['parameters']:,} parameters, images {summary['shape']}, "
         f"{summary['num_classes'] or 'no'} classes"
     )
     console.say(f"source:     {summary['source']['file']}, sha256 {summary['source']['sha256'][:16]}")

@@ -210,7 +210,7 @@ def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
         student = nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
     student.to(next(teacher.parameters()).device)
     if init == "pruned":
-        prune(teacher, student)
+        prune(copy.deepcopy(teacher), student)  # a copy is plain, without guidance
     return student
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from msdcli.data.base import Dataset
 from msdcli.data.images import content_hash
 from msdcli.engine import checkpoint, classifier, dataset, device, features, pairs, sample
+from msdcli.engine import teacher as teachers
 from msdcli.engine.events import Report
 from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet
@@ -211,10 +212,10 @@ class Scene:
 
     def teacher(self) -> FeatureSet:
         """The teacher's samples; they depend on its weights, its solver and the pairs' seed."""
-        net, description = checkpoint.load_model(self.run.teacher)
-        source = pairs.Pairs(self.run, self.recipe, self.data, description["sha256"])
+        net, sha256 = teachers.load(self.run, self.recipe)
+        source = pairs.Pairs(self.run, self.recipe, self.data, sha256)
         depends = (
-            *(description["sha256"], self.recipe.teacher.solver.model_dump(), self.recipe.pairs.seed),
+            *(sha256, self.recipe.teacher.solver.model_dump(), self.recipe.pairs.seed),
             *(self.recipe.data.model_dump(mode="json"), self.count),
         )
         return self._cached(

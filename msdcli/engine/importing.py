@@ -10,9 +10,10 @@ from typing import Any
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import checkpoint
 from msdcli.errors import UserError
+from msdcli.nets.diffusers_import import build_diffusers, is_pipeline, read_section
 from msdcli.nets.edm_import import check_against, complete_arguments, import_edm, open_edm
 from msdcli.recipe import EdmNetworkSettings
-from msdcli.rundir import read_json
+from msdcli.rundir import file_hash, key, read_json
 
 TOLERANCE = 1e-5  # relative, float32, on the CPU
 
@@ -46,18 +47,27 @@ class Imported:
 
 
 def read(source: Path, *, reference: Path | None = None) -> Imported:
-    """Read a pickle of EDM or EDM2 and compare it with `reference`. UserError for whatever it may not hold."""
-    denoiser, description = import_edm(source)
-    denoiser.settings = _section(description)
+    """Read a pickle of EDM or EDM2, or a folder of diffusers, and compare it with `reference`.
+
+    UserError for whatever it may not hold.
+    """
+    denoiser: Denoiser
+    if is_pipeline(source):
+        denoiser, origin = _read_pipeline(source)
+    else:
+        denoiser, description = import_edm(source)
+        denoiser.settings, origin = _section(description), description["source"]
     difference = None if reference is None else check_against(denoiser, reference)
-    record: dict[str, Any] = {"source": description["source"]}
+    record: dict[str, Any] = {"source": origin}
     if reference is not None and difference is not None:
         record["check"] = {"file": reference.name, "max_relative_difference": _finite(difference)}
     return Imported(denoiser, record, difference)
 
 
 def inspect(source: Path) -> Denoiser:
-    """Return a pickle's denoiser on the meta device: all is checked, no weight is read."""
+    """Return a teacher's denoiser on the meta device: all that can be is checked before its weights are needed."""
+    if is_pipeline(source):
+        return _read_pipeline(source)[0].to("meta")
     denoiser, description, _ = open_edm(source)
     denoiser.settings = _section(description)
     return denoiser
@@ -95,6 +105,22 @@ def _finite(difference: float | None) -> float | None:
     return None if difference is None or math.isinf(difference) else difference
 
 
-def is_pickle(path: Path) -> bool:
-    """Whether a teacher's `path` is a file to import; else it is a folder in the project's format."""
-    return path.is_file()
+def _read_pipeline(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
+    section, weights = read_section(folder)
+    denoiser = build_diffusers(section)
+    tensors, _ = checkpoint.load_tensors(weights)
+    checkpoint.load_weights(denoiser.net, tensors, weights)
+    return denoiser.requires_grad_(False).eval(), {"file": folder.name, "sha256": file_hash(weights)}
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a teacher's `path` is to be imported; else it is a folder in the project's format."""
+    return path.is_file() or is_pipeline(path)
+
+
+def identity(path: Path) -> str:
+    """Name a teacher from elsewhere by what it is."""
+    if path.is_file():
+        return key("imported", file_hash(path))
+    section, weights = read_section(path)
+    return key("imported", section.model_dump(mode="json"), file_hash(weights))

@@ -43,10 +43,9 @@ def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -
 def _embeddings(teacher: Denoiser | None) -> np.ndarray:
     """The teacher's learned vector of every class [classes, width]."""
     assert teacher is not None, "k-means on class embeddings needs the teacher"
-    if isinstance(teacher.net, TappedUNet):
-        vectors = teacher.net.class_vectors()
-    else:
-        vectors = next((m.weight for m in teacher.modules() if isinstance(m, nn.Embedding)), None)
+    found = (m for m in teacher.modules() if isinstance(m, TappedUNet | nn.Embedding))
+    table = next(found, None)
+    vectors = table.class_vectors() if isinstance(table, TappedUNet) else getattr(table, "weight", None)
     if vectors is None:
         raise UserError("partition: this teacher has no class embeddings", hint="partition.features=images")
     return vectors.detach().double().cpu().numpy()

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 
-from msdcli import nets
 from msdcli.data import open_data
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
-from msdcli.engine import dataset, device, fid, partition, sample, search, teacher, workers
-from msdcli.engine.distill import Student, check_stage, distill_student, is_finished
+from msdcli.engine import dataset, device, estimate, fid, partition, sample, search, teacher, workers
+from msdcli.engine.distill import Student, check_stage, distill_student, is_finished, new_network
 from msdcli.engine.events import Report, silent
 from msdcli.engine.pairs import Pairs
 from msdcli.errors import UserError
@@ -43,12 +42,15 @@ class Outcome:
     unfinished: list[int]
 
 
-def check(recipe: Recipe) -> Dataset:
-    """Build everything once, small and without writing: UserError now is better than after an hour. Return the data."""
-    data = open_data(recipe.data)
+def check(recipe: Recipe, *, planning: bool = False) -> Dataset:
+    """Build everything once, small and without writing: UserError now is better than after an hour. Return the data.
+
+    With `planning`, teacher and data that are not here yet are what the recipe says of them.
+    """
+    data = open_data(recipe.data, planning=planning)
     num_classes = len(data.class_names)
     partition.check(recipe.partition, num_classes)
-    frozen, student = networks_on_meta(recipe, data)
+    frozen, student = networks_on_meta(recipe, data, planning=planning)
     for stage in recipe.stages:
         check_stage(stage, student, frozen)
     device.resolve(recipe.device)
@@ -59,12 +61,11 @@ def check(recipe: Recipe) -> Dataset:
     return data
 
 
-def networks_on_meta(recipe: Recipe, data: Dataset) -> tuple[Denoiser, Denoiser]:
+def networks_on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> tuple[Denoiser, Denoiser]:
     """Build teacher and student without memory: shapes are checked and parameters can be counted."""
-    frozen = teacher.on_meta(recipe, data)
-    options = {"shape": frozen.shape, "num_classes": frozen.num_classes, "sigma_data": frozen.sigma_data}
+    frozen = teacher.on_meta(recipe, data, planning=planning)
     with torch.device("meta"):
-        return frozen, nets.build(recipe.student.network_for(frozen.settings), **options)
+        return frozen, new_network(recipe, frozen, 0)
 
 
 def distill(recipe: Recipe, report: Report, *, student: int | None = None, worker: bool = False) -> Outcome:
@@ -181,18 +182,35 @@ def preview(run: RunDir, data: Dataset, *, columns: int = 16, points: int = 2000
 
 
 def plan(recipe: Recipe) -> list[str]:
-    """Return what `distill` would do, line by line, after checking all of it; nothing is written."""
-    data = check(recipe)
+    """Return what `distill` would do and cost, line by line, after checking all of it; nothing is written.
+
+    Neither weights nor data need to be here: the networks have no memory, and what is missing is listed.
+    """
+    data = check(recipe, planning=True)
     run = RunDir(recipe.run_dir)
     if run.recipe_file.exists():
         run.check(recipe)
     num = recipe.partition.students
-    teacher_size, student_size = (sum(p.numel() for p in net.parameters()) for net in networks_on_meta(recipe, data))
+    frozen, student = networks_on_meta(recipe, data, planning=True)
+    sizes = estimate.count(frozen), estimate.count(student)
     steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
     return [
         f"data:      {recipe.data.name}, {len(data):,} images of {list(data.shape)} in {len(data.class_names)} classes",
-        f"teacher:   {recipe.teacher.path or 'trained or reused'}, {teacher_size:,} parameters",
+        f"teacher:   {recipe.teacher.path or 'trained or reused'}, {sizes[0]:,} parameters",
         f"partition: {recipe.partition.method}, {num} students",
-        f"students:  {student_size:,} parameters each; {steps}",
+        f"students:  {sizes[1]:,} parameters each; {steps}",
+        *estimate.lines(estimate.estimate(recipe, data, frozen, student)),
         f"run:       {run.root}{' (exists: would resume)' if run.recipe_file.exists() else ''}",
+        *missing(recipe),
+    ]
+
+
+def missing(recipe: Recipe) -> list[str]:
+    """Return a line for everything that must be fetched before the run can start."""
+    sections = [("teacher", recipe.teacher), ("data", recipe.data)]
+    wanted = [(what, getattr(s, "path", None), getattr(s, "source", None)) for what, s in sections]
+    return [
+        f"missing:   {what} {path}: put it there, from {source or 'wherever it is (the recipe names no source)'}"
+        for what, path, source in wanted
+        if path is not None and not Path(path).exists()
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -10,13 +12,14 @@ from msdcli import nets
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source, generator
+from msdcli.diffusion.guidance import Guided
 from msdcli.engine import checkpoint, importing
 from msdcli.engine.distill import is_finished, peak_memory, train
-from msdcli.engine.events import Report
+from msdcli.engine.events import Report, silent
 from msdcli.errors import UserError
 from msdcli.objectives.edm import DenoisingScoreMatching
-from msdcli.recipe import EdmNetworkSettings, Recipe, TeacherSettings
-from msdcli.rundir import RunDir, file_hash, key, link, lock
+from msdcli.recipe import DiffusersNetworkSettings, EdmNetworkSettings, Recipe, TeacherSettings
+from msdcli.rundir import RunDir, key, link, lock
 
 
 def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> tuple[Denoiser, str]:
@@ -32,10 +35,25 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
                 report(f"teacher: reused from {folder}")
             else:
                 _train(folder, recipe, data, device, report)
-    teacher, description = checkpoint.load_model(folder)
-    _check_fit(teacher, recipe, data)
+    _check_fit(checkpoint.load_model(folder)[0], recipe, data)
     link(folder, run.teacher)
-    return teacher.to(device), description["sha256"]
+    teacher, sha256 = load(run, recipe)
+    return teacher.to(device), sha256
+
+
+def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
+    """Return the run's teacher, guided as the recipe says, and the hash of all its weights and of its guidance."""
+    teacher, description = checkpoint.load_model(run.teacher)
+    guidance = recipe.teacher.guidance
+    if guidance is None:
+        return teacher, description["sha256"]
+    sha256s, guide = [description["sha256"]], None
+    if guidance.guide is not None:
+        guide, weaker = checkpoint.load_model(_located(run, Path(guidance.guide), silent))
+        sha256s.append(weaker["sha256"])
+    guided = _guided(teacher, recipe, guide)
+    said = json.dumps([sha256s, guidance.scale, guidance.interval])
+    return guided, hashlib.sha256(said.encode()).hexdigest()
 
 
 def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoiser:
@@ -48,17 +66,52 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
     if path is None or (planning and not path.exists()):
         options = {"shape": data.shape, "num_classes": len(data.class_names), "sigma_data": settings.sigma_data}
         with torch.device("meta"):
-            return nets.build(settings.network, **options)
-    teacher = importing.inspect(path) if importing.is_pickle(path) else checkpoint.load_model(path)[0].to("meta")
-    _check_fit(teacher, recipe, data)
-    return teacher
+            teacher = nets.build(settings.network, **options)
+    else:
+        teacher = _given_on_meta(path, settings.source)
+        _check_fit(teacher, recipe, data)
+    if settings.guidance is None:
+        return teacher
+    guide = settings.guidance.guide
+    return _guided(teacher, recipe, None if guide is None else _given_on_meta(Path(guide), None))
+
+
+def _given_on_meta(path: Path, source: str | None) -> Denoiser:
+    if not path.exists():
+        raise UserError(f"no model at {path}", hint=f"get it from {source}" if source else None)
+    return importing.inspect(path) if importing.is_foreign(path) else checkpoint.load_model(path)[0].to("meta")
+
+
+def _guided(teacher: Denoiser, recipe: Recipe, guide: Denoiser | None) -> Denoiser:
+    """Wrap the teacher in the recipe's guidance. UserError where there is nothing to move away from."""
+    guidance = recipe.teacher.guidance
+    assert guidance is not None
+    if guide is not None and (guide.shape, guide.num_classes) != (teacher.shape, teacher.num_classes):
+        raise UserError(f"the guide at {guidance.guide} makes other images or classes than the teacher")
+    if guide is None and teacher.num_classes == 0:
+        raise UserError("teacher.guidance: this teacher knows no classes", hint="guidance.guide names a weaker teacher")
+    if guide is None and _label_dropout(teacher, recipe) == 0:
+        raise UserError(
+            "teacher.guidance: this teacher never trained without a class (its label_dropout is 0)",
+            hint="guidance.guide names a weaker teacher; teacher.training.label_dropout=0.1 trains one that can",
+        )
+    return Guided(teacher, scale=guidance.scale, interval=guidance.interval, guide=guide)
+
+
+def _label_dropout(teacher: Denoiser, recipe: Recipe) -> float | None:
+    """How often the teacher trained without a class; None where nobody says."""
+    if recipe.teacher.path is None:
+        return recipe.teacher.training.label_dropout
+    if isinstance(teacher.settings, DiffusersNetworkSettings):
+        return 0.0 if teacher.settings.class_name == "UNet2DModel" else None
+    return getattr(teacher.settings, "arguments", {}).get("label_dropout")
 
 
 def _located(run: RunDir, path: Path, report: Report) -> Path:
-    """Return the folder of a given teacher; a pickle is imported once, next to the runs that share it."""
-    if not importing.is_pickle(path):
+    """Return the folder of a given teacher; one from elsewhere is imported once, next to the runs that share it."""
+    if not importing.is_foreign(path):
         return path
-    folder = run.shared / f"teacher-{key('imported', file_hash(path))}"
+    folder = run.shared / f"teacher-{importing.identity(path)}"
     with lock(folder, "the teacher", wait=report):
         if not checkpoint.is_complete(folder):
             report(f"teacher: importing {path}")
@@ -68,7 +121,7 @@ def _located(run: RunDir, path: Path, report: Report) -> Path:
 
 def teacher_key(recipe: Recipe) -> str:
     """Name the teacher by everything that its weights depend on."""
-    section = recipe.teacher.model_dump(mode="json", exclude={"path", "source", "solver"})
+    section = recipe.teacher.model_dump(mode="json", exclude={"path", "source", "solver", "guidance"})
     return key("teacher", recipe.data.model_dump(mode="json"), section, recipe.threads)
 
 

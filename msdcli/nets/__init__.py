@@ -8,10 +8,10 @@ import torch
 
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.errors import UserError
-from msdcli.nets import edm_import
+from msdcli.nets import diffusers_import, edm_import
 from msdcli.nets.mlp import MLP
 from msdcli.nets.unet import UNet
-from msdcli.recipe import EdmNetworkSettings, MLPSettings
+from msdcli.recipe import DiffusersNetworkSettings, EdmNetworkSettings, MLPSettings
 
 if TYPE_CHECKING:
     from msdcli.recipe import NetworkSettings, UNetSettings
@@ -24,6 +24,11 @@ def build(settings: NetworkSettings, *, shape: tuple[int, ...], num_classes: int
     """
     if isinstance(settings, EdmNetworkSettings):
         return _edm(settings, shape, num_classes, sigma_data)
+    if isinstance(settings, DiffusersNetworkSettings):
+        built = diffusers_import.build_diffusers(settings)
+        if (built.shape, built.num_classes) != (tuple(shape), num_classes):
+            raise UserError(f"network kind 'diffusers' makes {list(built.shape)} in {built.num_classes} classes")
+        return built
     net = (
         _mlp(settings, shape, num_classes) if isinstance(settings, MLPSettings) else _unet(settings, shape, num_classes)
     )

@@ -49,5 +49,6 @@ class Embedding(nn.Module):
         )
         if self.classes is not None:
             assert condition is not None, "a class-conditional network was called without classes"
-            e = e + self.classes(condition)
+            # A negative number stands for no class.
+            e = e + self.classes(condition.clamp(min=0)) * (condition >= 0)[:, None]
         return F.silu(e)

@@ -17,8 +17,9 @@ Coefficients = tuple[Tensor | float, Tensor, Tensor | float, Tensor]
 class Preconditioned(ExactBuffers, Denoiser):
     """D(x, sigma, condition) = c_skip x + c_out F(c_in x, c_noise, condition) (Eq. 7); here with EDM's coefficients.
 
-    `condition` is [n] int64 class numbers, [n, num_classes] float one-hot rows, or None: no class, a row of zeros.
-    A network without classes ignores it. `sigma_min` and `sigma_max` bound the noise levels that it was made for.
+    `condition` is [n] int64 class numbers, [n, num_classes] float one-hot rows, or None; None and negative numbers are
+    no class, a row of zeros. A network without classes ignores it. `sigma_min` and `sigma_max` bound the noise levels
+    that it was made for.
     """
 
     net: TappedUNet
@@ -76,7 +77,8 @@ class Preconditioned(ExactBuffers, Denoiser):
         if condition.is_floating_point():
             assert condition.shape == rows.shape, f"one-hot rows {list(condition.shape)}, not {list(rows.shape)}"
             return condition.to(torch.float32)
-        return rows.scatter(1, condition.reshape(-1, 1).expand(len(x), 1), 1.0)
+        numbers = condition.reshape(-1, 1).expand(len(x), 1)
+        return rows.scatter(1, numbers.clamp(min=0), (numbers >= 0).to(rows.dtype))
 
 
 class VP(Preconditioned):

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.errors import UserError
 from msdcli.nets.unet import Attention, ResidualBlock
+from msdcli.nets.unet_taps import TappedUNet
 
 Parts = dict[str, list[tuple[int, ...]]]  # parameter -> for each of its dimensions the sizes it is put together from
 
@@ -20,6 +22,10 @@ def prune(teacher: Denoiser, student: Denoiser) -> int:
     Where a layer's channels are several groups side by side (a skip beside the main path, scale beside shift, queries
     beside keys), the leading channels of each group are taken. Layers that the teacher lacks keep their weights.
     """
+    if isinstance(teacher.net, TappedUNet):
+        raise UserError(
+            "student.init: pruned is not for networks of kind edm", hint="student.init=random, and stage tsm"
+        )
     theirs, mine = _parts(teacher), _parts(student)
     source, copied = teacher.state_dict(), 0
     for name, target in student.state_dict().items():

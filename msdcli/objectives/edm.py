@@ -8,6 +8,7 @@ from torch import Tensor
 
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
+from msdcli.diffusion.guidance import NO_CLASS
 from msdcli.objectives.base import Objective, Turn
 from msdcli.recipe import EdmSettings
 
@@ -25,6 +26,8 @@ class DenoisingScoreMatching(Objective):
 
     def loss(self, draws: Draws) -> Tensor:
         y, c = draws.real()
+        if self.settings.label_dropout:
+            c = c.masked_fill(draws.uniform("label dropout") < self.settings.label_dropout, NO_CLASS)
         sigma = d.lognormal(draws.normal("sigma", ()), self.settings.P_mean, self.settings.P_std)
         x = y + d.per_image(sigma, y) * draws.normal("noise")
         error = d.image_mean((self.student(x, sigma, c) - y).square())

@@ -1,0 +1,55 @@
+"""Guidance of the teacher: away from a worse prediction, its own without the class or a weaker network's (classifier-
+free guidance, Ho and Salimans 2022, arXiv 2207.12598; autoguidance, Karras et al. 2024, arXiv 2406.02507).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msdcli.diffusion.denoiser import Denoiser, per_image
+
+NO_CLASS = -1  # a class number that stands for no class
+
+
+class Guided(Denoiser):
+    """D_worse + scale (D - D_worse) for noise levels in the half-open interval (low, high], else D (arXiv 2404.07724).
+
+    The worse prediction is `guide`'s for the same class, or, without a guide, the teacher's own for no class, both
+    branches in one call. Features and everything else are the teacher's. A deep copy is one of the plain teacher:
+    students and fake networks start from the network, not from its guidance.
+    """
+
+    def __init__(
+        self, teacher: Denoiser, *, scale: float, interval: Sequence[float], guide: Denoiser | None = None
+    ) -> None:
+        super().__init__(teacher, shape=teacher.shape, num_classes=teacher.num_classes, sigma_data=teacher.sigma_data)
+        self.scale, self.interval, self.guide = scale, (interval[0], interval[1]), guide
+        self.settings = teacher.settings
+
+    @property
+    def plain(self) -> Denoiser:
+        """The teacher without guidance."""
+        teacher: Denoiser = self.net  # type: ignore[assignment]
+        return teacher
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        if self.guide is not None:
+            D, D_worse = self.net(x, sigma, condition), self.guide(x, sigma, condition)
+        else:
+            assert condition is not None and not condition.is_floating_point(), "guidance needs class numbers"
+            both = torch.cat([condition, torch.full_like(condition, NO_CLASS)])
+            D, D_worse = self.net(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        guided = D_worse + self.scale * (D - D_worse)
+        inside = per_image((sigma > self.interval[0]) & (sigma <= self.interval[1]), x)
+        return torch.where(inside, guided, D)
+
+    def features(self, x: Tensor, sigma: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
+        return self.plain.features(x, sigma, condition, taps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
+        return copy.deepcopy(self.plain, memo)

@@ -1,0 +1,182 @@
+"""What a run will cost before it starts: the stages' own losses, run without memory on the meta device, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msdcli.data.base import Dataset
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.draws import Draws
+from msdcli.objectives import objective
+from msdcli.recipe import Recipe, StageSettings
+
+# What hours are stated at: a third of what an A100 multiplies in TF32, as convolutions of U-Nets reach.
+DEVICE, PEAK_FLOPS, UTILISATION = "A100, TF32", 156e12, 0.3
+# Of every number that learns: weight, gradient and Adam's two moments.
+LEARNING_BYTES, FROZEN_BYTES = 16, 4
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one student's stage needs: floating-point operations in all, bytes on the device."""
+
+    objective: str
+    flops: float
+    state_bytes: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The cost of a run, part by part; `stages` are those of one student."""
+
+    teacher_flops: float
+    pairs_flops: float
+    stages: list[StageCost]
+    evaluation_flops: float
+    students: int
+
+    @property
+    def flops(self) -> float:
+        return self.teacher_flops + self.pairs_flops + self.student_flops * self.students + self.evaluation_flops
+
+    @property
+    def student_flops(self) -> float:
+        return sum(stage.flops for stage in self.stages)
+
+
+class MetaDraws(Draws):
+    """Draws of the right shapes and of no numbers."""
+
+    def __init__(self, shape: tuple[int, ...], batch: int) -> None:
+        self.shape, self.batch = shape, batch
+
+    def of_step(self) -> Draws:
+        return self
+
+    def normal(self, purpose: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        return torch.empty(self.batch, *(self.shape if shape is None else shape), device="meta")
+
+    def uniform(self, purpose: str) -> Tensor:
+        return torch.empty(self.batch, device="meta")
+
+    def real(self) -> tuple[Tensor, Tensor]:
+        return self.normal("real"), self.labels("data")
+
+    def labels(self, how: str, count: int | None = None) -> Tensor:
+        return torch.empty(count or self.batch, dtype=torch.int64, device="meta")
+
+    def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        z = torch.empty(count or self.batch, *self.shape, device="meta")
+        return z, z.clone(), self.labels("data", count)
+
+
+def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser) -> Estimate:
+    """Count what a run will cost. `teacher` and `student` are on the meta device; their weights do not matter."""
+    forward_teacher, forward_student = forward_flops(teacher), forward_flops(student)
+    solver = 2 * recipe.teacher.solver.steps - 1
+    training = recipe.teacher.training
+    needs_pairs = any(getattr(stage, "pairs", "none") != "none" for stage in recipe.stages)
+    samples = recipe.evaluation.samples
+    more = max(0, samples - (recipe.pairs.count if needs_pairs else 0))
+    return Estimate(
+        teacher_flops=stage_cost(training, teacher, None).flops if recipe.teacher.path is None else 0.0,
+        pairs_flops=float(recipe.pairs.count * solver * forward_teacher) if needs_pairs else 0.0,
+        stages=[stage_cost(stage, student, teacher) for stage in recipe.stages],
+        evaluation_flops=float(samples * forward_student + more * solver * forward_teacher),
+        students=recipe.partition.students,
+    )
+
+
+def stage_cost(stage: StageSettings, student: Denoiser, teacher: Denoiser | None) -> StageCost:
+    """Run one step of a stage's turns on the meta device and count it."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
+    draws, peak = MetaDraws(student.shape, stage.batch), 0
+    with torch.device("meta"):
+        goal = objective(stage.objective)(stage, student, teacher)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        for names, loss in goal.turns(0):
+            for name, net in goal.nets.items():
+                net.requires_grad_(name in names)
+            with saved_bytes() as saved:
+                value = loss(draws)
+            value.mean().backward()
+            peak = max(peak, sum(saved.values()))
+    return StageCost(
+        objective=stage.objective,
+        flops=float(counter.get_total_flops() * stage.steps),
+        state_bytes=_state_bytes(goal.nets, goal.product, teacher),
+        activation_bytes=peak,
+    )
+
+
+def _state_bytes(nets: dict[str, nn.Module], product: str, teacher: Denoiser | None) -> int:
+    """Learning networks with their optimizers, the moving average, and the frozen teacher."""
+    size = LEARNING_BYTES * sum(count(net) for net in nets.values()) + FROZEN_BYTES * count(nets[product])
+    return size + (FROZEN_BYTES * count(teacher) if teacher is not None else 0)
+
+
+@contextmanager
+def saved_bytes() -> Iterator[dict[int, int]]:
+    """Give the bytes of every storage that is kept for the backward pass, weights aside."""
+    found: dict[int, int] = {}
+    alive: list[Any] = []  # a freed storage's number would be given out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage._cdata not in found:
+            found[storage._cdata] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+@torch.no_grad()
+def forward_flops(net: Denoiser) -> int:
+    """Operations of one evaluation of one image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    draws = MetaDraws(net.shape, 1)
+    with FlopCounterMode(display=False) as counter:
+        net(draws.normal("x"), draws.uniform("sigma"), draws.labels("data"))
+    total: int = counter.get_total_flops()
+    return total
+
+
+def count(net: nn.Module) -> int:
+    """Parameters of a network."""
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def device_hours(flops: float) -> float:
+    """Hours of the device that the estimate is stated at."""
+    return flops / (PEAK_FLOPS * UTILISATION) / 3600
+
+
+def lines(cost: Estimate) -> Sequence[str]:
+    """Return the estimate as lines to print."""
+    rows = [("teacher", cost.teacher_flops), ("pairs", cost.pairs_flops)]
+    rows += [(f"one student, {stage.objective}", stage.flops) for stage in cost.stages]
+    rows += [("evaluation", cost.evaluation_flops), (f"all, {cost.students} students", cost.flops)]
+    told = [f"{what:<20} {flops:9.3g} FLOP {device_hours(flops):11,.2f} device-hours" for what, flops in rows if flops]
+    memory = [
+        f"{stage.objective:<20} {(stage.state_bytes + stage.activation_bytes) / 2**30:9.3g} GiB "
+        f"({stage.state_bytes / 2**30:.3g} networks and optimizers, {stage.activation_bytes / 2**30:.3g} activations)"
+        for stage in cost.stages
+    ]
+    return [
+        f"cost:      counted from one step of every stage; hours at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:g} TFLOP/s "
+        f"({DEVICE})",
+        *(f"           {line}" for line in told),
+        "memory:    of one student's training, on one device, in float32",
+        *(f"           {line}" for line in memory),
+    ]

@@ -1,0 +1,156 @@
+"""Networks of the diffusers library as denoisers in sigma space: eps, v, sample and flow prediction.
+
+The library builds the network from its configuration; the configuration is JSON and the weights safetensors, so
+nothing in a folder is run. Needs the extra `diffusers`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msdcli.diffusion.denoiser import Denoiser, per_image
+from msdcli.errors import UserError
+from msdcli.recipe import DiffusersNetworkSettings
+
+PARTS = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+
+
+class FromDiffusers(Denoiser):
+    """D(x, sigma, condition) around `net(x_t, t, class_labels)`, by the table of changes of variables.
+
+    `log_sigmas` [T] are the schedule's noise levels, ln(sqrt((1 - alpha_bar) / alpha_bar)); empty for a flow. `t` is
+    interpolated between them, and held at their ends.
+    """
+
+    log_sigmas: Tensor
+
+    def __init__(self, net: nn.Module, settings: DiffusersNetworkSettings, log_sigmas: Tensor) -> None:
+        config = settings.config
+        size = config["sample_size"]
+        num_classes = config.get("num_class_embeds" if settings.class_name == "UNet2DModel" else "num_embeds_ada_norm")
+        super().__init__(net, shape=(config["in_channels"], size, size), num_classes=num_classes or 0)
+        self.settings, self.prediction = settings, settings.prediction
+        self.steps = settings.schedule.get("num_train_timesteps", 1000)
+        self.register_buffer("log_sigmas", log_sigmas, persistent=False)
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        x, sigma = x.to(torch.float32), sigma.to(torch.float32)
+        s = per_image(sigma, x)
+        if self.prediction == "flow":  # x_t = (1 - t) y + t n, v = n - y
+            t, x_t = s / (1 + s), x / (1 + s)
+            return x_t - t * self.predict(x_t, self.steps * t.flatten(), condition)
+        root = (1 + s.square()).sqrt()
+        F_x = self.predict(x / root, self.timestep(sigma), condition)
+        if self.prediction == "epsilon":
+            return x - s * F_x
+        if self.prediction == "v_prediction":  # v = n / root - y s / root
+            return (x - s * root * F_x) / root.square()
+        return F_x
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The (fractional) step of the schedule with noise level `sigma` [n]."""
+        log = sigma.clamp(min=1e-20).log()
+        above = torch.searchsorted(self.log_sigmas, log).clamp(1, len(self.log_sigmas) - 1)
+        low, high = self.log_sigmas[above - 1], self.log_sigmas[above]
+        return above - 1 + ((log - low) / (high - low)).clamp(0, 1)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        """The network's own prediction, without the variance that some networks add."""
+        y: Tensor = self.net(x_t, t, class_labels=self.labels(condition), return_dict=False)[0]
+        return y[:, : x_t.shape[1]].to(torch.float32)
+
+    def labels(self, condition: Tensor | None) -> Tensor | None:
+        """Class numbers for the library; DiT's embedding has one more row, which is no class."""
+        if not self.num_classes:
+            return None
+        assert condition is not None, "a class-conditional network was called without classes"
+        if condition.is_floating_point():
+            condition = condition.argmax(1)
+        return torch.where(condition < 0, self.num_classes, condition)
+
+    @property
+    def taps(self) -> list[str]:
+        raise UserError("networks of kind diffusers give no features", hint="objective dm, or features of another kind")
+
+
+def build_diffusers(settings: DiffusersNetworkSettings) -> FromDiffusers:
+    """Build the network of a section, with random weights."""
+    library = _library()
+    if "sample_size" not in settings.config or "in_channels" not in settings.config:
+        raise UserError("network kind 'diffusers': config needs sample_size and in_channels")
+    try:
+        net = getattr(library, settings.class_name).from_config(settings.config)
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"network kind 'diffusers': no network fits this config ({error})") from None
+    for module in net.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0  # DiT drops classes while training; a one-step student is told its class
+    return FromDiffusers(net, settings, log_sigmas(settings))
+
+
+def log_sigmas(settings: DiffusersNetworkSettings) -> Tensor:
+    """The schedule's noise levels as logarithms, ascending."""
+    if settings.prediction == "flow":
+        return torch.empty(0, device="cpu")
+    with torch.device("cpu"):
+        alpha_bar = _library().DDPMScheduler(**settings.schedule).alphas_cumprod.double()
+    levels = ((1 - alpha_bar) / alpha_bar).sqrt().log().float()
+    return levels.to(torch.get_default_device())
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether this is a folder that diffusers saved."""
+    return (path / "model_index.json").is_file()
+
+
+def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, Path]:
+    """Return the network section of a saved pipeline and its file of weights. UserError for what is not supported."""
+    index = _json(folder / "model_index.json")
+    if "vae" in index or "vqvae" in index:
+        raise UserError(f"{folder} is a latent model, which msd does not distil yet", hint="a pixel-space pipeline")
+    found = [(part, name) for part, name in PARTS.items() if part in index and index[part][1:] == [name]]
+    if not found:
+        known = ", ".join(f"{part}: {name}" for part, name in PARTS.items())
+        raise UserError(f"{folder} holds no network msd knows; it knows {known}")
+    part, class_name = found[0]
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    flow = scheduler.get("_class_name") == FLOW_SCHEDULER
+    config = {k: v for k, v in _json(folder / part / "config.json").items() if not k.startswith("_")}
+    try:
+        section = DiffusersNetworkSettings(
+            class_name=class_name,  # type: ignore[arg-type]
+            config=config,
+            prediction="flow" if flow else scheduler.get("prediction_type", "epsilon"),
+            schedule={k: scheduler[k] for k in SCHEDULE_KEYS if scheduler.get(k) is not None},
+        )
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return section, folder / part / WEIGHTS
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object")
+    return content
+
+
+def _library() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise UserError(
+            f"networks of kind diffusers need the library ({error})", hint="pip install 'msdcli[diffusers]'"
+        ) from None
+    return diffusers

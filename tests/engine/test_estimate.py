@@ -1,0 +1,86 @@
+"""What a plan says a run costs is what training counts; plans need neither weights nor data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from msdcli.engine import estimate, pipeline
+from msdcli.recipe import load, shipped
+from tests.conftest import Msd
+
+MISSING = """
+name: big
+data: {name: folder, path: data.zip, size: 8, classes: 4, count: 100, source: the shelf}
+teacher:
+  path: teacher.pkl
+  source: the web
+  network: {kind: edm, arguments: {model_channels: 8, channel_mult: [1, 2], num_blocks: 1}}
+student: {width: 0.5}
+partition: {students: 2}
+stages: [{objective: tsm, steps: 10, batch: 4}, {objective: adm, steps: 10, batch: 4}]
+"""
+
+
+def test_the_plan_counts_what_training_counts(finished: Path) -> None:
+    recipe = load(finished)
+    data = pipeline.check(recipe)
+    cost = estimate.estimate(recipe, data, *pipeline.networks_on_meta(recipe, data))
+    for part, folder in ((cost.stages[0].flops, "students/0/0-dm"), (cost.teacher_flops, "teacher")):
+        recorded = json.loads((finished / folder / "model.json").read_text())["cost"]["flops"]
+        assert part == pytest.approx(recorded, rel=1e-6)
+
+
+def test_attention_is_counted_on_the_meta_device_as_on_the_cpu() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from msdcli import nets
+    from msdcli.recipe import EdmNetworkSettings
+
+    settings = EdmNetworkSettings(arguments={"model_channels": 64, "channel_mult": [1], "attn_resolutions": [8]})
+    options = {"shape": (3, 8, 8), "num_classes": 4, "sigma_data": 0.5}
+    with torch.device("meta"):
+        counted = estimate.forward_flops(nets.build(settings, **options))
+    net = nets.build(settings, **options)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.zeros(1, 3, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.int64))
+    assert counted == counter.get_total_flops() > 0
+
+
+def test_saved_bytes_are_those_of_the_activations() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Sigmoid())
+        with estimate.saved_bytes() as saved:
+            net(torch.empty(7, 3))
+    assert sum(saved.values()) == 4 * (7 * 3 + 7 * 5)  # the layer's input and the sigmoid's output
+
+
+def test_a_plan_needs_neither_weights_nor_data(msd: Msd, tmp_path: Path) -> None:
+    (tmp_path / "big.yaml").write_text(MISSING)
+    planned = msd("distill", "big.yaml", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert "missing:   teacher teacher.pkl: put it there, from the web" in planned.stderr
+    assert "missing:   data data.zip: put it there, from the shelf" in planned.stderr
+    assert all(word in planned.stderr for word in ("one student, adm", "device-hours", "GiB"))
+    assert [p.name for p in tmp_path.iterdir()] == ["big.yaml"]
+    refused = msd("distill", "big.yaml")
+    assert (refused.returncode, "data.zip does not exist" in refused.stderr) == (2, True)
+
+
+def test_data_that_are_missing_must_be_described(msd: Msd, tmp_path: Path) -> None:
+    (tmp_path / "big.yaml").write_text(MISSING.replace("count: 100, ", ""))
+    planned = msd("distill", "big.yaml", "--dry-run")
+    assert (planned.returncode, "data.count" in planned.stderr) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", shipped(), ids=lambda p: p.stem)
+def test_every_shipped_recipe_can_be_planned(msd: Msd, tmp_path: Path, path: Path) -> None:
+    planned = msd("distill", path.stem, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert "device-hours" in planned.stderr
+    assert not list(tmp_path.iterdir())
