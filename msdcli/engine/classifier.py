@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from msdcli.data.base import Dataset
+from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.draws import Source
 from msdcli.engine import checkpoint
 from msdcli.engine.distill import train
@@ -21,8 +21,8 @@ TRAINING = StageSettings(objective="classify", steps=400, batch=128, lr=2e-3, em
 
 def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> tuple[Classifier, str]:
     """Return the frozen classifier and its weights' hash, after training or reusing it."""
-    section = recipe.data.model_dump(mode="json")
-    folder = run.shared / f"classifier-{key('classifier', section, TRAINING.model_dump(mode='json'))}"
+    content = fingerprint(data)
+    folder = run.shared / f"classifier-{key('classifier', content, TRAINING.model_dump(mode='json'))}"
     weights = folder / checkpoint.WEIGHTS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -42,7 +42,10 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
                 report=report,
             )
             checkpoint.save_tensors(weights, state.ema.net.state_dict())
-            write_json(folder / checkpoint.MODEL, {"classifier": section, "sha256": file_hash(weights)})
+            write_json(
+                folder / checkpoint.MODEL,
+                {"classifier": recipe.data.name, "data": content, "sha256": file_hash(weights)},
+            )
     tensors, _ = checkpoint.load_tensors(weights)
     checkpoint.load_weights(network, tensors, weights)
     link(folder, run.classifier)

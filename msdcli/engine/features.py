@@ -4,7 +4,6 @@ generator; what does not change is kept on disk by the hash of what it depends o
 
 from __future__ import annotations
 
-import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +29,6 @@ from msdcli.rundir import key, lock, writing
 
 FILE = "features.npz"
 STEP = 500  # images of a data set, or samples of the teacher, held at once
-PROBES = 64  # images by which a data set's content is recognised, beside its recipe and all its labels
 
 Drawn = Iterator[tuple[list[int], Tensor]]  # positions among the classes asked for, samples on the device
 
@@ -111,13 +109,6 @@ def saving(drawn: Drawn, classes: Sequence[int], first: int, folder: Path) -> Dr
 
 
 # What is kept on disk.
-
-
-def fingerprint(data: Dataset) -> str:
-    """A hash of the data's content: all labels and some images."""
-    labels = data.labels(range(len(data))).numpy()
-    some = np.unique(np.linspace(0, len(data) - 1, PROBES).astype(int)).tolist()
-    return hashlib.sha256(labels.tobytes() + data.images(some).numpy().tobytes()).hexdigest()
 
 
 def cached(folder: Path, make: Callable[[], FeatureSet], report: Report) -> FeatureSet:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdcli.data.base import Dataset
+from msdcli.data.base import Dataset, fingerprint
 from msdcli.data.images import content_hash
 from msdcli.engine import checkpoint, classifier, dataset, device, features, pairs, sample
 from msdcli.engine import teacher as teachers
@@ -207,7 +207,7 @@ class Scene:
             return features.of_reference(self.options.reference, self.judge.network, **options)
         largest = max(self.count, MAX_REFERENCE) if self.planar else MAX_REFERENCE
         numbers = range(min(len(self.data), largest))
-        depends = self.recipe.data.model_dump(mode="json"), features.fingerprint(self.data), len(numbers)
+        depends = fingerprint(self.data), len(numbers)
         return self._cached(lambda: features.of_data(self.data, numbers, self.how), "data", *depends)
 
     def teacher(self) -> FeatureSet:
@@ -216,7 +216,7 @@ class Scene:
         source = pairs.Pairs(self.run, self.recipe, self.data, sha256)
         depends = (
             *(sha256, self.recipe.teacher.solver.model_dump(), self.recipe.pairs.seed),
-            *(self.recipe.data.model_dump(mode="json"), self.count),
+            *(fingerprint(self.data), self.count),
         )
         return self._cached(
             lambda: features.of_teacher(source, net.to(self.device), self.count, self.how, self.report),
@@ -286,7 +286,7 @@ def _record(scene: Scene, students: sample.Students, measured: FeatureSet) -> di
 
 def _reference_hash(scene: Scene) -> str:
     if scene.options.reference is None:
-        return features.fingerprint(scene.data)
+        return fingerprint(scene.data)
     return content_hash(features.find_reference(scene.options.reference))
 
 

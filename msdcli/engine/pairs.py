@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msdcli.data.base import Dataset
+from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import image_noise
 from msdcli.diffusion.sampler import heun
@@ -45,7 +45,7 @@ class Pairs:
         self.settings, self.solver, self.data = settings, recipe.teacher.solver, data
         parts = (
             teacher_hash,
-            recipe.data.model_dump(mode="json"),
+            fingerprint(data),
             self.solver.model_dump(),
             settings.seed,
             settings.shard,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from msdcli import nets
-from msdcli.data.base import Dataset
+from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source, generator
 from msdcli.diffusion.guidance import Guided
@@ -29,7 +29,7 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
     if recipe.teacher.path is not None:
         folder = _located(run, Path(recipe.teacher.path), report)
     else:
-        folder = run.shared / f"teacher-{teacher_key(recipe)}"
+        folder = run.shared / f"teacher-{teacher_key(recipe, data)}"
         with lock(folder, "the teacher", wait=report):
             if is_finished(folder, recipe.teacher.training):
                 report(f"teacher: reused from {folder}")
@@ -119,10 +119,10 @@ def _located(run: RunDir, path: Path, report: Report) -> Path:
     return folder
 
 
-def teacher_key(recipe: Recipe) -> str:
+def teacher_key(recipe: Recipe, data: Dataset) -> str:
     """Name the teacher by everything that its weights depend on."""
     section = recipe.teacher.model_dump(mode="json", exclude={"path", "source", "solver", "guidance"})
-    return key("teacher", recipe.data.model_dump(mode="json"), section, recipe.threads)
+    return key("teacher", fingerprint(data), section, recipe.threads)
 
 
 def new_network(settings: TeacherSettings, data: Dataset) -> Denoiser:

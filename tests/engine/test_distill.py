@@ -73,11 +73,11 @@ def test_more_steps_continue_a_finished_run(finished: Path, msd: Msd, tmp_path: 
     assert (fewer.returncode, "stages.0.steps differ" in fewer.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_sigkill_at_any_moment_loses_nothing(finished: Path, msd: Msd, tiny: Path, seed: int) -> None:
     """Kill the run (and with it its workers) again and again; the end is bit-equal to an undisturbed run."""
     rng = random.Random(seed)
-    for _ in range(4):
+    for _ in range(3):
         process = subprocess.Popen(
             command("distill", "tiny.yaml", "workers=2"),
             cwd=tiny.parent,
@@ -85,7 +85,7 @@ def test_sigkill_at_any_moment_loses_nothing(finished: Path, msd: Msd, tiny: Pat
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        time.sleep(rng.uniform(2.0, 7.0))
+        time.sleep(rng.uniform(2.0, 6.0))
         process.kill()
         process.wait()
     time.sleep(0.5)  # orphaned workers notice
