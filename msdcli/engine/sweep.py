@@ -93,20 +93,19 @@ def _cost(run_dir: RunDir) -> dict[str, float]:
 
 
 def summary(table: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
-    """Return column names and rows: mean ± standard deviation over seeds."""
-    names = list(dict.fromkeys(name for line in table for name in line.figures))
-    rows = []
-    for line in table:
-        cells = [
-            f"{_short(line.mean(n))} ± {_short(line.spread(n))}"
-            if n in line.figures and len(line.seeds) > 1
-            else _short(line.mean(n))
-            if n in line.figures
-            else ""
-            for n in names
-        ]
-        rows.append([line.label, str(len(line.seeds)), f"{line.samples:,}", *cells])
+    """Return column names and rows, mean ± standard deviation over seeds; the CSV has the figures left out here."""
+    names = [n for n in dict.fromkeys(n for line in table for n in line.figures) if n not in ("kid", "density")]
+    rows = [
+        [line.label, str(len(line.seeds)), f"{line.samples:,}", *(_shown(line, n) for n in names)] for line in table
+    ]
     return ["", "seeds", "samples", *names], rows
+
+
+def _shown(line: Line, name: str) -> str:
+    if name not in line.figures:
+        return ""
+    spread = f" ± {_short(line.spread(name))}" if len(line.seeds) > 1 else ""
+    return _short(line.mean(name)) + spread
 
 
 def _short(value: float) -> str:
