@@ -88,5 +88,5 @@ def _show(outcome: Outcome, json_: bool) -> None:
         console.say(f"{outcome.run.root}: {left}; `msd distill {outcome.run.root}` finishes and measures the run")
         return
     show(outcome.measurement, brief=True)
-    console.say(f"samples: {outcome.grid}")
+    console.say(f"samples: {outcome.grid}  (the teacher's left of or behind the students')")
     console.say(f"run:     {outcome.run.root}  (next: msd sample {outcome.run.root} --classes 3,7 -n 64)")

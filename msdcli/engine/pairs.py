@@ -75,6 +75,22 @@ class Pairs:
                 time.sleep(0.2)  # others are at what is left
         return self.read()
 
+    def examples(self, teacher: Denoiser, classes: list[int], per_class: int) -> list[Tensor] | None:
+        """Return up to `per_class` of the teacher's samples of each class: pairs that are there, points drawn anew.
+
+        None where neither is to be had quickly.
+        """
+        if len(self.data.shape) == 1:
+            numbers = range(per_class)
+            z = self.noise(numbers)
+            asked = [torch.full((per_class,), c) for c in classes]
+            return [sample_teacher(teacher, z, c, self.solver, batch=per_class) for c in asked]
+        if not (made := [path for path, _ in self.shards() if path.exists()]):
+            return None
+        parts = [checkpoint.load_tensors(path)[0] for path in made]
+        y, c = torch.cat([p["y"] for p in parts]), torch.cat([p["c"] for p in parts])
+        return [y[c == k][:per_class] for k in classes]
+
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return (z, y, c) from complete shards; the noise is derived again."""
         parts = [checkpoint.load_tensors(path)[0] for path, _ in self.shards()]

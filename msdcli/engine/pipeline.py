@@ -106,7 +106,7 @@ def distill(recipe: Recipe, report: Report, *, student: int | None = None, worke
         raise UserError(
             f"not all students are finished: {names}", hint=f"msd status {run.root}; the same command goes on"
         )
-    return Outcome(run, fid.measure(run, report), preview(run, data), [])
+    return Outcome(run, fid.measure(run, report), preview(bench), [])
 
 
 def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
@@ -170,14 +170,16 @@ class Bench:
         return Student(number, self.recipe, self.teacher, source, self.folders(number), self.device)
 
 
-def preview(run: RunDir, data: Dataset, *, columns: int = 16, points: int = 2000) -> Path:
-    """Draw samples of every class, one row a class, to samples/grid.png."""
-    path = run.samples / "grid.png"
-    students = sample.load(run.root)
-    per_class = points if len(data.shape) == 1 else columns
-    classes = [c for c in range(len(data.class_names)) for _ in range(per_class)]
-    rows = students.sample(classes).split(per_class)
-    sample.save_grid(path, rows, class_names=data.class_names)
+def preview(bench: Bench, *, rows: int = 32, columns: int = 16, points: int = 1000) -> Path:
+    """Draw the teacher's and the students' samples of the first classes, one row a class, to samples/grid.png."""
+    path, data = bench.run.samples / "grid.png", bench.data
+    classes = list(range(len(data.class_names)))[:rows]
+    planar = len(data.shape) == 1
+    per_class = points if planar else columns
+    asked = [c for c in classes for _ in range(per_class)]
+    mine = sample.load(bench.run.root, bench.device).sample(asked).split(per_class)
+    theirs = bench.pairs.examples(bench.teacher, classes, per_class if planar else columns // 2)
+    sample.save_grid(path, mine, beside=theirs, class_names=[data.class_names[c] for c in classes])
     return path
 
 

@@ -109,20 +109,31 @@ def of_run(run: RunDir, device: torch.device) -> Students:
 # Pictures and files.
 
 
-def save_grid(path: Path, rows: Sequence[Tensor], *, class_names: Sequence[str] | None = None) -> None:
-    """Write one PNG with a row of images per entry of `rows` (points in the plane: one scatter plot per entry)."""
+def save_grid(
+    path: Path,
+    rows: Sequence[Tensor],
+    *,
+    beside: Sequence[Tensor] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write one PNG with a row of images per entry of `rows`, to the left of them, after a gap, those of `beside`.
+
+    Points in the plane become one scatter plot per entry, those of `beside` in grey behind.
+    """
     if rows[0].ndim == 2:
-        _save_scatter(path, rows, class_names or [""] * len(rows))
+        _save_scatter(path, rows, beside, class_names or [""] * len(rows))
         return
     height, width = rows[0].shape[-2:]
     scale, gap = max(1, 32 // height), 2
-    columns = max(len(row) for row in rows)
+    lead = max(len(row) for row in beside) + 1 if beside else 0
+    columns = lead + max(len(row) for row in rows)
     canvas = np.full((len(rows) * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 32, np.uint8)
-    for r, row in enumerate(rows):
-        for i, image in enumerate(to_pixels(row)):
-            top, left = gap + r * (height * scale + gap), gap + i * (width * scale + gap)
-            big = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
-            canvas[top : top + height * scale, left : left + width * scale] = big
+    for start, side in ((0, beside or []), (lead, rows)):
+        for r, row in enumerate(side):
+            for i, image in enumerate(to_pixels(row)):
+                top, left = gap + r * (height * scale + gap), gap + (start + i) * (width * scale + gap)
+                big = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
+                canvas[top : top + height * scale, left : left + width * scale] = big
     with writing(path) as temporary:
         Image.fromarray(canvas).save(temporary, format="PNG")
 
@@ -133,7 +144,7 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 
-def _save_scatter(path: Path, rows: Sequence[Tensor], names: Sequence[str]) -> None:
+def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] | None, names: Sequence[str]) -> None:
     from matplotlib.figure import Figure
 
     columns = min(4, len(rows))
@@ -141,7 +152,9 @@ def _save_scatter(path: Path, rows: Sequence[Tensor], names: Sequence[str]) -> N
     figure = Figure(figsize=(2.4 * columns, 2.5 * lines), layout="constrained")
     for i, (points, name) in enumerate(zip(rows, names, strict=True)):
         axes = figure.add_subplot(lines, columns, i + 1, aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
-        axes.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, alpha=0.6)
+        if beside is not None:
+            axes.scatter(beside[i][:, 0], beside[i][:, 1], s=2, linewidths=0, alpha=0.5, color="tab:gray")
+        axes.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, alpha=0.7, color="tab:blue")
         axes.set_title(name, fontsize=9)
         axes.tick_params(labelsize=6)
     with writing(path) as temporary:
