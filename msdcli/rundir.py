@@ -45,6 +45,10 @@ class RunDir:
         """The folder of one stage of one student; `number` counts the stages from 0."""
         return self.student(student) / f"{number}-{objective}"
 
+    def results(self) -> list[Path]:
+        """The result files of the measurements so far."""
+        return sorted(self.metrics.glob("*.json"))
+
     def recipe(self) -> Recipe:
         """Return the recipe of this run. UserError if this is no run directory."""
         if not self.recipe_file.is_file():

@@ -346,8 +346,3 @@ def halves(judge: Judge, real: Reference, *, splits: int = 10) -> list[Row]:
         values.append(judge.compare(a, b, 0, False)[0])
     mean = {key: sum(v[key] for v in values) / splits for key in values[0]}
     return [Row("real halves", "whole", real.count // 2, real.count - real.count // 2, mean)]
-
-
-def stored(run: RunDir) -> list[Path]:
-    """Return the result files of a run."""
-    return sorted(run.metrics.glob("*.json"))

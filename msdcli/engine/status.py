@@ -28,8 +28,8 @@ def status(run: RunDir) -> dict[str, Any]:
         "teacher": "done" if (run.teacher / "model.json").is_file() else "waiting",
         "partition": "done" if run.partition.is_file() else "waiting",
         "students": students,
-        "metrics": [str(path) for path in sorted(run.metrics.glob("*.json"))],
-        "done": done and any(run.metrics.glob("*.json")),
+        "metrics": [str(path) for path in run.results()],
+        "done": done and bool(run.results()),
     }
 
 

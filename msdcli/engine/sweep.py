@@ -50,7 +50,7 @@ def _result(cell: Cell) -> dict[str, Any] | None:
     """Return the measurement of a finished cell. UserError if its directory belongs to another recipe."""
     run_dir = RunDir(cell.recipe.run_dir)
     run_dir.check(cell.recipe)
-    found = sorted(run_dir.metrics.glob("*.json"))
+    found = run_dir.results()
     return read_json(found[0]) if found else None
 
 

@@ -17,7 +17,7 @@ import torch
 
 from msdcli.engine.events import Progress, Report
 from msdcli.engine.interrupt import Interrupted, interruptible
-from msdcli.errors import UserError, WorkerError
+from msdcli.errors import DONE, INTERRUPTED, USER, UserError, WorkerError
 from msdcli.rundir import RunDir
 
 Events = queue.Queue["Progress | str | Worker"]
@@ -55,13 +55,13 @@ class Worker:
     def failure(self) -> BaseException | None:
         """Return what the ended worker stopped with, if it failed."""
         code = self.process.returncode
-        if code == 0:
+        if code == DONE:
             return None
         self.errors.seek(0)
         said = self.errors.read().strip()
-        if code == 130:
+        if code == INTERRUPTED:
             return Interrupted("stopped; the same command continues")
-        if code == 2:
+        if code == USER:
             return UserError(said.removeprefix("error: "))
         return WorkerError(f"a worker ended with code {code}:\n{said}")
 
