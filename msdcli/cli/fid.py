@@ -42,6 +42,10 @@ def fid(
     bootstrap: Annotated[
         int | None, typer.Option(min=0, help="Resamples behind the intervals; 100 for small features, else none.")
     ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure these classes too: even=0,2,4 or low=0-4, or another run's parts. Repeatable."),
+    ] = None,
     infinity: Annotated[bool, typer.Option("--infinity", help="Also extrapolate to infinitely many samples.")] = False,
     lean: Annotated[
         bool, typer.Option("--lean", help="Distances only: memory does not grow with the number of images.")
@@ -56,6 +60,7 @@ def fid(
 
     chosen = Options(
         *(protocol, weights, reference, samples, batch, workers, device, bootstrap, infinity, lean, save),
+        groups=tuple(group or ()),
     )
     if lean and (infinity or bootstrap):
         from msdcli.errors import UserError

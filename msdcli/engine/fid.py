@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.data.images import content_hash
-from msdcli.engine import checkpoint, classifier, dataset, device, features, pairs, sample
+from msdcli.engine import checkpoint, classifier, dataset, device, features, groups, pairs, sample
 from msdcli.engine import teacher as teachers
 from msdcli.engine.events import Report
 from msdcli.errors import UserError
@@ -86,6 +86,7 @@ class Options:
     infinity: bool = False
     lean: bool = False
     save: int = 0
+    groups: tuple[str, ...] = ()  # as groups.parse reads them
 
 
 # How two sets of features are compared.
@@ -184,6 +185,8 @@ class Scene:
         self.device = device.prepare(self.recipe) if options.device is None else device.resolve(options.device)
         self.data = dataset.provide(run, self.recipe, report)
         self.planar = len(self.data.shape) == 1
+        names = self.data.class_names
+        self.groups = groups.parse(options.groups, range(len(names)), names)
         self.count = options.samples or self.recipe.evaluation.samples
         self.batch = options.batch or self.recipe.evaluation.batch
         if self.planar and (options.lean or options.save):
@@ -248,11 +251,13 @@ def measure(run: RunDir, report: Report, options: Options | None = None) -> Meas
     scene = Scene(run, options or Options(), report)
     students.device = scene.device
     real = scene.real()  # what can be wrong comes first
+    if scene.groups and (isinstance(real, Gaussian) or not _has_classes(real)):
+        raise UserError("--group: the reference does not tell classes apart", hint="leave it out: the data do")
     by_teacher = scene.teacher()
     by_students = scene.students(students)
     replicates = scene.replicates(by_students.moments.dimension)
     against = by_teacher if scene.planar else real
-    lines = Lines(scene.judge, students.partition, replicates, scene.options.infinity)
+    lines = Lines(scene.judge, students.partition, replicates, scene.options.infinity, scene.groups)
     rows = [
         *halves(scene.judge, real),
         *lines.of("teacher", by_teacher, real),
@@ -301,23 +306,34 @@ def check(run: RunDir, options: Options) -> tuple[int, str]:
     return options.samples or recipe.evaluation.samples, options.protocol or "data"
 
 
+def _has_classes(reference: FeatureSet) -> bool:
+    return set(reference.moments.classes) != {-1}
+
+
 class Lines:
     """The rows of a set of samples: whole, per student's part, per class."""
 
-    def __init__(self, judge: Judge, partition: Partition, replicates: int, extrapolate: bool = False) -> None:
-        self.judge, self.partition = judge, partition
+    def __init__(
+        self,
+        judge: Judge,
+        partition: Partition,
+        replicates: int,
+        extrapolate: bool = False,
+        asked: groups.Groups | None = None,
+    ) -> None:
+        self.judge, self.partition, self.asked = judge, partition, asked or {}
         self.replicates, self.extrapolate = replicates, extrapolate
         self.warnings: list[str] = []
 
     def of(self, who: str, mine: FeatureSet, against: Reference) -> Iterator[Row]:
         """Yield the rows; a reference that does not know the classes is compared with as a whole only."""
         yield self._row(who, "whole", mine, against, extrapolate=self.extrapolate)
-        if isinstance(against, Gaussian) or set(against.moments.classes) == {-1}:
+        if isinstance(against, Gaussian) or not _has_classes(against):
             return
         parts = self.partition.parts
-        groups = {f"student {k}": part for k, part in enumerate(parts)} if len(parts) > 1 else {}
+        owned = {f"student {k}": part for k, part in enumerate(parts)} if len(parts) > 1 else {}
         classes = {f"class {c}": [c] for c in range(self.partition.num_conditions)}
-        for name, members in (groups | classes).items():
+        for name, members in (owned | self.asked | classes).items():
             part, same = mine.select(members), against.select(members)
             if min(part.count, same.count) >= 2:  # fewer have no covariance: a small --samples leaves rare classes out
                 yield self._row(who, name, part, same)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msdcli.data.images import content_hash, open_images
-from msdcli.engine import distributed, features
+from msdcli.data.images import Images, content_hash, open_images
+from msdcli.engine import distributed, features, groups
 from msdcli.engine.events import Report
 from msdcli.engine.fid import Options
 from msdcli.errors import UserError
@@ -27,6 +27,7 @@ class Request:
     images: Path
     reference: str
     options: Options
+    groups: groups.Groups
     count: int
     network: FeatureNetwork
 
@@ -38,7 +39,7 @@ def check(images: Path, reference: str | None, options: Options) -> Request:
     if is_statistics(images):
         raise UserError(f"{images} holds statistics and no images", hint="statistics are the second argument")
     with closing(open_images(images)) as source:
-        have = len(source)
+        have, classes = len(source), _classes(source)
     if reference is None:
         raise UserError(f"{images} is compared with what?", hint=f"msd fid {images} REFERENCE")
     if options.protocol == "data" or options.save:
@@ -50,11 +51,16 @@ def check(images: Path, reference: str | None, options: Options) -> Request:
             hint="a FID of fewer images is another figure: ask for fewer",
         )
     path = features.find_reference(reference)
+    theirs: set[int] = set()
     if not is_statistics(path):
-        open_images(path).close()
+        with closing(open_images(path)) as source:
+            theirs = _classes(source)
+    if options.groups and not classes & theirs:
+        raise UserError("--group: both sides must be images with labels", hint="a dataset.json beside them")
     where = distributed.own_device(options.device or "auto")
     network = open_network(options.protocol or "clean", weights=options.weights, device=where)
-    return Request(images, reference, options, options.samples or have, network)
+    asked = groups.parse(options.groups, classes & theirs)
+    return Request(images, reference, options, asked, options.samples or have, network)
 
 
 def compare(request: Request, report: Report) -> dict[str, Any] | None:
@@ -74,9 +80,8 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
     mine = distributed.merged(part, share)
     if mine is None:
         return None
-    result = mine.summary(
-        theirs, groups=_groups(mine, theirs), replicates=options.bootstrap or 0, extrapolate=options.infinity
-    )
+    named = request.groups | _single(mine, theirs)
+    result = mine.summary(theirs, groups=named, replicates=options.bootstrap or 0, extrapolate=options.infinity)
     for warning in result["warnings"]:
         report(warning)
     sides = {
@@ -88,8 +93,12 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
     return result | {"protocol": network.protocol, "record": result["record"] | sides}
 
 
-def _groups(mine: FeatureSet, theirs: Any) -> dict[str, list[int]]:
-    """The classes that both sides label."""
+def _classes(source: Images) -> set[int]:
+    return set() if source.labels is None else {int(c) for c in source.labels}
+
+
+def _single(mine: FeatureSet, theirs: Any) -> groups.Groups:
+    """A group for each class that both sides label."""
     if not isinstance(theirs, FeatureSet):
         return {}
     both = sorted((mine.moments.classes.keys() & theirs.moments.classes.keys()) - {-1})

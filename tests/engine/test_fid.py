@@ -123,7 +123,7 @@ def test_parity_from_zip_folder_and_npz(
         assert figure(msd, source, b, *options, *more)["fid"] == pytest.approx(found["fid"], rel=1e-9)
 
 
-def test_two_processes_are_one(published: Path, weights: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(msd: Msd, published: Path, weights: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -137,9 +137,10 @@ def test_two_processes_are_one(published: Path, weights: Path, tmp_path: Path) -
     ]
     first, second = (process.communicate(timeout=120)[0] for process in processes)
     expected = json.loads((published / "expected.json").read_text())["clean"]["exact"]
-    found = json.loads(first)
+    found, alone = json.loads(first), figure(msd, *words[:-1])
     assert (found["record"]["count"], second) == (240, "")
     assert found["fid"] == pytest.approx(expected, rel=1e-6)
+    assert found["fid"] == pytest.approx(alone["fid"], rel=1e-9)
 
 
 def test_a_reference_is_computed_once(msd: Msd, weights: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -246,6 +247,30 @@ def test_a_run_under_a_published_protocol(msd: Msd, digits: Path, weights: Path,
     assert row["values"] == {"fid_clean": pytest.approx(rows["students", "whole"]["fid_clean"], rel=1e-9)}
     for more in ((reference,), ("--weights", weights)):
         assert "the run's own" in refusal(msd, digits, *more)
+
+
+def test_groups_of_classes(msd: Msd, digits: Path, weights: Path, tmp_path: Path) -> None:
+    words = ("--group", "even=0,2,4,6,8", "--group", "first=0-4", "--group", digits)
+    found = {row["group"]: row for row in figure(msd, digits, *words)["rows"] if row["who"] == "students"}
+    assert found[f"student 0 of {digits}"]["values"] == found["first"]["values"] == found["student 0"]["values"]
+    assert found["even"]["samples"] == sum(found[f"class {c}"]["samples"] for c in range(0, 10, 2))
+    a = folder_of(tmp_path / "a", 15)
+    labels = [[f"{i}.png", min(i // 4, 2)] for i in range(15)]
+    (a / "dataset.json").write_text(json.dumps({"labels": labels}))
+    files = figure(msd, a, a, "--weights", weights, "--group", "ab=0,1")["groups"]
+    assert (files["ab"]["count"], files["class 2"]["count"]) == (8, 7) and files["ab"]["fid"] < 1e-6
+    for group, said in (
+        ("even=0,12", "class 12 does not exist"),
+        ("even=x", "class 'x' does not exist"),
+        ("even=4-2", "class '4-2' does not exist"),
+        ("nowhere", "neither NAME=CLASSES nor a partition"),
+    ):
+        assert said in refusal(msd, digits, "--group", group)
+    assert "twice" in refusal(msd, digits, "--group", "a=1", "--group", "a=2")
+    flat = folder_of(tmp_path / "flat")
+    assert "images with labels" in refusal(msd, flat, flat, "--weights", weights, "--group", "a=0")
+    with_reference = (digits, flat, "--protocol", "clean", "--weights", weights, "--samples", "24")
+    assert "does not tell classes apart" in refusal(msd, *with_reference, "--group", "a=0")
 
 
 def test_points_have_no_inception_features(msd: Msd, finished: Path, weights: Path) -> None:
