@@ -44,6 +44,16 @@ def print_json(value: Any, *, compact: bool = False) -> None:
     sys.stdout.flush()
 
 
+def page(text: str) -> None:
+    """Show Markdown: rendered on a terminal, as it is elsewhere."""
+    if not out.is_terminal:
+        sys.stdout.write(text)
+        return
+    from rich.markdown import Markdown
+
+    out.print(Markdown(text), soft_wrap=False)
+
+
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> None:
     """Print a table; the first `text_columns` are text, the others numbers."""
     grid = Table(title=escape(title), title_justify="left", title_style="bold")

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from msdcli import console, errors
-from msdcli.cli import bench, distill, export, fid, importing, partition, recipes, sample, status, sweep
+from msdcli.cli import bench, distill, docs, export, fid, importing, partition, recipes, sample, status, sweep
 
 
 class Verbs(TyperGroup):
@@ -32,10 +32,10 @@ app = typer.Typer(
     help="Distil one diffusion teacher into K one-step students, each for its own part of the conditions.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    epilog="Start: msd distill digits. The same command again resumes. Exit codes: 0 done, 1 failed while working, "
-    "2 something for you to fix, 130 interrupted.",
+    epilog="Start: msd distill digits; the manual: msd docs. The same command again resumes. Exit codes: 0 done, 1 "
+    "failed while working, 2 something for you to fix, 130 interrupted.",
 )
-for verb in (recipes, importing, partition, distill, status, sample, fid, export, sweep, bench):
+for verb in (recipes, importing, partition, distill, status, sample, fid, export, sweep, bench, docs):
     verb.register(app)
 
 
