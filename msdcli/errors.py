@@ -20,6 +20,22 @@ class LockedError(UserError):
     """Another process is at work on it."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Training stopped on request after a checkpoint; the message says where."""
+
+
+class Preempted(Interrupted):
+    """It was a scheduler's request (SIGTERM, SIGUSR1), and it has been met."""
+
+
+class ElsewhereError(Exception):
+    """Another process of the same command has ended with `code` and says why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
 class WorkerError(Exception):
     """A worker process failed for no reason that the user gave; carries what it printed."""
 
@@ -30,9 +46,13 @@ _RESUME = "the last checkpoint is whole: the same command continues from it"
 
 
 def explain(error: BaseException) -> tuple[int, str, str | None]:
-    """Return exit code, sentence and next step for an exception that ended a command."""
+    """Return exit code, sentence (empty: say nothing) and next step for an exception that ended a command."""
+    if isinstance(error, ElsewhereError):
+        return error.code, "", None
     if isinstance(error, UserError):
         return USER, error.message, error.hint
+    if isinstance(error, Preempted):
+        return DONE, str(error), None
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, str(error) or "interrupted; the same command continues", None
     if isinstance(error, BrokenPipeError):

@@ -398,6 +398,13 @@ class Recipe(Section):
         None, ge=1, le=1024, description="students trained at once on this machine; absent: one per core (CPU) or GPU"
     )
     checkpoint_seconds: float = Field(30.0, ge=0, description="time between two checkpoints")
+    keep: int = Field(2, ge=1, le=1000, description="checkpoints kept of each stage: a damaged one costs only itself")
+    max_skipped: int = Field(
+        10, ge=1, le=10**9, description="updates in a row that may be skipped as not finite before training stops"
+    )
+    micro_batch: Count | None = Field(
+        None, description="images a device takes at once; larger batches go through in parts. Absent: all at once"
+    )
     data: Data = Field(description="the training data")
     teacher: TeacherSettings = Field(default_factory=TeacherSettings, description="the diffusion model to distil")
     partition: PartitionSettings = Field(default_factory=PartitionSettings, description="who owns which condition")
@@ -422,7 +429,10 @@ class Recipe(Section):
 
 
 # Keys that may change when a run resumes: nothing that is trained depends on them.
-FREE_KEYS = ("name", "run", "workers", "checkpoint_seconds", "evaluation", "device")
+FREE_KEYS = (
+    *("name", "run", "workers", "checkpoint_seconds", "evaluation", "device"),
+    *("keep", "max_skipped", "micro_batch"),
+)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

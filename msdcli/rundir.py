@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import filecmp
 import hashlib
 import json
 import os
@@ -91,18 +92,27 @@ def file_hash(path: Path) -> str:
 def writing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write to; at the end it is synced and takes the name, or is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    handle, temporary = _temporary(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _temporary(path: Path) -> tuple[int, Path]:
+    """Create a file beside `path` and hold its lock: as long as the writer lives, nobody takes it for a leftover."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # not swept between the two lines
+            return handle, Path(name)
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -132,6 +142,9 @@ def _umask() -> int:
     return mask
 
 
+_UMASK = _umask()  # asked once: for an instant it changes the whole process's
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -141,9 +154,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove what a killed process left half written. Call it while holding the folder's lock."""
+    """Remove what killed processes left half written, and nothing that a living one is writing."""
     for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), open(leftover, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -208,14 +223,13 @@ def link(source: Path, target: Path) -> None:
     """Give `target` the finished files of `source`: hard links where the file system has them, else copies."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir(), key=lambda f: f.name == "model.json"):  # the sign of completeness comes last
-        if file.name.startswith(".") or file.name == "state.safetensors" or not file.is_file():
+        if file.name.startswith((".", "state.")) or not file.is_file():
             continue
         place = target / file.name
-        if place.exists() and place.samefile(file):
+        if place.exists() and (place.samefile(file) or filecmp.cmp(place, file, shallow=False)):
             continue
-        with writing(place) as temporary:
-            temporary.unlink()
-            try:
-                os.link(file, temporary)
-            except OSError:
+        try:
+            os.link(file, place)
+        except OSError:
+            with writing(place) as temporary:
                 shutil.copyfile(file, temporary)

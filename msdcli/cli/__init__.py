@@ -22,7 +22,8 @@ class Verbs(TyperGroup):
             if os.environ.get("MSD_DEBUG") or hasattr(error, "exit_code"):  # typer's own have one
                 raise
             code, message, hint = errors.explain(error)
-            console.fail(message, hint)
+            if message:
+                console.tell(message) if code == errors.DONE else console.fail(message, hint)
             raise typer.Exit(code) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from msdcli import console
 from msdcli.cli import options
 
 if TYPE_CHECKING:
+    from msdcli.engine.distributed import Group
     from msdcli.engine.events import Progress
     from msdcli.engine.pipeline import Outcome
     from msdcli.recipe import Recipe
@@ -32,6 +34,25 @@ def distill(
 
     Run the same command again to resume, also while other processes or hosts work on the same run.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dry_run:
+        from msdcli.engine import distributed
+
+        with distributed.together() as group:
+            _distill(recipe, overrides, student, json_, worker=False, group=group)
+        return
+    _distill(recipe, overrides, student, json_, dry_run=dry_run, worker=worker)
+
+
+def _distill(
+    recipe: str,
+    overrides: list[str] | None,
+    student: int | None,
+    json_: bool,
+    *,
+    worker: bool,
+    dry_run: bool = False,
+    group: Group | None = None,
+) -> None:
     from msdcli.recipe import load
 
     loaded = load(recipe, overrides)
@@ -39,7 +60,9 @@ def distill(
         _plan(loaded)
         return
     from msdcli.engine import pipeline
+    from msdcli.engine.distributed import ALONE
 
+    group = group or ALONE
     if worker:
         from msdcli.engine.workers import die_with_parent, encode
 
@@ -50,9 +73,10 @@ def distill(
         die_with_parent()
         pipeline.distill(loaded, tell, worker=True)
         return
-    with console.Monitor(quiet=json_) as monitor:
-        outcome = pipeline.distill(loaded, monitor, student=student)
-    _show(outcome, json_)
+    with console.Monitor(quiet=json_ or not group.leads) as monitor:
+        outcome = pipeline.distill(loaded, monitor, student=student, group=group)
+    if group.leads:
+        _show(outcome, json_)
 
 
 def _plan(recipe: Recipe) -> None:

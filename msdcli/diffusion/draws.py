@@ -84,26 +84,34 @@ def resident(data: Dataset, numbers: Tensor, device: torch.device) -> Tensor | N
 
 
 class Draws:
-    """The draws of one turn: functions of key (seed, student, stage, step), turn and purpose, and of nothing else."""
+    """The draws of one turn: functions of key (seed, student, stage, step), turn and purpose, and of nothing else.
 
-    def __init__(self, source: Source, batch: int, key: tuple[int | str, ...], turn: int) -> None:
+    `part` (i, n) is the i-th of n equal slices of the batch: what one process, or one of several passes through a
+    network, takes on. The slices together are the batch that one process would draw, image for image.
+    """
+
+    def __init__(
+        self, source: Source, batch: int, key: tuple[int | str, ...], turn: int, part: tuple[int, int] = (0, 1)
+    ) -> None:
+        assert batch % part[1] == 0, f"a batch of {batch} has no {part[1]} equal slices"
         self.source = source
         self.batch = batch
         self.key = key
         self.turn = turn
+        self.part = part
 
     def of_step(self) -> Draws:
         """The draws that all turns of the step share."""
-        return Draws(self.source, self.batch, self.key, -1)
+        return Draws(self.source, self.batch, self.key, -1, self.part)
 
     def normal(self, purpose: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Return unit normal numbers [batch, *shape]; an image's shape unless given."""
+        """Return unit normal numbers [slice, *shape]; an image's shape unless given."""
         size = (self.batch, *(self.source.shape if shape is None else shape))
-        return torch.randn(size, generator=self._generator(purpose), device=self.source.device)
+        return self._own(torch.randn(size, generator=self._generator(purpose), device=self.source.device))
 
     def uniform(self, purpose: str) -> Tensor:
-        """Return uniform numbers in [0, 1), [batch]."""
-        return torch.rand(self.batch, generator=self._generator(purpose), device=self.source.device)
+        """Return uniform numbers in [0, 1), [slice]."""
+        return self._own(torch.rand(self.batch, generator=self._generator(purpose), device=self.source.device))
 
     def real(self) -> tuple[Tensor, Tensor]:
         """Return real images of the student's part and their classes."""
@@ -117,14 +125,20 @@ class Draws:
         return self.source.classes[self._index("labels", len(self.source.classes), self.batch)]
 
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return `count` pairs (or a batch): unit noise z, the teacher's sample y from it, and its class."""
+        """Return the slice of `count` pairs (or a batch): unit noise z, the teacher's sample y from it, its class."""
         (z, y, c), allowed = self.source.pairs_of(only_part)
         index = allowed[self._index("pairs", len(allowed), count or self.batch)]
         return z[index], y[index], c[index]
 
     def _index(self, purpose: str, high: int, count: int) -> Tensor:
         device = self.source.device
-        return torch.randint(high, (count,), generator=self._generator(purpose), device=device)
+        return self._own(torch.randint(high, (count,), generator=self._generator(purpose), device=device))
+
+    def _own(self, whole: Tensor) -> Tensor:
+        """Cut this slice out of what was drawn for the whole batch."""
+        index, count = self.part
+        size = len(whole) // count
+        return whole[index * size : (index + 1) * size]
 
     def _generator(self, purpose: str) -> Generator:
         return generator(*self.key, self.turn, purpose, device=self.source.device)

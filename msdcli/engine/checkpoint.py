@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,34 +25,60 @@ from msdcli.rundir import file_hash, read_json, write_json, writing
 
 WEIGHTS, MODEL, STATE = "model.safetensors", "model.json", "state.safetensors"
 FORMAT = 1
+HASH = "sha256"  # in a file's metadata
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write named tensors in one piece."""
+class DamagedError(UserError):
+    """A file is not what was written."""
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, *, hashed: bool = False
+) -> None:
+    """Write named tensors in one piece; `hashed` with a hash by which `load_tensors` knows them again."""
     with writing(path) as temporary:
-        try:
-            save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, metadata=metadata)
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            code = int(number[1])
-            raise OSError(code, os.strerror(code), str(path)) from None
+        write_tensors(temporary, tensors, metadata or {}, hashed=hashed)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], *, hashed: bool) -> None:
+    """Write named tensors to a file that nobody reads yet."""
+    if hashed:
+        metadata = metadata | {HASH: digest(tensors, metadata)}
+    try:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path, metadata=metadata or None)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read named tensors and the file's metadata. UserError if the file is missing or damaged."""
+    """Read named tensors and the file's metadata. UserError if the file is missing, DamagedError if it is damaged."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
+    again = f"remove {path.parent}, and the same command makes it again"
     try:
         with safe_open(path, framework="pt") as file:
             # Clones: memory of our own, aligned as a fresh tensor's is, so that a resumed run takes the same kernels.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged or truncated: {error}",
-            hint=f"remove {path.parent}, and the same command makes it again",
-        ) from None
+        raise DamagedError(f"{path} is damaged or truncated: {error}", hint=again) from None
+    wanted = metadata.pop(HASH, None)
+    if wanted is not None and digest(tensors, metadata) != wanted:
+        raise DamagedError(f"{path} is damaged or truncated: its content does not have its hash", hint=again)
+    return tensors, metadata
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return a hash of tensors and metadata."""
+    found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -126,31 +154,34 @@ class TrainState:
         self.step = 0
         self.cost = {"seconds": 0.0, "images": 0.0, "flops": 0.0}
 
-    def save(self, folder: Path) -> None:
-        """Write the state in one piece. UserError if a weight is not finite: then the checkpoint before is kept."""
+    def check_finite(self) -> None:
+        """Raise UserError if a weight is not finite: then the checkpoint before is kept."""
         for name, net in self.nets.items():
-            if not all(p.isfinite().all() for p in net.parameters()):
+            largest = torch._foreach_norm([p.detach() for p in net.parameters()], torch.inf)
+            if not torch.stack(largest).isfinite().all():
                 raise UserError(
                     f"the weights of {name} are not finite any more at step {self.step}; the checkpoint before is kept",
                     hint="a lower learning rate is the usual cure (in a run of another name)",
                 )
-        numbers = {"step": self.step} | self.cost
-        save_tensors(folder / STATE, dict(self._tensors()), {k: repr(v) for k, v in numbers.items()})
 
-    def load(self, folder: Path) -> bool:
-        """Take up the state in `folder`, if there is one."""
-        if not (folder / STATE).exists():
-            return False
-        tensors, numbers = load_tensors(folder / STATE)
+    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return copies of all tensors in host memory, and the numbers, as a checkpoint holds them."""
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors()}
+        return tensors, {k: repr(v) for k, v in ({"step": self.step} | self.cost).items()}
+
+    def load(self, path: Path) -> None:
+        """Take up the state in a file. DamagedError, or UserError if it is another network's; then nothing changes."""
+        tensors, numbers = load_tensors(path)
+        for name, net in [*self.nets.items(), ("ema", self.ema.net)]:
+            for key, tensor in net.state_dict().items():
+                if f"{name}.{key}" not in tensors or tensors[f"{name}.{key}"].shape != tensor.shape:
+                    raise UserError(f"{path} is of another network: {name}.{key} does not fit")
         for name, optimizer in self.optimizers.items():
             self._load_moments(name, optimizer, tensors)
         for name, tensor in self._tensors():
-            if name not in tensors or tensors[name].shape != tensor.shape:
-                raise UserError(f"{folder / STATE} is of another network: {name} does not fit")
             tensor.copy_(tensors[name])
         self.step = int(numbers["step"])
         self.cost = {k: float(numbers[k]) for k in self.cost}
-        return True
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, net in [*self.nets.items(), ("ema", self.ema.net)]:

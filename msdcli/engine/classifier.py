@@ -7,7 +7,7 @@ import torch
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.draws import Source
 from msdcli.engine import checkpoint
-from msdcli.engine.distill import train
+from msdcli.engine.distill import Manner, train
 from msdcli.engine.events import Report
 from msdcli.metrics.inception import FeatureNetwork
 from msdcli.nets.classifier import Classifier
@@ -38,7 +38,7 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
                 folder,
                 key=("classifier",),
                 what="classifier",
-                checkpoint_seconds=60,
+                manner=Manner(keep=1),
                 report=report,
             )
             checkpoint.save_tensors(weights, state.ema.net.state_dict())

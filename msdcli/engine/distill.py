@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,11 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws, Source, generator
 from msdcli.diffusion.ema import EMA
 from msdcli.engine import checkpoint
-from msdcli.engine.events import Progress, Report, silent
-from msdcli.engine.interrupt import Interrupted, interruptible
+from msdcli.engine.distributed import ALONE, Group, slices
+from msdcli.engine.events import Report, silent
+from msdcli.engine.interrupt import interruptible
+from msdcli.engine.keeper import Keeper
+from msdcli.engine.log import METRICS, Log
 from msdcli.errors import UserError
 from msdcli.nets.prune import prune
 from msdcli.objectives import Objective, objective
@@ -29,7 +30,22 @@ from msdcli.recipe import Recipe, StageSettings
 from msdcli.rundir import read_json
 from msdcli.seeds import derive
 
-METRICS = "metrics.jsonl"
+GO_ON, SAVE, STOP = 0, 1, 2  # what a process may wish for after a step
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How training is carried out, and by whom; what is learnt does not depend on it."""
+
+    checkpoint_seconds: float = 30.0
+    keep: int = 2
+    max_skipped: int = 10
+    micro_batch: int | None = None
+    group: Group = ALONE
+
+    @classmethod
+    def of(cls, recipe: Recipe, group: Group) -> Manner:
+        return cls(recipe.checkpoint_seconds, recipe.keep, recipe.max_skipped, recipe.micro_batch, group)
 
 
 def train(
@@ -40,44 +56,101 @@ def train(
     *,
     key: tuple[int | str, ...],
     what: str,
-    checkpoint_seconds: float,
+    manner: Manner,
     report: Report = silent,
 ) -> checkpoint.TrainState:
     """Run `goal` for `stage.steps` steps, from the checkpoint in `folder` if there is one; return the final state.
 
     `key` (seed, student, stage) and the step are all that the random draws depend on, so an interrupted run, resumed,
-    ends with the same bits. Raises Interrupted after a checkpoint, UserError when a loss is not finite.
+    ends with the same bits, and several processes see the images that one would. Raises Interrupted after a checkpoint,
+    UserError when too many updates in a row are not finite.
     """
+    group = manner.group
+    parts = slices(stage.batch, getattr(stage, "pair_batch", None), group, manner.micro_batch)
     state = checkpoint.TrainState(goal.nets, optimizers(goal.nets, stage), EMA(goal.nets[goal.product], stage.ema))
-    state.load(folder)
-    log = Log(folder / METRICS, state, stage, what, report)
-    saved = time.monotonic()
-    with interruptible() as stop, torch.random.fork_rng():
+    keeper = Keeper(state, folder, manner.keep, group)
+    keeper.load(report)
+    log = Log(folder / METRICS, state, stage, what, report, group=group, max_skipped=manner.max_skipped)
+    with interruptible() as stop, seeded_apart(source.device), keeper:
         while state.step < stage.steps:
-            torch.manual_seed(derive(*key, state.step, "layers"))  # dropout draws from the global generator
+            torch.manual_seed(layers_seed(key, state.step, group))
             set_learning_rates(state, stage)
             with counting_flops(state, first=state.cost["flops"] == 0) as count:
                 for turn, (names, loss) in enumerate(goal.turns(state.step)):
                     for name, net in goal.nets.items():
                         net.requires_grad_(name in names)
-                    per_image = loss(Draws(source, stage.batch, (*key, state.step), turn))
-                    per_image.mean().backward()
-                    for name in names:
-                        if stage.clip is not None:
-                            nn.utils.clip_grad_norm_(goal.nets[name].parameters(), stage.clip)
-                        state.optimizers[name].step()
-                        state.optimizers[name].zero_grad()
-                    log.add(names[0], per_image.detach())
+                    draws = [Draws(source, stage.batch, (*key, state.step), turn, part) for part in parts]
+                    update(state, names, gradients(goal, names, loss, draws, log), stage.clip, group, log)
             state.ema.update(goal.nets[goal.product], state.step)
             state.step += 1
-            log.tick(count)
-            if stop.requested or (time.monotonic() - saved > checkpoint_seconds and state.step < stage.steps):
-                state.save(folder)
-                saved = time.monotonic()
-            if stop.requested:
-                raise Interrupted(f"stopped at step {state.step} of {stage.steps}; the same command continues")
-    state.save(folder)
+            log.tick(count, goal)
+            wish = STOP if stop.requested else SAVE if keeper.seconds() > manner.checkpoint_seconds else GO_ON
+            agreed = group.agree(wish, last=state.step == stage.steps)
+            if (agreed == STOP or (agreed == SAVE and state.step < stage.steps)) and log.sound():
+                keeper.save()
+            if agreed == STOP:
+                keeper.close()
+                raise stop.error(f"at step {state.step} of {stage.steps}")
+        keeper.save()
     return state
+
+
+def gradients(
+    goal: Objective, names: tuple[str, ...], loss: Callable[[Draws], Tensor], draws: Sequence[Draws], log: Log
+) -> Tensor:
+    """Leave the gradient of the mean loss in the networks, one pass per slice of the batch; return that mean."""
+    total: Tensor | None = None
+    for own in draws:
+        per_image = loss(own)
+        mean = per_image.mean()
+        (mean / len(draws) if len(draws) > 1 else mean).backward()
+        log.images(names[0], per_image.detach(), goal.sigma)
+        total = mean.detach() if total is None else total + mean.detach()
+    assert total is not None
+    return total / len(draws) if len(draws) > 1 else total
+
+
+def update(
+    state: checkpoint.TrainState,
+    names: tuple[str, ...],
+    loss: Tensor,
+    clip: float | None,
+    group: Group,
+    log: Log,
+) -> None:
+    """Let the named networks take a step, or none of them where a loss or a gradient is not finite.
+
+    The optimizers' kernels skip the step themselves (`found_inf`), so the host never waits for the device.
+    """
+    group.average([p for name in names for p in state.nets[name].parameters()], loss)
+    norms = torch.stack([gradient_norm(state.nets[name], clip) for name in names])
+    skipped = (norms.sum() + loss).isfinite().logical_not().float()
+    for name in names:
+        state.optimizers[name].found_inf = skipped
+        state.optimizers[name].step()
+        state.optimizers[name].zero_grad()
+    log.turn(names, loss, norms, skipped)
+
+
+def gradient_norm(net: nn.Module, clip: float | None) -> Tensor:
+    """Return the norm of a network's gradient, cut to at most `clip` afterwards."""
+    params = [p for p in net.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in params])
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(params, clip, norm)
+    return norm
+
+
+def layers_seed(key: tuple[int | str, ...], step: int, group: Group) -> int:
+    """Return the seed of what layers draw from the global generator, dropout above all: each process its own."""
+    return derive(*key, step, "layers", *([] if group.leads else [group.rank]))
+
+
+@contextmanager
+def seeded_apart(device: torch.device) -> Iterator[None]:
+    """Give the global generators back as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 def optimizers(networks: dict[str, nn.Module], stage: StageSettings) -> dict[str, torch.optim.Optimizer]:
@@ -121,67 +194,6 @@ def counting_flops(state: checkpoint.TrainState, *, first: bool) -> Iterator[lis
     count.append(counter.get_total_flops())
 
 
-class Log:
-    """metrics.jsonl and the cost: losses stay on the device and are read once per `log_every` steps."""
-
-    def __init__(
-        self,
-        path: Path,
-        state: checkpoint.TrainState,
-        stage: StageSettings,
-        what: str,
-        report: Report,
-    ) -> None:
-        self.path, self.state, self.stage, self.what, self.report = path, state, stage, what, report
-        self._sums: dict[str, list[Tensor]] = {}
-        self._images = 0
-        self._since = time.monotonic()
-        self._flops_per_step = state.cost["flops"] / max(state.step, 1)
-        self._drop_lines_after(state.step)
-
-    def add(self, name: str, per_image: Tensor) -> None:
-        self._sums.setdefault(name, []).append(per_image.mean())
-        self._images += len(per_image)
-
-    def tick(self, flops: list[int]) -> None:
-        """End a step; at the interval write a line."""
-        if flops:
-            self._flops_per_step = flops[0]
-        self.state.cost["flops"] += self._flops_per_step
-        if self.state.step % self.stage.log_every and self.state.step != self.stage.steps:
-            return
-        losses = {name: torch.stack(values).mean().item() for name, values in self._sums.items()}
-        now = time.monotonic()
-        speed, seconds = self._images / (now - self._since), now - self._since
-        self.state.cost["seconds"] += seconds
-        self.state.cost["images"] += self._images
-        self._refuse_non_finite(losses)
-        line = {"step": self.state.step, "losses": losses, "images_per_second": round(speed, 1)}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        left = self.state.cost["seconds"] / self.state.step * (self.stage.steps - self.state.step)
-        self.report(Progress(self.what, self.state.step, self.stage.steps, "steps", losses, speed, left))
-        self._sums, self._images, self._since = {}, 0, now
-
-    def _refuse_non_finite(self, losses: dict[str, float]) -> None:
-        for name, value in losses.items():
-            if not torch.isfinite(torch.tensor(value)):
-                raise UserError(
-                    f"{self.stage.objective}: the loss of {name} is {value} near step {self.state.step}; "
-                    f"the last good checkpoint is kept in {self.path.parent}",
-                    hint=f"a lower learning rate (now {self.stage.lr_of.get(name, self.stage.lr):g}) is the usual cure",
-                )
-
-    def _drop_lines_after(self, step: int) -> None:
-        """Forget lines that were written after the checkpoint that this run takes up."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists():
-            return
-        lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
 # The students.
 
 
@@ -195,6 +207,7 @@ class Student:
     source: Source
     folders: list[Path]  # one per stage
     device: torch.device
+    group: Group = ALONE
 
 
 def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
@@ -221,10 +234,12 @@ def distill_student(student: Student, report: Report) -> None:
     """
     recipe = student.recipe
     for number, (stage, folder) in enumerate(zip(recipe.stages, student.folders, strict=True)):
-        if is_finished(folder, stage):
+        if student.group.say(is_finished(folder, stage)):
             continue
         network = new_network(recipe, student.teacher, student.number).to(student.device)
-        goal = objective(stage.objective)(stage, network, student.teacher)
+        with torch.random.fork_rng(devices=[]):  # heads that the objective makes begin the same in every process
+            torch.manual_seed(derive("networks", recipe.seed, student.number, number))
+            goal = objective(stage.objective)(stage, network, student.teacher)
         for net in goal.nets.values():
             net.to(student.device).train()
         if number > 0:
@@ -236,15 +251,17 @@ def distill_student(student: Student, report: Report) -> None:
             folder,
             key=(recipe.seed, student.number, number),
             what=f"student {student.number} {stage.objective}",
-            checkpoint_seconds=recipe.checkpoint_seconds,
+            manner=Manner.of(recipe, student.group),
             report=report,
         )
-        record = {
-            "steps": stage.steps,
-            "stage": stage.model_dump(mode="json"),
-            "cost": state.cost | peak_memory(student.device),
-        }
-        checkpoint.save_model(folder, state.ema.net, record)
+        if student.group.leads:
+            record = {
+                "steps": stage.steps,
+                "stage": stage.model_dump(mode="json"),
+                "cost": state.cost | peak_memory(student.device),
+            }
+            checkpoint.save_model(folder, state.ema.net, record)
+        student.group.say(None)  # the next stage reads what was written
 
 
 def is_finished(folder: Path, stage: StageSettings) -> bool:

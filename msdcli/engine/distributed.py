@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 
 from msdcli.data.images import Share
 from msdcli.engine import device
+from msdcli.errors import ElsewhereError, UserError, WorkerError, explain
 from msdcli.metrics.evaluate import FeatureSet
+
+Value = TypeVar("Value")
+BUCKET = 25 * 2**20  # bytes of gradients that travel in one message, as in torch's DDP
 
 
 def share() -> Share:
@@ -19,9 +27,165 @@ def share() -> Share:
 
 def own_device(name: str) -> torch.device:
     """Return the device called `name`; of several GPUs each process on a machine takes its own."""
+    if name.startswith("cuda:") and share()[1] > 1:
+        raise UserError(f"device: {name} is one GPU, and each process needs its own", hint="device=cuda")
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return device.resolve(name)
+
+
+class Group:
+    """The processes that do one piece of work together; a group of one talks to nobody.
+
+    Process 0 leads: it decides, writes and reports. Gradients travel over the devices' own links (nccl, or gloo on
+    CPUs), everything else over gloo on the hosts, where waiting for an hour is no error and no device is held up.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, hosts: distributed.ProcessGroup | None = None) -> None:
+        self.rank, self.size, self._hosts = rank, size, hosts
+        self._vote: tuple[Tensor, Any] | None = None
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def say(self, value: Value) -> Value:
+        """Return the leader's `value` to everyone."""
+        if self.size == 1:
+            return value
+        said = [value if self.leads else None]
+        with _somebody_may_die():
+            distributed.broadcast_object_list(said, src=0, group=self._hosts, device=torch.device("cpu"))
+        return said[0]  # type: ignore[return-value]
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return everyone's `value` to everyone, in order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _somebody_may_die():
+            distributed.all_gather_object(found, value, group=self._hosts)
+        return found
+
+    def led(self, make: Callable[[], Value]) -> Value:
+        """Let the leader `make` something, or find it made, before the others do: they find it on the disk."""
+        if self.leads:
+            made = make()
+            self.say(None)
+            return made
+        self.say(None)
+        return make()
+
+    @contextmanager
+    def leading(self, hold: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Let the leader hold something, a lock say, while all do the work; nobody begins before it is held."""
+        with hold() if self.leads else nullcontext():
+            self.say(None)
+            yield
+
+    def mean(self, numbers: Tensor) -> Tensor:
+        """Return the average of all processes' numbers, on the CPU."""
+        numbers = numbers.detach().double().cpu() if self.size > 1 else numbers.cpu()
+        if self.size > 1:
+            with _somebody_may_die():
+                distributed.all_reduce(numbers, group=self._hosts)
+        return numbers / self.size if self.size > 1 else numbers
+
+    def agree(self, wish: int, *, last: bool = False) -> int:
+        """Return the largest wish of all processes in the call before: an answer that nobody waits for.
+
+        The `last` call waits, and counts as well. A group of one gets its own wish.
+        """
+        if self.size == 1:
+            return wish
+        before, vote = self._vote, torch.tensor([wish])
+        with _somebody_may_die():
+            self._vote = (
+                vote,
+                distributed.all_reduce(vote, op=distributed.ReduceOp.MAX, group=self._hosts, async_op=True),
+            )
+            votes = [v for v in (before, self._vote if last else None) if v is not None]
+            for _, handle in votes:
+                handle.wait()
+        if last:
+            self._vote = None
+        return max((int(result) for result, _ in votes), default=0)
+
+    def average(self, params: Sequence[Tensor], loss: Tensor) -> None:
+        """Average the gradients of `params`, and the `loss`, over all processes, in place.
+
+        Not torch's DDP, which counts on one forward pass per backward pass through one module: objectives call a
+        network several times, in parts (its features), and in turns in which it does not learn.
+        """
+        if self.size == 1:
+            return
+        grads = [loss, *(p.grad for p in params if p.grad is not None)]
+        with _somebody_may_die():
+            sent = []
+            for bucket in _buckets(grads):
+                flat = torch.cat([g.flatten() for g in bucket]) if len(bucket) > 1 else bucket[0].flatten()
+                sent.append((bucket, flat, distributed.all_reduce(flat, async_op=True)))
+            for bucket, flat, handle in sent:
+                handle.wait()
+                flat /= self.size
+                parts = flat.split([g.numel() for g in bucket])
+                torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+
+
+ALONE = Group()
+
+
+def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Split into lists of one type and of at most about `BUCKET` bytes."""
+    bucket: list[Tensor] = []
+    size = 0
+    for grad in grads:
+        if bucket and (size > BUCKET or grad.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(grad)
+        size += grad.numel() * grad.element_size()
+    yield bucket
+
+
+@contextmanager
+def _somebody_may_die() -> Iterator[None]:
+    """Say in one sentence that a neighbour is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise WorkerError("another process of this run has ended") from error
+
+
+@contextmanager
+def together() -> Iterator[Group]:
+    """Join the processes that torchrun started, for as long as the block lasts.
+
+    Where it fails in one of them, that one raises what it met, and the others, who then cannot go on, ElsewhereError.
+    """
+    rank, size = share()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    patient = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    try:
+        yield Group(rank, size, patient)
+    except BaseException as error:
+        code = _failed_before(rank, explain(error)[0])
+        if code is not None:
+            raise ElsewhereError(code) from error
+        raise
+    distributed.destroy_process_group()
+
+
+def _failed_before(rank: int, code: int) -> int | None:
+    """Note that this process ends with `code`; return the code of the one that ended before it, if one did."""
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        first, said = store.compare_set("msd/ended", "", f"{rank} {code}").decode().split()
+    except (RuntimeError, ValueError):
+        return code  # the store went away with whoever kept it
+    return None if int(first) == rank else int(said)
 
 
 def merged(part: FeatureSet, share: Share) -> FeatureSet | None:
@@ -41,3 +205,26 @@ def merged(part: FeatureSet, share: Share) -> FeatureSet | None:
     for other in others:
         first.merge(other)
     return first
+
+
+def slices(batch: int, pair_batch: int | None, group: Group, largest: int | None) -> list[tuple[int, int]]:
+    """Return the slices of a global batch that this process takes on, one pass through the networks each.
+
+    Every pass has at most `largest` images. UserError where the processes cannot share the batch equally.
+    """
+    for what, size in (("batch", batch), ("pair_batch", pair_batch or batch)):
+        if size % group.size:
+            fits = -(-size // group.size) * group.size
+            raise UserError(
+                f"{what} {size} cannot be shared equally by {group.size} processes",
+                hint=f"{what}={fits} (a recipe's batch is that of all processes together)",
+            )
+    own, own_pairs = batch // group.size, (pair_batch or batch) // group.size
+    limit = largest or max(own, own_pairs)
+    for passes in range(1, own + 1):
+        if own % passes == 0 and own_pairs % passes == 0 and max(own, own_pairs) <= passes * limit:
+            return [(group.rank * passes + i, group.size * passes) for i in range(passes)]
+    raise UserError(
+        f"micro_batch {largest}: a batch of {own} and {own_pairs} pairs cannot be cut into equal parts of at most that",
+        hint="a pair_batch that divides the batch, or a multiple of it",
+    )

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a step, not a file: the loop checkpoints and stops."""
+"""Ctrl-C, SIGTERM and SIGUSR1 end a step, not a file: the loop checkpoints and stops."""
 
 from __future__ import annotations
 
@@ -8,32 +8,62 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from msdcli.errors import Interrupted, Preempted
 
-class Interrupted(KeyboardInterrupt):
-    """Training stopped on request after a checkpoint; the message says where."""
+SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)  # what a cluster's scheduler sends before it takes the machine away
 
 
 class Stop:
-    """Whether somebody asked for an end."""
+    """Whether somebody asked for an end, and by which signal."""
 
-    requested = False
+    signal: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def error(self, where: str) -> Interrupted:
+        """Return what to raise when the state is safe."""
+        kind = Interrupted if self.signal == signal.SIGINT else Preempted
+        return kind(f"stopped {where}; the same command continues")
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Stop]:
-    """Turn the first SIGINT or SIGTERM into `stop.requested`; a second one acts at once."""
+    """Turn SIGINT, SIGTERM and SIGUSR1 into `stop.requested`; a second SIGINT acts at once.
+
+    A second SIGTERM does not: a scheduler and a launcher may both send one.
+    """
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
 
     def request(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-        signal.signal(number, signal.default_int_handler)
+        stop.signal = number
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _handled((signal.SIGINT, *SCHEDULER), request):
         yield stop
+
+
+@contextlib.contextmanager
+def preemptible() -> Iterator[None]:
+    """Raise Preempted wherever SIGTERM or SIGUSR1 arrives: for work whose artifacts are whole or absent."""
+
+    def act(number: int, frame: FrameType | None) -> None:
+        raise Preempted("stopped; the same command continues")
+
+    with _handled(SCHEDULER, act):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(numbers: tuple[int, ...], handler: signal._HANDLER) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from msdcli.data import open_data
-from msdcli.data.base import Dataset
+from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
-from msdcli.engine import dataset, device, estimate, fid, partition, sample, search, teacher, workers
+from msdcli.engine import dataset, device, distributed, estimate, fid, partition, sample, search, teacher, workers
 from msdcli.engine.distill import Student, check_stage, distill_student, is_finished, new_network
+from msdcli.engine.distributed import ALONE, Group
 from msdcli.engine.events import Report, silent
+from msdcli.engine.interrupt import preemptible
 from msdcli.engine.pairs import Pairs
 from msdcli.errors import UserError
 from msdcli.partition import Partition
@@ -42,7 +44,7 @@ class Outcome:
     unfinished: list[int]
 
 
-def check(recipe: Recipe, *, planning: bool = False) -> Dataset:
+def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Dataset:
     """Build everything once, small and without writing: UserError now is better than after an hour. Return the data.
 
     With `planning`, teacher and data that are not here yet are what the recipe says of them.
@@ -53,6 +55,7 @@ def check(recipe: Recipe, *, planning: bool = False) -> Dataset:
     frozen, student = networks_on_meta(recipe, data, planning=planning)
     for stage in recipe.stages:
         check_stage(stage, student, frozen)
+        distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
     device.resolve(recipe.device)
     if not hasattr(recipe.stages[-1], "sigma_init"):
         raise UserError(
@@ -68,45 +71,63 @@ def networks_on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -
         return frozen, new_network(recipe, frozen, 0)
 
 
-def distill(recipe: Recipe, report: Report, *, student: int | None = None, worker: bool = False) -> Outcome:
+def distill(
+    recipe: Recipe,
+    report: Report,
+    *,
+    student: int | None = None,
+    worker: bool = False,
+    group: Group = ALONE,
+) -> Outcome:
     """Do all that is left of a run, or only one `student`; a `worker` trains free students and stops there.
 
-    Raises UserError for what the user can fix, Interrupted (resumable) on Ctrl-C.
+    The processes of a `group` train every network together; what is not training its leader does. Raises UserError for
+    what the user can fix, Interrupted (resumable) on Ctrl-C, Preempted (likewise) on SIGTERM and SIGUSR1.
     """
-    data = check(recipe)
+    if not group.leads:
+        report = silent
+    with preemptible():
+        bench = prepare(recipe, report, student=student, worker=worker, group=group)
+        everyone = range(recipe.partition.students)
+        alone = worker or student is not None or group.size > 1
+        num_workers = 1 if alone else device.num_workers(recipe, bench.device)
+        if num_workers > 1 and bench.unfinished(everyone):
+            workers.run(bench.run, num_workers, bench.device, report)
+        else:
+            bench.train(everyone if student is None else [student], report, skip_held=student is None)
+        done = Outcome(bench.run, None, None, group.say(bench.unfinished(everyone)))
+        if worker or student is not None:
+            return done
+        return group.say(finish(bench, done.unfinished, report) if group.leads else done)
+
+
+def prepare(recipe: Recipe, report: Report, *, student: int | None, worker: bool, group: Group) -> Bench:
+    """Check everything, claim the run directory and provide what students are trained with."""
+    data = check(recipe, group=group)
     if student is not None and student >= recipe.partition.students:
         raise UserError(f"student {student} does not exist: there are 0 to {recipe.partition.students - 1}")
     run = RunDir(recipe.run_dir)
-    if not worker:
+    if not worker and group.leads:
         adopt(run, recipe, data, report)
-    data = dataset.provide(run, recipe, silent if worker else report)
-    on = device.prepare(recipe)
-    frozen, teacher_hash = teacher.provide(run, recipe, data, on, silent if worker else report)
-    bench = Bench(
-        run,
-        search.resolve(run, recipe, frozen, report),
-        data,
-        frozen,
-        Pairs(run, recipe, data, teacher_hash),
-        provide_partition(run, recipe, data, frozen),
-        on,
-    )
+    told = silent if worker else report
+    data = group.led(lambda: dataset.provide(run, recipe, told))
+    on = device.prepare(recipe) if group.size == 1 else distributed.own_device(recipe.device)
+    frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
+    if not worker and group.leads:
+        claim(run, {"data": fingerprint(data), "teacher": teacher_hash})
+    resolved = group.led(lambda: search.resolve(run, recipe, frozen, report))
+    parts = group.led(lambda: provide_partition(run, recipe, data, frozen))
+    return Bench(run, resolved, data, frozen, Pairs(run, recipe, data, teacher_hash), parts, on, group)
 
-    everyone = range(recipe.partition.students)
-    num_workers = 1 if worker or student is not None else device.num_workers(recipe, on)
-    if num_workers > 1 and bench.unfinished(everyone):
-        workers.run(run, num_workers, on, report)
-    else:
-        bench.train(everyone if student is None else [student], report, skip_held=student is None)
-    left = bench.unfinished(everyone)
-    if worker or student is not None:
-        return Outcome(run, None, None, left)
+
+def finish(bench: Bench, left: list[int], report: Report) -> Outcome:
+    """Measure a run whose students are all finished. UserError naming those that are not."""
     if left:
-        names = ", ".join(f"student {k} ({holder_of(run.student(k)) or 'nobody is at it'})" for k in left)
+        names = ", ".join(f"student {k} ({holder_of(bench.run.student(k)) or 'nobody is at it'})" for k in left)
         raise UserError(
-            f"not all students are finished: {names}", hint=f"msd status {run.root}; the same command goes on"
+            f"not all students are finished: {names}", hint=f"msd status {bench.run.root}; the same command goes on"
         )
-    return Outcome(run, fid.measure(run, report), preview(bench), [])
+    return Outcome(bench.run, fid.measure(bench.run, report), preview(bench), [])
 
 
 def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
@@ -122,6 +143,21 @@ def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
             "shape": list(data.shape),
         }
         write_json(run.record_file, known)
+
+
+def claim(run: RunDir, made_from: dict[str, str]) -> None:
+    """Note in run.json what the run is made from. UserError where it was begun with something else."""
+    with lock(run.root, "the run directory", wait=lambda _: None):
+        known: dict[str, Any] = read_json(run.record_file)
+        for what, sha256 in made_from.items():
+            if known.get(what, sha256) != sha256:
+                raise UserError(
+                    f"{run.root} was begun with other weights of the teacher"
+                    if what == "teacher"
+                    else f"{run.root} was begun with other data: their content has changed",
+                    hint=f"bring the {what} back, or give the run another name (name=...)",
+                )
+        write_json(run.record_file, known | made_from)
 
 
 def provide_partition(run: RunDir, recipe: Recipe, data: Dataset, frozen: Denoiser) -> Partition:
@@ -143,6 +179,7 @@ class Bench:
     pairs: Pairs
     partition: Partition
     device: torch.device
+    group: Group
 
     def folders(self, number: int) -> list[Path]:
         return [self.run.stage(number, i, stage.objective) for i, stage in enumerate(self.recipe.stages)]
@@ -156,18 +193,18 @@ class Bench:
 
         A student that another process holds is left to it, or, without `skip_held`, refused with UserError.
         """
-        for number in self.unfinished(numbers):
-            if skip_held and holder_of(self.run.student(number)):
+        for number in self.group.say(self.unfinished(numbers)):
+            if self.group.say(skip_held and holder_of(self.run.student(number)) is not None):
                 continue
-            with lock(self.run.student(number), f"student {number}"):
-                if self.unfinished([number]):
+            with self.group.leading(lambda: lock(self.run.student(number), f"student {number}")):  # noqa: B023
+                if self.group.say(self.unfinished([number])):
                     distill_student(self._student(number, report), report)
 
     def _student(self, number: int, report: Report) -> Student:
         needs_pairs = any(getattr(stage, "pairs", "none") != "none" for stage in self.recipe.stages)
         pairs = self.pairs.provide(self.teacher, report) if needs_pairs else None
         source = Source(self.data, self.partition.parts[number], pairs=pairs, device=self.device)
-        return Student(number, self.recipe, self.teacher, source, self.folders(number), self.device)
+        return Student(number, self.recipe, self.teacher, source, self.folders(number), self.device, self.group)
 
 
 def preview(bench: Bench, *, rows: int = 32, columns: int = 16, points: int = 1000) -> Path:

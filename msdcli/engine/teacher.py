@@ -14,7 +14,8 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source, generator
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine import checkpoint, importing
-from msdcli.engine.distill import is_finished, peak_memory, train
+from msdcli.engine.distill import Manner, is_finished, peak_memory, train
+from msdcli.engine.distributed import ALONE, Group
 from msdcli.engine.events import Report, silent
 from msdcli.errors import UserError
 from msdcli.objectives.edm import DenoisingScoreMatching
@@ -22,21 +23,24 @@ from msdcli.recipe import DiffusersNetworkSettings, EdmNetworkSettings, Recipe, 
 from msdcli.rundir import RunDir, key, link, lock
 
 
-def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> tuple[Denoiser, str]:
+def provide(
+    run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report, *, group: Group = ALONE
+) -> tuple[Denoiser, str]:
     """Return the frozen teacher and its weights' hash, after loading, importing, reusing or training it; link it into
     the run.
     """
     if recipe.teacher.path is not None:
-        folder = _located(run, Path(recipe.teacher.path), report)
+        path = Path(recipe.teacher.path)
+        folder = group.led(lambda: _located(run, path, report))
     else:
         folder = run.shared / f"teacher-{teacher_key(recipe, data)}"
-        with lock(folder, "the teacher", wait=report):
-            if is_finished(folder, recipe.teacher.training):
+        with group.leading(lambda: lock(folder, "the teacher", wait=report)):
+            if group.say(is_finished(folder, recipe.teacher.training)):
                 report(f"teacher: reused from {folder}")
             else:
-                _train(folder, recipe, data, device, report)
+                _train(folder, recipe, data, device, report, group)
     _check_fit(checkpoint.load_model(folder)[0], recipe, data)
-    link(folder, run.teacher)
+    group.led(lambda: link(folder, run.teacher))
     teacher, sha256 = load(run, recipe)
     return teacher.to(device), sha256
 
@@ -133,18 +137,17 @@ def new_network(settings: TeacherSettings, data: Dataset) -> Denoiser:
         return nets.build(settings.network, shape=data.shape, num_classes=num_classes, sigma_data=settings.sigma_data)
 
 
-def _train(folder: Path, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> None:
+def _train(folder: Path, recipe: Recipe, data: Dataset, device: torch.device, report: Report, group: Group) -> None:
     settings = recipe.teacher
     network = new_network(settings, data).to(device).train()
     source = Source(data, range(len(data.class_names)), device=device)
     goal = DenoisingScoreMatching(settings.training, network, None)
-    key_ = ("teacher", settings.seed)
-    seconds = recipe.checkpoint_seconds
-    state = train(
-        goal, settings.training, source, folder, key=key_, what="teacher", checkpoint_seconds=seconds, report=report
-    )
-    record = {"steps": settings.training.steps, "cost": state.cost | peak_memory(device)}
-    checkpoint.save_model(folder, state.ema.net, record)
+    key_, manner = ("teacher", settings.seed), Manner.of(recipe, group)
+    state = train(goal, settings.training, source, folder, key=key_, what="teacher", manner=manner, report=report)
+    if group.leads:
+        record = {"steps": settings.training.steps, "cost": state.cost | peak_memory(device)}
+        checkpoint.save_model(folder, state.ema.net, record)
+    group.say(None)
 
 
 def _check_fit(teacher: Denoiser, recipe: Recipe, data: Dataset) -> None:

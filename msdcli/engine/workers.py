@@ -16,8 +16,8 @@ from typing import IO
 import torch
 
 from msdcli.engine.events import Progress, Report
-from msdcli.engine.interrupt import Interrupted, interruptible
-from msdcli.errors import DONE, INTERRUPTED, USER, UserError, WorkerError
+from msdcli.engine.interrupt import interruptible
+from msdcli.errors import DONE, INTERRUPTED, USER, Interrupted, UserError, WorkerError
 from msdcli.rundir import RunDir
 
 Events = queue.Queue["Progress | str | Worker"]
@@ -70,6 +70,7 @@ def run(run_dir: RunDir, count: int, device: torch.device, report: Report) -> No
     """Start `count` workers on a run, pass on what they report and wait for them all.
 
     Raises the worst that one of them ended with: Interrupted, UserError, or WorkerError for a bug or a killed process.
+    A signal to stop is passed on to them.
     """
     events: Events = queue.Queue()
     with interruptible() as stop:
@@ -88,7 +89,7 @@ def run(run_dir: RunDir, count: int, device: torch.device, report: Report) -> No
             if stop.requested and not told:
                 told = True
                 for worker in workers:
-                    worker.process.send_signal(signal.SIGINT)
+                    worker.process.send_signal(stop.signal or signal.SIGINT)
     failures = [failure for worker in ended if (failure := worker.failure())]
     for worker in ended:
         worker.close()
@@ -96,6 +97,8 @@ def run(run_dir: RunDir, count: int, device: torch.device, report: Report) -> No
         for failure in failures:
             if isinstance(failure, kind):
                 raise failure
+    if stop.requested:
+        raise stop.error("all workers")
 
 
 def _environment(number: int, device: torch.device) -> dict[str, str]:

@@ -32,7 +32,7 @@ class AdversarialDistributionMatching(DistributionMatching):
         self.nets["head"] = self.head
 
     def turns(self, step: int) -> Iterator[Turn]:
-        self._batch = None
+        self._batches = {}
         for _ in range(self.settings.fake_updates):
             yield ("fake", "head"), self.fake_loss
         yield ("student",), self.student_loss
@@ -48,6 +48,8 @@ class AdversarialDistributionMatching(DistributionMatching):
             x, sigma = self.see(y, draws, "generated")
         logit = self.logits(torch.cat([x_real, x]), torch.cat([sigma_real, sigma]), torch.cat([c_real, c]))
         real, generated = logit.chunk(2)
+        seen = torch.cat([real, -generated]).detach()
+        self.health = {**self.health, "discriminator_accuracy": lambda: (seen > 0).float().mean()}
         return loss + self.settings.head_weight * (softplus(-real) + softplus(generated))
 
     def student_loss(self, draws: Draws) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,10 +20,15 @@ class Objective:
     is for: its moving average is what is saved. `turns` is the paper's algorithm box: for every step it yields, in
     order, the names of the networks that learn and a loss. A loss takes the turn's random draws and returns one
     number per image; the loop reduces, clips and steps.
+
+    Two things a loss may leave behind, which cost nothing until somebody asks: `sigma`, the noise levels of the images
+    it returned numbers for (said when a loss is not finite), and `health`, figures by name, computed when logged.
     """
 
     product: ClassVar[str] = "student"
     nets: dict[str, nn.Module]
+    sigma: Tensor | None = None
+    health: Mapping[str, Callable[[], Tensor]] = MappingProxyType({})
 
     def __init__(self, settings: Any, student: Any, teacher: Any) -> None:
         raise NotImplementedError

@@ -34,6 +34,7 @@ class ConsistencyDistillation(Objective):
         schedule = d.karras_sigmas(self.settings.levels, sigma_max=self.settings.sigma_init).flip(0).to(y)
         index = (draws.uniform("level") * (len(schedule) - 1)).long()
         sigma, sigma_next = schedule[index + 1], schedule[index]
+        self.sigma = sigma
         x = y + d.per_image(sigma, y) * draws.normal("noise")
         with torch.no_grad():
             target = self.student(self.heun_step(x, sigma, sigma_next, c), sigma_next, c)

@@ -23,10 +23,10 @@ class DistributionMatching(Objective):
         self.teacher = teacher
         self.fake = copy.deepcopy(teacher)
         self.nets = {"student": student, "fake": self.fake}
-        self._batch: tuple[Tensor, Tensor] | None = None
+        self._batches: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by slice
 
     def turns(self, step: int) -> Iterator[Turn]:
-        self._batch = None
+        self._batches = {}
         for _ in range(self.settings.fake_updates):
             yield ("fake",), self.fake_loss
         yield ("student",), self.student_loss
@@ -64,10 +64,10 @@ class DistributionMatching(Objective):
 
     def fake_batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Samples for the fake network: fresh ones, or those of this step, made once."""
-        if self._batch is None or self.settings.fake_batch == "fresh":
+        if draws.part not in self._batches or self.settings.fake_batch == "fresh":
             with torch.no_grad():
-                self._batch = self.generate(self.shared(draws))
-        return self._batch
+                self._batches[draws.part] = self.generate(self.shared(draws))
+        return self._batches[draws.part]
 
     def shared(self, draws: Draws) -> Draws:
         """The draws that samples are made from: the turn's own, or those that all turns of the step share."""
@@ -76,9 +76,12 @@ class DistributionMatching(Objective):
     def generate(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return one-step samples y of the student and their conditions c."""
         c = draws.labels(self.settings.labels)
-        return d.one_step(self.student, draws.normal("z"), self.settings.sigma_init, c), c
+        y = d.one_step(self.student, draws.normal("z"), self.settings.sigma_init, c)
+        samples = y.detach()
+        self.health = {**self.health, "saturation": lambda: (samples.abs() > 1).float().mean()}
+        return y, c
 
     def diffuse(self, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return x = y + sigma n and sigma, drawn from the recipe's span of the Karras schedule."""
-        sigma = d.karras_draw(draws.uniform("sigma"), self.settings.sigma_span)
+        sigma = self.sigma = d.karras_draw(draws.uniform("sigma"), self.settings.sigma_span)
         return y + d.per_image(sigma, y) * draws.normal("noise"), sigma

@@ -28,7 +28,7 @@ class DenoisingScoreMatching(Objective):
         y, c = draws.real()
         if self.settings.label_dropout:
             c = c.masked_fill(draws.uniform("label dropout") < self.settings.label_dropout, NO_CLASS)
-        sigma = d.lognormal(draws.normal("sigma", ()), self.settings.P_mean, self.settings.P_std)
+        sigma = self.sigma = d.lognormal(draws.normal("sigma", ()), self.settings.P_mean, self.settings.P_std)
         x = y + d.per_image(sigma, y) * draws.normal("noise")
         error = d.image_mean((self.student(x, sigma, c) - y).square())
         return d.edm_weight(sigma, self.student.sigma_data) * error

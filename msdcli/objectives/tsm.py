@@ -27,7 +27,7 @@ class TeacherScoreMatching(Objective):
 
     def loss(self, draws: Draws) -> Tensor:
         y, c = draws.real()
-        sigma = d.lognormal(draws.normal("sigma", ()), self.settings.P_mean, self.settings.P_std)
+        sigma = self.sigma = d.lognormal(draws.normal("sigma", ()), self.settings.P_mean, self.settings.P_std)
         x = y + d.per_image(sigma, y) * draws.normal("noise")
         with torch.no_grad():
             target = self.teacher(x, sigma, c)

@@ -53,7 +53,7 @@ def test_the_discriminator_approaches_the_true_log_ratio() -> None:
     goal.head.double()
     source, optimizer = Source(Cloud(), [0]), torch.optim.Adam(goal.head.parameters(), 5e-3)
     for step in range(600):
-        goal._batch = None
+        goal._batches = {}
         goal.fake_loss(Draws(source, 512, ("test", step), 0)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
