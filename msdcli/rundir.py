@@ -46,6 +46,10 @@ class RunDir:
         """The folder of one stage of one student; `number` counts the stages from 0."""
         return self.student(student) / f"{number}-{objective}"
 
+    def folders(self) -> list[Path]:
+        """The folders that msd has written to, down to the students' stages."""
+        return [f for pattern in ("*/", "students/*/", "students/*/*/") for f in sorted(self.root.glob(pattern))]
+
     def results(self) -> list[Path]:
         """The result files of the measurements so far."""
         return sorted(self.metrics.glob("*.json"))

@@ -161,11 +161,12 @@ def optimizers(networks: dict[str, nn.Module], stage: StageSettings) -> dict[str
     return {name: kind(net.parameters(), betas=betas, fused=True, **decay) for name, net in networks.items()}
 
 
-def check_stage(stage: StageSettings, student: Denoiser, teacher: Denoiser) -> None:
-    """Build a stage's objective, on the meta device say, and raise UserError if it cannot be trained."""
+def check_stage(stage: StageSettings, student: Denoiser, teacher: Denoiser) -> Objective:
+    """Build and return a stage's objective, on the meta device say. UserError if it cannot be trained."""
     goal = objective(stage.objective)(stage, student, teacher)
     if unknown := sorted(stage.lr_of.keys() - goal.nets.keys()):
         raise UserError(f"stage {stage.objective}: lr_of names {unknown[0]!r}; what learns is {', '.join(goal.nets)}")
+    return goal
 
 
 def set_learning_rates(state: checkpoint.TrainState, stage: StageSettings) -> None:

@@ -55,7 +55,7 @@ class MetaDraws(Draws):
     """Draws of the right shapes and of no numbers."""
 
     def __init__(self, shape: tuple[int, ...], batch: int) -> None:
-        self.shape, self.batch = shape, batch
+        self.shape, self.batch, self.part = shape, batch, (0, 1)
 
     def of_step(self) -> Draws:
         return self

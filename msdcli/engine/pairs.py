@@ -16,7 +16,7 @@ from msdcli.engine import checkpoint
 from msdcli.engine.events import Progress, Report
 from msdcli.errors import LockedError
 from msdcli.recipe import Recipe, SolverSettings
-from msdcli.rundir import RunDir, holder_of, key, lock, write_json
+from msdcli.rundir import RunDir, holder_of, key, lock, sweep_temporaries, write_json
 from msdcli.seeds import derive
 
 RECORD = "pairs.json"
@@ -64,6 +64,7 @@ class Pairs:
     def provide(self, teacher: Denoiser, report: Report) -> tuple[Tensor, Tensor, Tensor]:
         """Return (z, y, c) after making the shards that nobody has made; several processes share the work."""
         begun, made = time.monotonic(), 0
+        sweep_temporaries(self.folder)
         while todo := [(path, numbers) for path, numbers in self.shards() if not path.exists()]:
             before = made
             for path, numbers in todo:
@@ -118,7 +119,7 @@ class Pairs:
     def _make(self, path: Path, numbers: range, teacher: Denoiser) -> None:
         classes = labels_for(self.data, numbers)
         y = sample_teacher(teacher, self.noise(numbers), classes, self.solver)
-        checkpoint.save_tensors(path, {"y": y, "c": classes})
+        checkpoint.save_tensors(path, {"y": y, "c": classes}, hashed=True)
         write_json(
             self.folder / RECORD,
             {"teacher": self.teacher_hash, "solver": self.solver.model_dump(), "seed": self.settings.seed},

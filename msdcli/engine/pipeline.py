@@ -20,7 +20,7 @@ from msdcli.data import open_data
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
-from msdcli.engine import dataset, device, distributed, estimate, fid, partition, sample, search, teacher, workers
+from msdcli.engine import dataset, device, disk, distributed, estimate, fid, partition, sample, search, teacher, workers
 from msdcli.engine.distill import Student, check_stage, distill_student, is_finished, new_network
 from msdcli.engine.distributed import ALONE, Group
 from msdcli.engine.events import Report, silent
@@ -29,7 +29,7 @@ from msdcli.engine.pairs import Pairs
 from msdcli.errors import UserError
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
-from msdcli.rundir import RunDir, holder_of, lock, read_json, write_json
+from msdcli.rundir import RunDir, holder_of, lock, read_json, sweep_temporaries, write_json
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,18 @@ def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Da
     num_classes = len(data.class_names)
     partition.check(recipe.partition, num_classes)
     frozen, student = networks_on_meta(recipe, data, planning=planning)
-    for stage in recipe.stages:
-        check_stage(stage, student, frozen)
+    with torch.device("meta"):
+        goals = [check_stage(stage, student, frozen) for stage in recipe.stages]
+    for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
-    device.resolve(recipe.device)
+    on = device.resolve(recipe.device)
     if not hasattr(recipe.stages[-1], "sigma_init"):
         raise UserError(
             f"what stage {recipe.stages[-1].objective} makes is no one-step student", hint="add a stage: dm"
         )
+    if not planning:
+        run = RunDir(recipe.run_dir)
+        disk.check(run, disk.needed(run, recipe, goals, device.num_workers(recipe, on)))
     return data
 
 
@@ -135,6 +139,8 @@ def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
     run.check(recipe)  # before even a lock is written there
     with lock(run.root, "the run directory", wait=report):
         run.adopt(recipe)
+        for folder in (run.root, *run.folders()):
+            sweep_temporaries(folder)
         known: dict[str, Any] = read_json(run.record_file) if run.record_file.exists() else {"commands": []}
         known["commands"].append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "line": sys.argv})
         known |= {

@@ -1,0 +1,66 @@
+"""Whether the disk can hold what a run will write."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from msdcli.engine.keeper import ages, path_of
+from msdcli.errors import UserError
+from msdcli.objectives import Objective
+from msdcli.recipe import Recipe
+from msdcli.rundir import RunDir
+
+SMALL_FILES = 2**20  # metrics, records and a picture
+NAME = 128  # what the name and place of a tensor take
+
+
+def state_bytes(goal: Objective) -> int:
+    """Return the size of a checkpoint: every network with Adam's two moments and step, and the product's average."""
+    return sum(_bytes(net, 3) for net in goal.nets.values()) + model_bytes(goal)
+
+
+def model_bytes(goal: Objective) -> int:
+    """Return the size of the weights that a stage ends with."""
+    return _bytes(goal.nets[goal.product], 1)
+
+
+def _bytes(net: nn.Module, copies: int) -> int:
+    tensors = [*net.parameters(), *net.buffers()]
+    return copies * sum(t.numel() * t.element_size() + NAME for t in tensors)
+
+
+def needed(run: RunDir, recipe: Recipe, goals: Sequence[Objective], at_once: int) -> int:
+    """Return the bytes that a run has yet to write: of every stage its model and the checkpoints that are kept, and
+    for each of the students trained at once the one that is being written.
+
+    `goals` are the stages' objectives; a stage in turn for all students.
+    """
+    total = SMALL_FILES + at_once * max(map(state_bytes, goals))
+    for k in range(recipe.partition.students):
+        for i, (stage, goal) in enumerate(zip(recipe.stages, goals, strict=True)):
+            folder = run.stage(k, i, stage.objective)
+            files = [path_of(folder, age) for age in ages(folder)] + [*folder.glob("model.safetensors")]
+            there = sum(file.stat().st_size for file in files)
+            total += max(0, recipe.keep * state_bytes(goal) + model_bytes(goal) - there)
+    return total
+
+
+def check(run: RunDir, bytes_needed: int) -> None:
+    """Raise UserError where the run's disk has less than that left."""
+    if (free := free_bytes(run.root)) < bytes_needed:
+        raise UserError(
+            f"{run.root}: the run's checkpoints and models need {bytes_needed:,} bytes, the disk has {free:,} left",
+            hint="run=... puts the run on another disk; keep=1 keeps one checkpoint of each stage",
+        )
+
+
+def free_bytes(path: Path) -> int:
+    """Return what is left on the disk that `path` is, or will be, on."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
