@@ -405,6 +405,9 @@ class Recipe(Section):
     micro_batch: Count | None = Field(
         None, description="images a device takes at once; larger batches go through in parts. Absent: all at once"
     )
+    fsdp: bool = Field(
+        False, description="under torchrun, share out the weights too (FSDP2): for networks that fit no single device"
+    )
     data: Data = Field(description="the training data")
     teacher: TeacherSettings = Field(default_factory=TeacherSettings, description="the diffusion model to distil")
     partition: PartitionSettings = Field(default_factory=PartitionSettings, description="who owns which condition")
@@ -431,7 +434,7 @@ class Recipe(Section):
 # Keys that may change when a run resumes: nothing that is trained depends on them.
 FREE_KEYS = (
     *("name", "run", "workers", "checkpoint_seconds", "evaluation", "device"),
-    *("keep", "max_skipped", "micro_batch"),
+    *("keep", "max_skipped", "micro_batch", "fsdp"),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -17,13 +17,17 @@ class EMA:
     def __init__(self, net: nn.Module, decay: float) -> None:
         self.decay = decay
         self.net = copy.deepcopy(net).requires_grad_(False).eval()
-        self._averages = [*self.net.parameters()]
-        self._buffers = [*self.net.buffers()]
 
     @torch.no_grad()
     def update(self, net: nn.Module, num_updates: int) -> None:
         """Move towards `net`, after its update number `num_updates` (from 0)."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
-        torch._foreach_lerp_(self._averages, [p.detach() for p in net.parameters()], 1 - decay)
-        for average, buffer in zip(self._buffers, net.buffers(), strict=True):
+        torch._foreach_lerp_([*map(_own, self.net.parameters())], [*map(_own, net.parameters())], 1 - decay)
+        for average, buffer in zip(self.net.buffers(), net.buffers(), strict=True):
             average.copy_(buffer)
+
+
+def _own(param: Tensor) -> Tensor:
+    """What this process holds of a weight: all of it, or its part where networks are sharded (both alike)."""
+    own: Tensor = param.to_local() if hasattr(param, "to_local") else param.detach()
+    return own

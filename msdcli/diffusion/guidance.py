@@ -53,3 +53,11 @@ class Guided(Denoiser):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
         return copy.deepcopy(self.plain, memo)
+
+
+def copied(teacher: Denoiser) -> Denoiser:
+    """Return a copy of a teacher with its guidance, if it has any."""
+    if not isinstance(teacher, Guided):
+        return copy.deepcopy(teacher)
+    plain, guide = copy.deepcopy(teacher.plain), copy.deepcopy(teacher.guide)
+    return Guided(plain, scale=teacher.scale, interval=teacher.interval, guide=guide)

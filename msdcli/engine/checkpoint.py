@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.ema import EMA
+from msdcli.engine.distributed import like, own_part, whole
 from msdcli.errors import UserError
 from msdcli.recipe import Network, NetworkSettings
 from msdcli.rundir import file_hash, read_json, write_json, writing
@@ -94,9 +95,19 @@ def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> N
         tensor.copy_(tensors[name])
 
 
-def save_model(folder: Path, net: Denoiser, record: dict[str, Any]) -> None:
-    """Write a denoiser as model.safetensors and model.json; the JSON comes last and makes the folder complete."""
-    save_tensors(folder / WEIGHTS, net.state_dict())
+def whole_state(net: nn.Module) -> dict[str, Tensor]:
+    """Return a network's tensors; where they are sharded, all processes must ask for them."""
+    return {name: whole(tensor) for name, tensor in net.state_dict().items()}
+
+
+def save_model(
+    folder: Path, net: Denoiser, record: dict[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a denoiser as model.safetensors and model.json; the JSON comes last and makes the folder complete.
+
+    `tensors` are its whole ones, where the network is sharded.
+    """
+    save_tensors(folder / WEIGHTS, net.state_dict() if tensors is None else tensors)
     description = {
         "format": FORMAT,
         "network": net.settings.model_dump(mode="json"),
@@ -157,7 +168,8 @@ class TrainState:
     def check_finite(self) -> None:
         """Raise UserError if a weight is not finite: then the checkpoint before is kept."""
         for name, net in self.nets.items():
-            largest = torch._foreach_norm([p.detach() for p in net.parameters()], torch.inf)
+            own = [part for p in net.parameters() if (part := own_part(p.detach())).numel()]
+            largest = torch._foreach_norm(own, torch.inf) or [torch.zeros(())]
             if not torch.stack(largest).isfinite().all():
                 raise UserError(
                     f"the weights of {name} are not finite any more at step {self.step}; the checkpoint before is kept",
@@ -166,7 +178,7 @@ class TrainState:
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return copies of all tensors in host memory, and the numbers, as a checkpoint holds them."""
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._tensors()}
+        tensors = {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in self._tensors()}
         return tensors, {k: repr(v) for k, v in ({"step": self.step} | self.cost).items()}
 
     def load(self, path: Path) -> None:
@@ -179,7 +191,7 @@ class TrainState:
         for name, optimizer in self.optimizers.items():
             self._load_moments(name, optimizer, tensors)
         for name, tensor in self._tensors():
-            tensor.copy_(tensors[name])
+            own_part(tensor).copy_(own_part(like(tensors[name], tensor)))
         self.step = int(numbers["step"])
         self.cost = {k: float(numbers[k]) for k in self.cost}
 
@@ -194,10 +206,11 @@ class TrainState:
 
     def _load_moments(self, name: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
         state: dict[int, dict[str, Tensor]] = {}
+        params = [p for group in optimizer.param_groups for p in group["params"]]
         for key, tensor in tensors.items():
             if key.startswith(f"optimizer.{name}."):
                 i, moment = key.rsplit(".", 2)[-2:]
-                state.setdefault(int(i), {})[moment] = tensor
+                state.setdefault(int(i), {})[moment] = tensor if tensor.ndim == 0 else like(tensor, params[int(i)])
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from msdcli import nets
+from msdcli.diffusion import guidance
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws, Source, generator
 from msdcli.diffusion.ema import EMA
 from msdcli.engine import checkpoint
-from msdcli.engine.distributed import ALONE, Group, slices
+from msdcli.engine.distributed import ALONE, Group, shard, slices, whole
 from msdcli.engine.events import Report, silent
 from msdcli.engine.interrupt import interruptible
 from msdcli.engine.keeper import Keeper
@@ -41,11 +42,13 @@ class Manner:
     keep: int = 2
     max_skipped: int = 10
     micro_batch: int | None = None
+    fsdp: bool = False
     group: Group = ALONE
 
     @classmethod
     def of(cls, recipe: Recipe, group: Group) -> Manner:
-        return cls(recipe.checkpoint_seconds, recipe.keep, recipe.max_skipped, recipe.micro_batch, group)
+        fsdp = recipe.fsdp and group.size > 1
+        return cls(recipe.checkpoint_seconds, recipe.keep, recipe.max_skipped, recipe.micro_batch, fsdp, group)
 
 
 def train(
@@ -67,7 +70,10 @@ def train(
     """
     group = manner.group
     parts = slices(stage.batch, getattr(stage, "pair_batch", None), group, manner.micro_batch)
-    state = checkpoint.TrainState(goal.nets, optimizers(goal.nets, stage), EMA(goal.nets[goal.product], stage.ema))
+    ema = EMA(goal.nets[goal.product], stage.ema)
+    for net in [*goal.nets.values(), ema.net] if manner.fsdp else []:
+        shard(net, group)
+    state = checkpoint.TrainState(goal.nets, optimizers(goal.nets, stage), ema)
     keeper = Keeper(state, folder, manner.keep, group)
     keeper.load(report)
     log = Log(folder / METRICS, state, stage, what, report, group=group, max_skipped=manner.max_skipped)
@@ -135,7 +141,7 @@ def update(
 def gradient_norm(net: nn.Module, clip: float | None) -> Tensor:
     """Return the norm of a network's gradient, cut to at most `clip` afterwards."""
     params = [p for p in net.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in params])
+    norm = whole(nn.utils.get_total_norm([p.grad for p in params]))
     if clip is not None:
         nn.utils.clip_grads_with_norm_(params, clip, norm)
     return norm
@@ -233,18 +239,23 @@ def distill_student(student: Student, report: Report) -> None:
 
     Hold the student's lock.
     """
-    recipe = student.recipe
+    recipe, manner = student.recipe, Manner.of(student.recipe, student.group)
     for number, (stage, folder) in enumerate(zip(recipe.stages, student.folders, strict=True)):
         if student.group.say(is_finished(folder, stage)):
             continue
-        network = new_network(recipe, student.teacher, student.number).to(student.device)
+        network = new_network(recipe, student.teacher, student.number)
         with torch.random.fork_rng(devices=[]):  # heads that the objective makes begin the same in every process
             torch.manual_seed(derive("networks", recipe.seed, student.number, number))
-            goal = objective(stage.objective)(stage, network, student.teacher)
+            teacher = guidance.copied(student.teacher) if manner.fsdp else student.teacher
+            goal = objective(stage.objective)(stage, network, teacher)
         for net in goal.nets.values():
-            net.to(student.device).train()
+            net.train()
+            if not manner.fsdp:  # sharding moves them
+                net.to(student.device)
         if number > 0:
             checkpoint.inherit(goal.nets, student.folders[number - 1])
+        if manner.fsdp:
+            shard(teacher, student.group)
         state = train(
             goal,
             stage,
@@ -252,16 +263,17 @@ def distill_student(student: Student, report: Report) -> None:
             folder,
             key=(recipe.seed, student.number, number),
             what=f"student {student.number} {stage.objective}",
-            manner=Manner.of(recipe, student.group),
+            manner=manner,
             report=report,
         )
+        product = checkpoint.whole_state(state.ema.net)
         if student.group.leads:
             record = {
                 "steps": stage.steps,
                 "stage": stage.model_dump(mode="json"),
                 "cost": state.cost | peak_memory(student.device),
             }
-            checkpoint.save_model(folder, state.ema.net, record)
+            checkpoint.save_model(folder, state.ema.net, record, product)
         student.group.say(None)  # the next stage reads what was written
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from msdcli.data.images import Share
 from msdcli.engine import device
@@ -115,11 +116,12 @@ class Group:
         """Average the gradients of `params`, and the `loss`, over all processes, in place.
 
         Not torch's DDP, which counts on one forward pass per backward pass through one module: objectives call a
-        network several times, in parts (its features), and in turns in which it does not learn.
+        network several times, in parts (its features), and in turns in which it does not learn. Sharded gradients
+        are averages already.
         """
         if self.size == 1:
             return
-        grads = [loss, *(p.grad for p in params if p.grad is not None)]
+        grads = [loss, *(p.grad for p in params if p.grad is not None and not is_sharded(p.grad))]
         with _somebody_may_die():
             sent = []
             for bucket in _buckets(grads):
@@ -133,6 +135,60 @@ class Group:
 
 
 ALONE = Group()
+
+
+# Networks that do not fit into one device: FSDP2, in place, so that objectives call them as ever.
+
+
+def shard(net: nn.Module, group: Group) -> None:
+    """Leave to every process its part of the weights; a block's are put together while the block computes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow to import, and seldom needed
+
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody changes it in place
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device_type, (group.size,))
+    for unit in [*_units(net), net]:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    if hasattr(net, "features"):
+        register_fsdp_forward_method(net, "features")
+
+
+def _units(net: nn.Module) -> Iterator[nn.Module]:
+    """Yield the blocks of a network: what its lists and dictionaries of modules hold."""
+    for child in net.children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            for block in child.children():
+                if isinstance(block, nn.ModuleList | nn.ModuleDict):
+                    yield from _units(block)
+                elif any(True for _ in block.parameters()):
+                    yield block
+        else:
+            yield from _units(child)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor; a second to import, and most runs need none."""
+    return hasattr(tensor, "to_local")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor that may be sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that may be sharded; then all processes must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """Return the whole `tensor`, which every process has, sharded as `model` is."""
+    if not is_sharded(model):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
 
 
 def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -58,6 +58,10 @@ def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Da
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
     on = device.resolve(recipe.device)
+    if recipe.fsdp and any(getattr(net.settings, "preconditioning", "") == "EDM2" for net in (frozen, student)):
+        raise UserError(
+            "fsdp: networks of EDM2 normalize their weights in place, which sharded ones cannot", hint="fsdp=false"
+        )
     if not hasattr(recipe.stages[-1], "sigma_init"):
         raise UserError(
             f"what stage {recipe.stages[-1].objective} makes is no one-step student", hint="add a stage: dm"
@@ -208,7 +212,9 @@ class Bench:
 
     def _student(self, number: int, report: Report) -> Student:
         needs_pairs = any(getattr(stage, "pairs", "none") != "none" for stage in self.recipe.stages)
-        pairs = self.pairs.provide(self.teacher, report) if needs_pairs else None
+        pairs = self.pairs.provide(self.teacher.to(self.device), report) if needs_pairs else None
+        if self.recipe.fsdp and self.group.size > 1:
+            self.teacher.to("cpu")  # the stages share out copies of it
         source = Source(self.data, self.partition.parts[number], pairs=pairs, device=self.device)
         return Student(number, self.recipe, self.teacher, source, self.folders(number), self.device, self.group)
 

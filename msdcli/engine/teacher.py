@@ -139,14 +139,18 @@ def new_network(settings: TeacherSettings, data: Dataset) -> Denoiser:
 
 def _train(folder: Path, recipe: Recipe, data: Dataset, device: torch.device, report: Report, group: Group) -> None:
     settings = recipe.teacher
-    network = new_network(settings, data).to(device).train()
+    manner = Manner.of(recipe, group)
+    network = new_network(settings, data).train()
+    if not manner.fsdp:  # sharding moves it
+        network.to(device)
     source = Source(data, range(len(data.class_names)), device=device)
     goal = DenoisingScoreMatching(settings.training, network, None)
-    key_, manner = ("teacher", settings.seed), Manner.of(recipe, group)
+    key_ = ("teacher", settings.seed)
     state = train(goal, settings.training, source, folder, key=key_, what="teacher", manner=manner, report=report)
+    product = checkpoint.whole_state(state.ema.net)
     if group.leads:
         record = {"steps": settings.training.steps, "cost": state.cost | peak_memory(device)}
-        checkpoint.save_model(folder, state.ema.net, record)
+        checkpoint.save_model(folder, state.ema.net, record, product)
     group.say(None)
 
 

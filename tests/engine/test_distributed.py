@@ -63,9 +63,11 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs/tiny"
 
 
-def test_two_processes_give_the_losses_of_one_and_one_goes_on_from_two(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsdp", ["false", "true"])
+def test_two_processes_give_the_losses_of_one(reference: Path, tmp_path: Path, fsdp: str) -> None:
+    """Replicated and sharded; a run that two begin goes on as one, and the other way round, to the same losses."""
     (tmp_path / "tiny.yaml").write_text(ADM)
-    done = torchrun(tmp_path, "distill", "tiny.yaml", "--json")
+    done = torchrun(tmp_path, "distill", "tiny.yaml", f"fsdp={fsdp}", "--json")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/tiny"
     same_losses(run, reference)
@@ -74,9 +76,30 @@ def test_two_processes_give_the_losses_of_one_and_one_goes_on_from_two(reference
     model, wanted = (json.loads((r / "students/0/0-adm/model.json").read_text()) for r in (run, reference))
     for figure in ("images", "flops"):
         assert model["cost"][figure] == pytest.approx(wanted["cost"][figure], rel=0.01)
-    weights, wanted_weights = (load_file(r / "students/0/0-adm/model.safetensors") for r in (run, reference))
-    for name, tensor in wanted_weights.items():
-        assert (weights[name] - tensor).abs().max() < 1e-4, name
+    for name in ("model", "state"):
+        mine, theirs = (load_file(r / f"students/0/0-adm/{name}.safetensors") for r in (run, reference))
+        assert mine.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert mine[key].shape == tensor.shape
+            assert (mine[key] - tensor).abs().max() < 1e-4, key
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "first"),
+    [("true", 2), pytest.param("false", 2, marks=pytest.mark.slow), pytest.param("true", 1, marks=pytest.mark.slow)],
+)
+def test_a_run_goes_on_with_another_number_of_processes(
+    reference: Path, msd: Msd, tmp_path: Path, fsdp: str, first: int
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(ADM)
+    whole = ["stages.0.lr_hold=1.0"]
+    assert msd("distill", "tiny.yaml", *whole, "run=runs/whole").returncode == 0
+    begin, go_on = ["stages.0.steps=4", f"fsdp={fsdp}"], ["stages.0.steps=6", f"fsdp={fsdp}"]
+    for number, words in ((first, begin), (3 - first, go_on)):
+        words = ["distill", "tiny.yaml", *whole, *words]
+        done = torchrun(tmp_path, *words) if number == 2 else msd(*words)
+        assert done.returncode == 0, done.stderr
+    same_losses(tmp_path / "runs/tiny", tmp_path / "runs/whole")
 
 
 @pytest.mark.parametrize("fake_batch", ["fresh", "shared"])
