@@ -268,9 +268,14 @@ Stage = Annotated[EdmSettings | TsmSettings | DmSettings | AdmSettings | CdSetti
 
 
 class SolverSettings(Section):
-    """The teacher's deterministic sampler (Heun, EDM Algorithm 1)."""
+    """The teacher's deterministic sampler."""
 
-    steps: int = Field(18, ge=2, le=10_000, description="steps; 2 x steps - 1 evaluations")
+    name: Literal["heun", "dpmpp_2m"] = Field(
+        "heun", description="heun (EDM's Algorithm 1), or dpmpp_2m (DPM-Solver++(2M), arXiv 2211.01095)"
+    )
+    steps: int = Field(
+        18, ge=2, le=10_000, description="noise levels; heun takes 2 x steps - 1 evaluations, dpmpp_2m takes steps"
+    )
     sigma_min: NoiseLevel = Field(0.002, description="last noise level")
     sigma_max: NoiseLevel = Field(80.0, description="first noise level")
     rho: Positive = Field(7.0, description="spacing of the levels")

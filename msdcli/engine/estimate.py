@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws
+from msdcli.diffusion.sampler import num_evaluations
 from msdcli.objectives import objective
 from msdcli.recipe import Recipe, StageSettings
 
@@ -80,7 +81,7 @@ class MetaDraws(Draws):
 def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser) -> Estimate:
     """Count what a run will cost. `teacher` and `student` are on the meta device; their weights do not matter."""
     forward_teacher, forward_student = forward_flops(teacher), forward_flops(student)
-    solver = 2 * recipe.teacher.solver.steps - 1
+    solver = num_evaluations(recipe.teacher.solver.name, recipe.teacher.solver.steps)
     training = recipe.teacher.training
     needs_pairs = any(getattr(stage, "pairs", "none") != "none" for stage in recipe.stages)
     samples = recipe.evaluation.samples

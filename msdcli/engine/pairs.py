@@ -11,7 +11,7 @@ from torch import Tensor
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import image_noise
-from msdcli.diffusion.sampler import heun
+from msdcli.diffusion.sampler import solve
 from msdcli.engine import checkpoint
 from msdcli.engine.events import Progress, Report
 from msdcli.errors import LockedError
@@ -34,7 +34,7 @@ def sample_teacher(
     device = next(teacher.parameters()).device
     options = solver.model_dump()
     chunks = zip(z.split(batch), classes.split(batch), strict=True)
-    return torch.cat([heun(teacher, z_.to(device), c_.to(device), **options).cpu() for z_, c_ in chunks])
+    return torch.cat([solve(teacher, z_.to(device), c_.to(device), **options).cpu() for z_, c_ in chunks])
 
 
 class Pairs:

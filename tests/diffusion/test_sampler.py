@@ -1,31 +1,34 @@
-"""Heun's method on a Gaussian teacher, whose probability-flow ODE has an exact solution."""
+"""The solvers on a Gaussian teacher, whose probability-flow ODE has an exact solution."""
 
+import pytest
 import torch
 
 from msdcli.data.toy2d import Toy2d
 from msdcli.diffusion.draws import Draws, Source, image_noise
 from msdcli.diffusion.ema import EMA
-from msdcli.diffusion.sampler import heun
+from msdcli.diffusion.sampler import num_evaluations, solve
 from msdcli.recipe import Toy2dSettings
 from tests.gaussians import GaussianDenoiser
 
 MEAN, VARIANCE = torch.tensor([0.3, -0.2]), torch.tensor([0.25, 0.5])
 
 
-def error(steps: int) -> float:
+def error(name: str, steps: int) -> float:
     """dx/dsigma = (x - D) / sigma takes x(sigma) to m + (x - m) sqrt(v / (v + sigma^2)) at sigma = 0."""
     z = torch.randn(16, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = MEAN + (80 * z - MEAN) * (VARIANCE / (VARIANCE + 80.0**2)).sqrt()
-    return (heun(GaussianDenoiser(MEAN, VARIANCE), z, None, steps=steps) - exact).abs().max().item()
+    return (solve(GaussianDenoiser(MEAN, VARIANCE), z, None, name=name, steps=steps) - exact).abs().max().item()
 
 
-def test_heun_converges_at_second_order() -> None:
-    ratios = [error(n) / error(2 * n) for n in (40, 80)]
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
+def test_a_solver_converges_at_second_order(name: str) -> None:
+    ratios = [error(name, n) / error(name, 2 * n) for n in (40, 80)]
     assert all(3.3 < ratio < 4.7 for ratio in ratios), ratios
-    assert error(160) < 1e-3
+    assert error(name, 160) < 1e-3
 
 
-def test_number_of_evaluations_is_the_papers() -> None:
+@pytest.mark.parametrize(("name", "evaluations"), [("heun", 35), ("dpmpp_2m", 18)])
+def test_number_of_evaluations_is_the_papers(name: str, evaluations: int) -> None:
     calls = []
     teacher = GaussianDenoiser(MEAN, VARIANCE)
 
@@ -33,8 +36,8 @@ def test_number_of_evaluations_is_the_papers() -> None:
         calls.append(float(sigma[0]))
         return teacher(x, sigma, c)
 
-    heun(counted, torch.zeros(1, 2), None, steps=18)
-    assert len(calls) == 35
+    solve(counted, torch.zeros(1, 2), None, name=name, steps=18)
+    assert len(calls) == evaluations == num_evaluations(name, 18)
 
 
 def test_noise_of_an_image_depends_on_seed_and_number_alone() -> None:

@@ -1,0 +1,105 @@
+"""The teacher's solvers give the diffusers library's samples: same network, same noise, same noise levels."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    diffusers = pytest.importorskip("diffusers")
+
+from msdcli import nets
+from msdcli.diffusion.sampler import dpmpp_2m, heun, solve
+from msdcli.engine import importing
+from msdcli.recipe import UNetSettings
+from tests.nets.edm_format import shake
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+UNET = {
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def pipeline(folder: Path, prediction: str) -> Any:
+    """Save a tiny random DDPM pipeline as the library does; return its network."""
+    torch.manual_seed(0)
+    net = shake(diffusers.UNet2DModel(**UNET)).eval().requires_grad_(False)
+    net.save_pretrained(folder / "unet")
+    scheduler = diffusers.DDPMScheduler(prediction_type=prediction, **BETAS)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return net
+
+
+@torch.no_grad()
+def theirs(scheduler: Any, net: Any, x: Tensor) -> Tensor:
+    """The library's own sampling loop."""
+    for t in scheduler.timesteps:
+        x = scheduler.step(net(scheduler.scale_model_input(x, t), t).sample, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("karras", [False, True])
+def test_heun_is_the_librarys(tmp_path: Path, prediction: str, karras: bool) -> None:
+    net = pipeline(tmp_path, prediction)
+    scheduler = diffusers.HeunDiscreteScheduler(prediction_type=prediction, use_karras_sigmas=karras, **BETAS)
+    scheduler.set_timesteps(12)
+    sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2]]).double()
+    z = torch.randn(2, 3, 8, 8)
+    wanted = theirs(scheduler, net, z * sigmas[0].float())
+    denoiser = importing.read(tmp_path).denoiser
+    found = heun(denoiser, z, None, sigmas)
+    if karras:  # the same levels by our own formula
+        ends = {"sigma_min": sigmas[-1].item(), "sigma_max": sigmas[0].item()}
+        torch.testing.assert_close(solve(denoiser, z, None, steps=12, **ends), found, rtol=1e-4, atol=1e-4)
+    assert found.abs().max() > 0.1
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [6, 20])
+def test_dpmpp_2m_is_the_librarys(tmp_path: Path, prediction: str, steps: int) -> None:
+    net = pipeline(tmp_path, prediction)
+    scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type=prediction, lower_order_final=False, **BETAS)
+    scheduler.set_timesteps(steps)
+    sigmas = scheduler.sigmas[:-1].double()
+    z = torch.randn(2, 3, 8, 8)
+    # The library's state is x / sqrt(1 + sigma^2).
+    start = z * (sigmas[0] / (1 + sigmas[0].square()).sqrt()).float()
+    wanted = theirs(scheduler, net, start)
+    found = dpmpp_2m(importing.read(tmp_path).denoiser, z, None, sigmas)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_dpmpp_2m_is_the_librarys_for_edms_preconditioning() -> None:
+    """One network inside our preconditioning and inside the library's, on EDM's own noise levels."""
+    torch.manual_seed(0)
+    settings = UNetSettings(channels=8)
+    denoiser = shake(nets.build(settings, shape=(1, 8, 8), num_classes=0, sigma_data=0.5), 0.05).eval()
+    scheduler = diffusers.EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=80.0, lower_order_final=False)
+    scheduler.set_timesteps(18)
+    z = torch.randn(2, 1, 8, 8)
+    x = z * scheduler.sigmas[0]
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            F_x = denoiser.net(scheduler.scale_model_input(x, t), t.reshape(1).expand(2), None)
+        x = scheduler.step(F_x, t, x).prev_sample
+    torch.testing.assert_close(solve(denoiser, z, None, name="dpmpp_2m", steps=18), x, rtol=1e-4, atol=1e-4)
