@@ -8,7 +8,7 @@ torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -172,6 +172,8 @@ Data = Annotated[DataSettings, Field(discriminator="name")]
 class StageSettings(Section):
     """One stage of training: what every objective has in common."""
 
+    reads_images: ClassVar[bool] = True  # whether the objective looks at real images
+
     objective: str = Field(description="what is minimised")
     steps: int = Field(1000, ge=1, le=10**9, description="training steps (updates of the student)")
     batch: int = Field(64, ge=1, le=10**6, description="images per update")
@@ -212,6 +214,8 @@ class TsmSettings(StageSettings):
 class DmSettings(StageSettings):
     """Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
 
+    reads_images: ClassVar[bool] = False
+
     objective: Literal["dm"] = Field("dm", description="distribution matching")
     sigma_init: NoiseLevel = Field(2.5, description="noise level at which the student is evaluated, once")
     fake_updates: int = Field(5, ge=1, le=1000, description="updates of the fake network per update of the student")
@@ -235,6 +239,8 @@ class DmSettings(StageSettings):
 
 class AdmSettings(DmSettings):
     """Adversarial distribution matching: `dm` continued with a GAN loss (DMD2, arXiv 2405.14867)."""
+
+    reads_images: ClassVar[bool] = True
 
     objective: Literal["adm"] = Field("adm", description="adversarial distribution matching")  # type: ignore[assignment]
     features: Literal["fake", "teacher"] = Field(
@@ -293,6 +299,13 @@ class GuidanceSettings(Section):
     )
 
 
+class LatentShapeSettings(Section):
+    """What the autoencoder of a latent teacher makes of pictures."""
+
+    channels: int = Field(4, ge=1, le=4096, description="channels of the latents")
+    factor: int = Field(8, ge=1, le=1024, description="pixels, in each direction, that become one position")
+
+
 class TeacherSettings(Section):
     """The diffusion model to distil: trained here, or loaded."""
 
@@ -306,11 +319,33 @@ class TeacherSettings(Section):
         default_factory=UNetSettings,
         description="the network to train; with `path`: what is expected there (kind edm is checked)",
     )
+    latent: LatentShapeSettings | None = Field(
+        None,
+        description="of a latent teacher at `path`: what its autoencoder is expected to make of pictures; a run can "
+        "then be planned before the teacher is here",
+    )
     sigma_data: NoiseLevel = Field(0.5, description="standard deviation of the data (EDM)")
     seed: Seed = Field(0, description="seed of the teacher's training")
     training: EdmSettings = Field(default_factory=EdmSettings, description="how it is trained: objective `edm`")
     solver: SolverSettings = Field(default_factory=SolverSettings, description="how it is sampled")
     guidance: GuidanceSettings | None = Field(None, description="how it is guided; absent: not at all")
+
+    @model_validator(mode="after")
+    def _latents_come_with_a_teacher(self) -> TeacherSettings:
+        if self.latent is not None and self.path is None:
+            raise ValueError("`latent` describes a teacher at `path`; the teachers trained here work on pictures")
+        return self
+
+
+class LatentSettings(Section):
+    """The data encoded once, where the teacher is a latent model."""
+
+    posterior: Literal["sample", "mean"] = Field(
+        "sample", description="a latent drawn once for every image, as the teacher saw them in training, or its mean"
+    )
+    seed: Seed = Field(0, description="seed of `sample`")
+    dtype: Literal["float16", "float32"] = Field("float16", description="how mean and standard deviation are kept")
+    batch: Count = Field(32, description="images encoded at once")
 
 
 class PartitionSettings(Section):
@@ -415,6 +450,7 @@ class Recipe(Section):
     )
     data: Data = Field(description="the training data")
     teacher: TeacherSettings = Field(default_factory=TeacherSettings, description="the diffusion model to distil")
+    latents: LatentSettings = Field(default_factory=LatentSettings, description="the encoded data of a latent teacher")
     partition: PartitionSettings = Field(default_factory=PartitionSettings, description="who owns which condition")
     pairs: PairSettings = Field(default_factory=PairSettings, description="the teacher's noise and image pairs")
     student: StudentSettings = Field(default_factory=StudentSettings, description="the students' network")

@@ -223,9 +223,15 @@ def _holder(file: IO[str]) -> str:
         return "another process"
 
 
+PARTS = ("autoencoder", "text")  # folders that a teacher may hold beside its network
+
+
 def link(source: Path, target: Path) -> None:
     """Give `target` the finished files of `source`: hard links where the file system has them, else copies."""
     target.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        if (source / part).is_dir():
+            link(source / part, target / part)
     for file in sorted(source.iterdir(), key=lambda f: f.name == "model.json"):  # the sign of completeness comes last
         if file.name.startswith((".", "state.")) or not file.is_file():
             continue

@@ -24,6 +24,9 @@ def import_(
         Path | None,
         typer.Option(help="An .npz of x, sigma, class_labels and the original's denoised; above 1e-5: exit code 1."),
     ] = None,
+    autoencoder: Annotated[
+        Path | None, typer.Option(help="The folder of a latent teacher's AutoencoderKL, where it brings none.")
+    ] = None,
     json_: options.Json = False,
     dry_run: options.DryRun = False,
 ) -> None:
@@ -31,7 +34,7 @@ def import_(
     from msdcli.engine import importing
 
     importing.check_free(out, teacher)
-    imported = importing.read(teacher, reference=check)
+    imported = importing.read(teacher, reference=check, autoencoder=autoencoder)
     written = imported.agrees and not dry_run
     if written:
         importing.write(imported, out)
@@ -51,10 +54,13 @@ def import_(
 
 def _show(summary: dict[str, Any], out: Path, written: bool) -> None:
     kind = summary["network"].get("preconditioning") or summary["network"]["class_name"]
+    what = "latents" if summary["autoencoder"] else "images"
     console.say(
-        f"network:    {kind}, {summary['parameters']:,} parameters, images {summary['shape']}, "
+        f"network:    {kind}, {summary['parameters']:,} parameters, {what} {summary['shape']}, "
         f"{summary['num_classes'] or 'no'} classes"
     )
+    if summary["autoencoder"]:
+        console.say(f"latents of: {summary['autoencoder']}")
     console.say(f"source:     {summary['source']['file']}, sha256 {summary['source']['sha256'][:16]}")
     if "check" in summary:
         difference = float("inf") if summary["max_relative_difference"] is None else summary["max_relative_difference"]

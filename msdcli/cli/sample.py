@@ -22,7 +22,8 @@ def sample(
     number: Annotated[int, typer.Option("-n", min=1, help="How many samples in all.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Sample i depends on the seed, i and its class alone.")] = 0,
     format_: Annotated[
-        Literal["grid", "png", "npz"], typer.Option("--format", help="One picture, a PNG per image, or one .npz.")
+        Literal["grid", "png", "npz", "latents"],
+        typer.Option("--format", help="One picture, a PNG per image, one .npz, or one .npz of undecoded latents."),
     ] = "grid",
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN/samples/... if absent.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 500,
@@ -52,7 +53,7 @@ def sample(
         console.say(f"would draw {number} samples from students {', '.join(map(str, serving))} and write {target}")
         return
     begun = time.perf_counter()
-    images = students.sample(asked, seed=seed, batch=batch)
+    images = students.sample(asked, seed=seed, batch=batch, latents=format_ == "latents")
     seconds = time.perf_counter() - begun
     engine.save(target, images, asked, students.class_names, format_)
     if json_:

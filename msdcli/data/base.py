@@ -26,23 +26,29 @@ class Dataset(Protocol):
 
 
 @runtime_checkable
-class EightBit(Protocol):
-    """A data set that keeps its pictures in 8 bits, too many perhaps for memory as float32."""
+class Stored(Protocol):
+    """A data set that keeps its images in a file and in fewer bits, too many perhaps for memory as float32."""
 
-    def pixels(self, numbers: Sequence[int]) -> Tensor:
-        """Return uint8 [len(numbers), *shape]; `to_float` of it is `images`."""
+    def stored(self, numbers: Sequence[int]) -> Tensor:
+        """Return [len(numbers), *shape] in the type they are kept in; `to_float` of it is `images`."""
 
 
-def to_float(pixels: Tensor) -> Tensor:
-    """Map 0..255 to [-1, 1]; what is float already stays as it is."""
-    return pixels.to(torch.float32) / 127.5 - 1 if pixels.dtype == torch.uint8 else pixels
+def to_float(stored: Tensor) -> Tensor:
+    """Map 0..255 to [-1, 1]; what is no integer keeps its value, as float32 at least."""
+    if stored.dtype == torch.uint8:
+        return stored.to(torch.float32) / 127.5 - 1
+    return stored.to(torch.float32) if stored.dtype == torch.float16 else stored
 
 
 PROBES = 64  # images that a fingerprint looks at
 
 
 def fingerprint(data: Dataset) -> str:
-    """Return a hash of the data's content, all labels and some images: what was made from other data is not reused."""
+    """Return a hash of the data's content, all labels and some images: what was made from other data is not reused.
+
+    Latents are named by the pictures they are of; who made them is for the teacher's hash to say.
+    """
+    data = getattr(data, "pictures", data)
     labels = data.labels(range(len(data))).numpy()
     some = sorted({i * (len(data) - 1) // (PROBES - 1) for i in range(PROBES)})
     return hashlib.sha256(labels.tobytes() + data.images(some).numpy().tobytes()).hexdigest()

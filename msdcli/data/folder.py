@@ -140,11 +140,11 @@ class Decoded:
     def labels(self, numbers: Sequence[int]) -> Tensor:
         return self._labels[list(numbers)]
 
-    def pixels(self, numbers: Sequence[int]) -> Tensor:
+    def stored(self, numbers: Sequence[int]) -> Tensor:
         return torch.from_numpy(self._pixels[list(numbers)])
 
     def images(self, numbers: Sequence[int]) -> Tensor:
-        return to_float(self.pixels(numbers))
+        return to_float(self.stored(numbers))
 
 
 class Expected:

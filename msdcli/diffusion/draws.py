@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
-from msdcli.data.base import EightBit, to_float
+from msdcli.data.base import Stored, to_float
 from msdcli.seeds import derive
 
 if TYPE_CHECKING:
@@ -45,18 +45,22 @@ class Source:
         self.classes = torch.tensor(list(classes), device=self.device)
         labels = data.labels(range(len(data)))
         self.numbers = torch.isin(labels, self.classes.cpu()).nonzero().flatten()
-        self._images = resident(data, self.numbers, self.device)
         self._data = data
         self.image_labels = labels[self.numbers].to(self.device)
         self._pairs = None if pairs is None else [t.to(self.device) for t in pairs]
         self._pairs_of_part: Tensor | None = None
 
+    @functools.cached_property
+    def _images(self) -> Tensor | None:
+        """All images, on the device where they fit; read when an objective first asks for one."""
+        return resident(self._data, self.numbers, self.device)
+
     def images(self, index: Tensor) -> Tensor:
         """Return the images at places `index` of the student's part, float32 on the device."""
         if self._images is not None:
             return to_float(self._images[index])
-        assert isinstance(self._data, EightBit)
-        return to_float(self._data.pixels(self.numbers[index.cpu()].tolist()).to(self.device))
+        assert isinstance(self._data, Stored)
+        return to_float(self._data.stored(self.numbers[index.cpu()].tolist()).to(self.device))
 
     def pairs_of(self, only_part: bool) -> tuple[Sequence[Tensor], Tensor]:
         """Return the pairs and the numbers of those that may be drawn."""
@@ -71,15 +75,15 @@ class Source:
 def resident(data: Dataset, numbers: Tensor, device: torch.device) -> Tensor | None:
     """Return the images of `numbers` on the device, in the type they are kept in, or None to fetch every batch.
 
-    8-bit pictures stay in their memory-mapped file on a CPU, where all processes share it, and on a GPU unless they
-    fit into half of the memory that is free.
+    What is stored in a file stays there, memory-mapped, on a CPU, where all processes share it, and on a GPU unless it
+    fits into half of the memory that is free.
     """
-    if not isinstance(data, EightBit):
+    if not isinstance(data, Stored):
         return data.images(numbers.tolist()).to(device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    if len(numbers) * math.prod(data.shape) > free // 2:
+    if not free or len(numbers) * data.stored(numbers[:1].tolist()).nbytes > free // 2:
         return None
-    chunks = [data.pixels(chunk.tolist()).to(device) for chunk in numbers.split(10_000)]
+    chunks = [data.stored(chunk.tolist()).to(device) for chunk in numbers.split(10_000)]
     return torch.cat(chunks)
 
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from msdcli.engine import checkpoint, sample
+from msdcli.engine import autoencoder, checkpoint, sample
 from msdcli.errors import UserError
 from msdcli.rundir import RunDir, file_hash, read_json, write_json, write_text, writing
 
@@ -41,6 +41,8 @@ def bundle(run: RunDir, folder: Path) -> dict[str, Any]:
     known = read_json(run.record_file)
     cards = [_copy(source, folder / "students" / str(k)) for k, source in enumerate(students.folders)]
     students.partition.save(folder / "partition.json")
+    if students.autoencoder is not None:
+        autoencoder.copy(students.autoencoder, folder / autoencoder.FOLDER)
     write_text(folder / "README.md", _readme(run, students, known, cards, folder))
     record = {
         "format": checkpoint.FORMAT,

@@ -18,6 +18,7 @@ from msdcli.data.base import Dataset
 from msdcli.data.images import to_uint8
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import checkpoint, sample
+from msdcli.engine.autoencoder import Decode
 from msdcli.engine.events import Progress, Report
 from msdcli.engine.pairs import Pairs, labels_for, sample_teacher
 from msdcli.errors import UserError
@@ -60,11 +61,18 @@ def of_data(data: Dataset, numbers: range, how: Measuring) -> FeatureSet:
     )
 
 
-def of_teacher(source: Pairs, teacher: Denoiser, count: int, how: Measuring, report: Report) -> FeatureSet:
+def of_teacher(
+    source: Pairs, teacher: Denoiser, count: int, how: Measuring, report: Report, decode: Decode
+) -> FeatureSet:
     """Features of `count` samples of the teacher: its pairs, and more from the same rule where they are too few."""
-    return how.collect(
-        (how.as_fed(y), classes.numpy()) for y, classes in _teacher_samples(source, teacher, count, report)
-    )
+    samples = _teacher_samples(source, teacher, count, report)
+    return how.collect((how.as_fed(decode(y)), classes.numpy()) for y, classes in _in_steps(samples))
+
+
+def _in_steps(samples: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut batches down to what is held at once: decoded, a shard of latents may not fit."""
+    for y, classes in samples:
+        yield from zip(y.split(STEP), classes.split(STEP), strict=True)
 
 
 def _teacher_samples(source: Pairs, teacher: Denoiser, count: int, report: Report) -> Iterator[tuple[Tensor, Tensor]]:

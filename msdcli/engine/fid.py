@@ -14,6 +14,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.data.images import content_hash
+from msdcli.engine import autoencoder as autoencoders
 from msdcli.engine import checkpoint, classifier, dataset, device, features, groups, pairs, sample
 from msdcli.engine import teacher as teachers
 from msdcli.engine.events import Report
@@ -216,13 +217,15 @@ class Scene:
     def teacher(self) -> FeatureSet:
         """The teacher's samples; they depend on its weights, its solver and the pairs' seed."""
         net, sha256 = teachers.load(self.run, self.recipe)
-        source = pairs.Pairs(self.run, self.recipe, self.data, sha256)
+        seen = autoencoders.view(self.data, autoencoders.find(self.run.teacher))
+        source = pairs.Pairs(self.run, self.recipe, seen, sha256)
+        decode = autoencoders.decoder(self.run.teacher, self.device)
         depends = (
             *(sha256, self.recipe.teacher.solver.model_dump(), self.recipe.pairs.seed),
             *(fingerprint(self.data), self.count),
         )
         return self._cached(
-            lambda: features.of_teacher(source, net.to(self.device), self.count, self.how, self.report),
+            lambda: features.of_teacher(source, net.to(self.device), self.count, self.how, self.report, decode),
             *("teacher", *depends),
         )
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine import autoencoder as autoencoders
 from msdcli.engine import checkpoint
 from msdcli.errors import UserError
-from msdcli.nets.diffusers_import import build_diffusers, is_pipeline, read_section
+from msdcli.nets.diffusers_import import autoencoder_folder, build_diffusers, is_pipeline, read_section
 from msdcli.nets.edm_import import check_against, complete_arguments, import_edm, open_edm
 from msdcli.recipe import EdmNetworkSettings
 from msdcli.rundir import file_hash, key, read_json
@@ -20,13 +21,14 @@ TOLERANCE = 1e-5  # relative, float32, on the CPU
 
 @dataclass(frozen=True)
 class Imported:
-    """A teacher that has been read: the denoiser, what model.json says of it beside the network, and how far it is
-    from a reference (None without one).
+    """A teacher that has been read: the denoiser, what model.json says of it beside the network, how far it is from a
+    reference (None without one), and where its autoencoder lies (None in pixel space).
     """
 
     denoiser: Denoiser
     record: dict[str, Any]
     difference: float | None
+    autoencoder: Path | None = None
 
     @property
     def agrees(self) -> bool:
@@ -39,6 +41,7 @@ class Imported:
             "network": net.settings.model_dump(mode="json"),
             "shape": list(net.shape),
             "num_classes": net.num_classes,
+            "autoencoder": None if self.autoencoder is None else str(self.autoencoder),
             "parameters": sum(p.numel() for p in net.parameters()),
             "max_relative_difference": _finite(self.difference),
             "tolerance": TOLERANCE,
@@ -46,10 +49,11 @@ class Imported:
         } | self.record
 
 
-def read(source: Path, *, reference: Path | None = None) -> Imported:
+def read(source: Path, *, reference: Path | None = None, autoencoder: Path | None = None) -> Imported:
     """Read a pickle of EDM or EDM2, or a folder of diffusers, and compare it with `reference`.
 
-    UserError for whatever it may not hold.
+    `autoencoder` is a folder as diffusers saves it, for a latent teacher that does not bring its own. UserError for
+    whatever the files may not hold.
     """
     denoiser: Denoiser
     if is_pipeline(source):
@@ -61,7 +65,23 @@ def read(source: Path, *, reference: Path | None = None) -> Imported:
     record: dict[str, Any] = {"source": origin}
     if reference is not None and difference is not None:
         record["check"] = {"file": reference.name, "max_relative_difference": _finite(difference)}
-    return Imported(denoiser, record, difference)
+    if autoencoder is None:
+        autoencoder = find_autoencoder(source)
+    else:
+        autoencoders.check_files(autoencoder)
+    if autoencoder is not None and (channels := autoencoders.read_geometry(autoencoder).channels) != denoiser.shape[0]:
+        raise UserError(f"{autoencoder} makes latents of {channels} channels, {source} knows {denoiser.shape[0]}")
+    return Imported(denoiser, record, difference, autoencoder)
+
+
+def find_autoencoder(source: Path) -> Path | None:
+    """Return where a teacher, in the project's format or from elsewhere, keeps its autoencoder; None: it has none."""
+    if not is_pipeline(source):
+        return autoencoders.find(source)
+    folder = autoencoder_folder(source)
+    if folder is not None:
+        autoencoders.check_files(folder)
+    return folder
 
 
 def inspect(source: Path) -> Denoiser:
@@ -74,8 +94,11 @@ def inspect(source: Path) -> Denoiser:
 
 
 def write(imported: Imported, folder: Path) -> None:
-    """Write the teacher as model.safetensors and model.json."""
-    checkpoint.save_model(folder, imported.denoiser, imported.record)
+    """Write the teacher as model.safetensors and model.json, its autoencoder beside them."""
+    record = imported.record
+    if imported.autoencoder is not None:
+        record = record | {"autoencoder": autoencoders.copy(imported.autoencoder, folder / autoencoders.FOLDER)}
+    checkpoint.save_model(folder, imported.denoiser, record)
 
 
 def check_free(folder: Path, source: Path) -> None:
@@ -123,4 +146,6 @@ def identity(path: Path) -> str:
     if path.is_file():
         return key("imported", file_hash(path))
     section, weights = read_section(path)
-    return key("imported", section.model_dump(mode="json"), file_hash(weights))
+    parts = [section.model_dump(mode="json"), file_hash(weights)]
+    autoencoder = find_autoencoder(path)
+    return key("imported", *parts, *([] if autoencoder is None else [autoencoders.identity(autoencoder)]))

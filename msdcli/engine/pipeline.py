@@ -20,7 +20,21 @@ from msdcli.data import open_data
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
-from msdcli.engine import dataset, device, disk, distributed, estimate, fid, partition, sample, search, teacher, workers
+from msdcli.engine import (
+    autoencoder,
+    dataset,
+    device,
+    disk,
+    distributed,
+    estimate,
+    fid,
+    latents,
+    partition,
+    sample,
+    search,
+    teacher,
+    workers,
+)
 from msdcli.engine.distill import Student, check_stage, distill_student, is_finished, new_network
 from msdcli.engine.distributed import ALONE, Group
 from msdcli.engine.events import Report, silent
@@ -121,11 +135,12 @@ def prepare(recipe: Recipe, report: Report, *, student: int | None, worker: bool
     data = group.led(lambda: dataset.provide(run, recipe, told))
     on = device.prepare(recipe) if group.size == 1 else distributed.own_device(recipe.device)
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
+    seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
     if not worker and group.leads:
         claim(run, {"data": fingerprint(data), "teacher": teacher_hash})
     resolved = group.led(lambda: search.resolve(run, recipe, frozen, report))
     parts = group.led(lambda: provide_partition(run, recipe, data, frozen))
-    return Bench(run, resolved, data, frozen, Pairs(run, recipe, data, teacher_hash), parts, on, group)
+    return Bench(run, resolved, seen, frozen, Pairs(run, recipe, seen, teacher_hash), parts, on, group)
 
 
 def finish(bench: Bench, left: list[int], report: Report) -> Outcome:
@@ -180,7 +195,7 @@ def provide_partition(run: RunDir, recipe: Recipe, data: Dataset, frozen: Denois
 
 @dataclass(frozen=True)
 class Bench:
-    """Where students are trained: everything that they share."""
+    """Where students are trained: everything that they share; the data are as the teacher sees them."""
 
     run: RunDir
     recipe: Recipe
@@ -228,6 +243,9 @@ def preview(bench: Bench, *, rows: int = 32, columns: int = 16, points: int = 10
     asked = [c for c in classes for _ in range(per_class)]
     mine = sample.load(bench.run.root, bench.device).sample(asked).split(per_class)
     theirs = bench.pairs.examples(bench.teacher, classes, per_class if planar else columns // 2)
+    if theirs is not None:
+        decode = autoencoder.decoder(bench.run.teacher, bench.device)
+        theirs = [decode(y).cpu() for y in theirs]
     sample.save_grid(path, mine, beside=theirs, class_names=[data.class_names[c] for c in classes])
     return path
 
@@ -247,6 +265,7 @@ def plan(recipe: Recipe) -> list[str]:
     steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
     return [
         f"data:      {recipe.data.name}, {len(data):,} images of {list(data.shape)} in {len(data.class_names)} classes",
+        *([] if frozen.shape == tuple(data.shape) else [f"latents:   {list(frozen.shape)} of every picture"]),
         f"teacher:   {recipe.teacher.path or 'trained or reused'}, {sizes[0]:,} parameters",
         f"partition: {recipe.partition.method}, {num} students",
         f"students:  {sizes[1]:,} parameters each; {steps}",

@@ -15,7 +15,9 @@ from msdcli.data.images import to_uint8
 from msdcli.diffusion.denoiser import Denoiser, one_step
 from msdcli.diffusion.draws import image_noise
 from msdcli.engine import checkpoint
+from msdcli.engine.autoencoder import find, open_autoencoder
 from msdcli.errors import UserError
+from msdcli.nets.autoencoder import Autoencoder
 from msdcli.partition import Partition
 from msdcli.rundir import RunDir, read_json, write_json, writing
 
@@ -23,24 +25,38 @@ BUNDLE = "bundle.json"
 
 
 class Students:
-    """K one-step students behind one router; a student's weights are read when it is first asked."""
+    """K one-step students behind one router; a student's weights are read when it is first asked.
+
+    `autoencoder` is the folder of what makes pictures of their samples, where those are latents.
+    """
 
     def __init__(
-        self, folders: Sequence[Path], partition: Partition, class_names: list[str], device: torch.device
+        self,
+        folders: Sequence[Path],
+        partition: Partition,
+        class_names: list[str],
+        device: torch.device,
+        autoencoder: Path | None = None,
     ) -> None:
         self.folders = list(folders)
         self.partition = partition
         self.class_names = class_names
         self.device = device
+        self.autoencoder = autoencoder
+        self._decoder: Autoencoder | None = None
         self._loaded: dict[int, tuple[Denoiser, float]] = {}
 
-    def sample(self, classes: Sequence[int], *, seed: int = 0, first: int = 0, batch: int = 500) -> Tensor:
+    def sample(
+        self, classes: Sequence[int], *, seed: int = 0, first: int = 0, batch: int = 500, latents: bool = False
+    ) -> Tensor:
         """Return one sample per entry of `classes`, float32 [len(classes), *shape] on the CPU, one evaluation each.
 
-        Sample number `first + i` depends on `seed`, its number and its class alone.
+        Sample number `first + i` depends on `seed`, its number and its class alone. Students of a latent teacher give
+        pictures too; with `latents`, what they make before it is decoded.
         """
         samples: Tensor | None = None
-        for at, y in self.stream(classes, seed=seed, batch=batch, numbers=range(first, first + len(classes))):
+        numbers = range(first, first + len(classes))
+        for at, y in self.stream(classes, seed=seed, batch=batch, numbers=numbers, latents=latents):
             if samples is None:
                 samples = torch.empty(len(classes), *y.shape[1:])
             samples[at] = y.cpu()
@@ -50,7 +66,13 @@ class Students:
 
     @torch.no_grad()
     def stream(
-        self, classes: Sequence[int], *, seed: int = 0, batch: int = 500, numbers: Sequence[int] | None = None
+        self,
+        classes: Sequence[int],
+        *,
+        seed: int = 0,
+        batch: int = 500,
+        numbers: Sequence[int] | None = None,
+        latents: bool = False,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the same samples in batches, one student after the other: positions in `classes`, and float32 samples
         on the device. `numbers` are the samples' own, from 0 on if absent.
@@ -63,7 +85,16 @@ class Students:
             for at in (positions[i : i + batch] for i in range(0, len(positions), batch)):
                 z = image_noise(seed, [numbers[i] for i in at], net.shape).to(self.device)
                 c = torch.tensor([classes[i] for i in at], device=self.device)
-                yield at, one_step(net, z, sigma_init, c).float()
+                y = one_step(net, z, sigma_init, c).float()
+                yield at, y if latents else self.decode(y)
+
+    def decode(self, y: Tensor) -> Tensor:
+        """Return the pictures of a student's samples: the samples themselves, unless they are latents."""
+        if self.autoencoder is None:
+            return y
+        if self._decoder is None:
+            self._decoder = open_autoencoder(self.autoencoder, self.device)
+        return self._decoder.decode(y.to(self.device))
 
     def put(self, number: int, net: Denoiser, sigma_init: float) -> None:
         """Use this network as student `number`, whatever its folder holds."""
@@ -88,7 +119,8 @@ def load(source: Path | str, device: torch.device | str = "cpu") -> Students:
     if (root / BUNDLE).is_file():
         partition = Partition.load(root / "partition.json")
         folders = [root / "students" / str(k) for k in range(len(partition.parts))]
-        return Students(folders, partition, list(read_json(root / BUNDLE)["class_names"]), device)
+        names = list(read_json(root / BUNDLE)["class_names"])
+        return Students(folders, partition, names, device, find(root))
     students = of_run(RunDir(root), device)
     if waiting := [str(k) for k, folder in enumerate(students.folders) if not checkpoint.is_complete(folder)]:
         raise UserError(
@@ -103,7 +135,7 @@ def of_run(run: RunDir, device: torch.device) -> Students:
     partition = Partition.load(run.partition)
     number, last = len(recipe.stages) - 1, recipe.stages[-1]
     folders = [run.stage(k, number, last.objective) for k in range(len(partition.parts))]
-    return Students(folders, partition, read_json(run.record_file)["class_names"], device)
+    return Students(folders, partition, read_json(run.record_file)["class_names"], device, find(run.teacher))
 
 
 # Pictures and files.
@@ -172,10 +204,13 @@ def save_files(folder: Path, images: Tensor, classes: Sequence[int], *, first: i
     write_json(folder / "dataset.json", {"labels": [[n, int(c)] for n, c in zip(names, classes, strict=True)]})
 
 
-def save_npz(path: Path, images: Tensor, classes: Sequence[int]) -> None:
-    """Write `images` (uint8 NHWC, or float32 points) and `labels` as one .npz."""
+def save_npz(path: Path, images: Tensor, classes: Sequence[int], *, pixels: bool = True) -> None:
+    """Write `images` (uint8 NHWC; points, and latents as `latents` NCHW, float32) and `labels` as one .npz."""
     arrays: dict[str, Any] = {"labels": np.asarray(classes)}
-    arrays["images"] = to_uint8(images).permute(0, 2, 3, 1).numpy() if images.ndim == 4 else images.numpy()
+    if pixels:
+        arrays["images"] = to_uint8(images).permute(0, 2, 3, 1).numpy() if images.ndim == 4 else images.numpy()
+    else:
+        arrays["latents"] = images.numpy()
     with writing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
@@ -195,13 +230,14 @@ def default_target(run: Path, format_: str, classes: Sequence[int], seed: int, *
     """Name the samples after what they are."""
     which = "all" if everything else "classes-" + "-".join(map(str, classes))
     name = f"{which}-seed{seed}"
-    return run / "samples" / (name if format_ == "png" else f"{name}.{'png' if format_ == 'grid' else 'npz'}")
+    suffix = {"grid": ".png", "png": "", "npz": ".npz", "latents": ".latents.npz"}[format_]
+    return run / "samples" / f"{name}{suffix}"
 
 
 def save(path: Path, images: Tensor, classes: Sequence[int], class_names: Sequence[str], format_: str) -> None:
-    """Write samples as one picture (a row per class), a folder of PNGs, or an .npz."""
-    if format_ == "npz":
-        save_npz(path, images, classes)
+    """Write samples as one picture (a row per class), a folder of PNGs, or an .npz of pixels or of latents."""
+    if format_ in ("npz", "latents"):
+        save_npz(path, images, classes, pixels=format_ == "npz")
     elif format_ == "png":
         save_files(path, images, classes)
     else:

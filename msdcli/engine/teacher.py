@@ -13,13 +13,21 @@ from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source, generator
 from msdcli.diffusion.guidance import Guided
+from msdcli.engine import autoencoder as autoencoders
 from msdcli.engine import checkpoint, importing
 from msdcli.engine.distill import Manner, is_finished, peak_memory, train
 from msdcli.engine.distributed import ALONE, Group
 from msdcli.engine.events import Report, silent
 from msdcli.errors import UserError
+from msdcli.nets.autoencoder import Geometry
 from msdcli.objectives.edm import DenoisingScoreMatching
-from msdcli.recipe import DiffusersNetworkSettings, EdmNetworkSettings, Recipe, TeacherSettings
+from msdcli.recipe import (
+    DiffusersNetworkSettings,
+    EdmNetworkSettings,
+    LatentShapeSettings,
+    Recipe,
+    TeacherSettings,
+)
 from msdcli.rundir import RunDir, key, link, lock
 
 
@@ -31,7 +39,7 @@ def provide(
     """
     if recipe.teacher.path is not None:
         path = Path(recipe.teacher.path)
-        folder = group.led(lambda: _located(run, path, report))
+        folder = group.led(lambda: located(run, path, report))
     else:
         folder = run.shared / f"teacher-{teacher_key(recipe, data)}"
         with group.leading(lambda: lock(folder, "the teacher", wait=report)):
@@ -39,7 +47,7 @@ def provide(
                 report(f"teacher: reused from {folder}")
             else:
                 _train(folder, recipe, data, device, report, group)
-    _check_fit(checkpoint.load_model(folder)[0], recipe, data)
+    _check_fit(checkpoint.load_model(folder)[0], recipe, data, autoencoders.find(folder))
     group.led(lambda: link(folder, run.teacher))
     teacher, sha256 = load(run, recipe)
     return teacher.to(device), sha256
@@ -48,12 +56,14 @@ def provide(
 def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
     """Return the run's teacher, guided as the recipe says, and the hash of all its weights and of its guidance."""
     teacher, description = checkpoint.load_model(run.teacher)
-    guidance = recipe.teacher.guidance
+    sha256, guidance = description["sha256"], recipe.teacher.guidance
+    if autoencoder := autoencoders.find(run.teacher):
+        sha256 = key(sha256, description.get("autoencoder") or autoencoders.identity(autoencoder))
     if guidance is None:
-        return teacher, description["sha256"]
-    sha256s, guide = [description["sha256"]], None
+        return teacher, sha256
+    sha256s, guide = [sha256], None
     if guidance.guide is not None:
-        guide, weaker = checkpoint.load_model(_located(run, Path(guidance.guide), silent))
+        guide, weaker = checkpoint.load_model(located(run, Path(guidance.guide), silent))
         sha256s.append(weaker["sha256"])
     guided = _guided(teacher, recipe, guide)
     said = json.dumps([sha256s, guidance.scale, guidance.interval])
@@ -68,12 +78,13 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
     settings = recipe.teacher
     path = None if settings.path is None else Path(settings.path)
     if path is None or (planning and not path.exists()):
-        options = {"shape": data.shape, "num_classes": len(data.class_names), "sigma_data": settings.sigma_data}
+        shape = data.shape if settings.latent is None else _planned(settings.latent, data)
+        options = {"shape": shape, "num_classes": len(data.class_names), "sigma_data": settings.sigma_data}
         with torch.device("meta"):
             teacher = nets.build(settings.network, **options)
     else:
         teacher = _given_on_meta(path, settings.source)
-        _check_fit(teacher, recipe, data)
+        _check_fit(teacher, recipe, data, importing.find_autoencoder(path))
     if settings.guidance is None:
         return teacher
     guide = settings.guidance.guide
@@ -111,7 +122,7 @@ def _label_dropout(teacher: Denoiser, recipe: Recipe) -> float | None:
     return getattr(teacher.settings, "arguments", {}).get("label_dropout")
 
 
-def _located(run: RunDir, path: Path, report: Report) -> Path:
+def located(run: RunDir, path: Path, report: Report) -> Path:
     """Return the folder of a given teacher; one from elsewhere is imported once, next to the runs that share it."""
     if not importing.is_foreign(path):
         return path
@@ -125,7 +136,7 @@ def _located(run: RunDir, path: Path, report: Report) -> Path:
 
 def teacher_key(recipe: Recipe, data: Dataset) -> str:
     """Name the teacher by everything that its weights depend on."""
-    section = recipe.teacher.model_dump(mode="json", exclude={"path", "source", "solver", "guidance"})
+    section = recipe.teacher.model_dump(mode="json", exclude={"path", "source", "latent", "solver", "guidance"})
     return key("teacher", fingerprint(data), section, recipe.threads)
 
 
@@ -154,22 +165,43 @@ def _train(folder: Path, recipe: Recipe, data: Dataset, device: torch.device, re
     group.say(None)
 
 
-def _check_fit(teacher: Denoiser, recipe: Recipe, data: Dataset) -> None:
+def _planned(settings: LatentShapeSettings, data: Dataset) -> tuple[int, ...]:
+    """The shape of latents whose autoencoder is not here yet."""
+    return Geometry(data.shape[0], settings.channels, settings.factor).latent_shape(tuple(data.shape))
+
+
+def _check_fit(teacher: Denoiser, recipe: Recipe, data: Dataset, autoencoder: Path | None) -> None:
     """Raise UserError unless a teacher from elsewhere makes what the data hold, and is what the recipe expects."""
     where, num_classes = recipe.teacher.path, len(data.class_names)
+    shape = autoencoders.shape_seen(data, autoencoder)
+    if where is not None and recipe.teacher.latent is not None:
+        _check_latent(recipe.teacher.latent, autoencoder, where)
     if teacher.num_classes == 0 and num_classes > 1:
         raise UserError(
             f"the teacher at {where} knows no classes, the data have {num_classes}",
             hint="data.labels=false (data folder) makes them one class, for one student",
         )
-    if teacher.shape != tuple(data.shape) or max(teacher.num_classes, 1) != num_classes:
+    if teacher.shape != shape or max(teacher.num_classes, 1) != num_classes:
+        made = "images" if autoencoder is None else "latents"
+        seen = "" if shape == tuple(data.shape) else f", as latents {list(shape)},"
         raise UserError(
-            f"the teacher at {where} makes images of shape {list(teacher.shape)} in {teacher.num_classes} classes; "
-            f"the data have shape {list(data.shape)} and {num_classes} classes"
+            f"the teacher at {where} makes {made} of shape {list(teacher.shape)} in {teacher.num_classes} classes; "
+            f"the data have shape {list(data.shape)}{seen} and {num_classes} classes"
         )
     expected = recipe.teacher.network
     if where is not None and isinstance(expected, EdmNetworkSettings):
         _check_expected(teacher, expected, where)
+
+
+def _check_latent(expected: LatentShapeSettings, autoencoder: Path | None, where: str) -> None:
+    found = None if autoencoder is None else autoencoders.read_geometry(autoencoder)
+    if found is None or (found.channels, found.factor) != (expected.channels, expected.factor):
+        what = "no latent model" if found is None else f"one of {found.channels} channels and factor {found.factor}"
+        raise UserError(
+            f"the recipe expects a latent teacher of {expected.channels} channels and factor {expected.factor}; "
+            f"the one at {where} is {what}",
+            hint="teacher.latent must describe it, or be left out",
+        )
 
 
 def _check_expected(teacher: Denoiser, expected: EdmNetworkSettings, where: str) -> None:

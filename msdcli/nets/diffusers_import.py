@@ -114,8 +114,8 @@ def is_pipeline(path: Path) -> bool:
 def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, Path]:
     """Return the network section of a saved pipeline and its file of weights. UserError for what is not supported."""
     index = _json(folder / "model_index.json")
-    if "vae" in index or "vqvae" in index:
-        raise UserError(f"{folder} is a latent model, which msd does not distil yet", hint="a pixel-space pipeline")
+    if "vqvae" in index:
+        raise UserError(f"{folder} has a VQ autoencoder, msd knows AutoencoderKL")
     found = [(part, name) for part, name in PARTS.items() if part in index and index[part][1:] == [name]]
     if not found:
         known = ", ".join(f"{part}: {name}" for part, name in PARTS.items())
@@ -136,7 +136,13 @@ def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, Path]:
     return section, folder / part / WEIGHTS
 
 
+def autoencoder_folder(folder: Path) -> Path | None:
+    """Return where a saved pipeline keeps its autoencoder; None for a pixel-space pipeline."""
+    return folder / "vae" if "vae" in _json(folder / "model_index.json") else None
+
+
 def _json(path: Path) -> dict[str, Any]:
+
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

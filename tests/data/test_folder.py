@@ -74,7 +74,7 @@ def test_a_folder_of_classes(tmp_path: Path) -> None:
     data = provided(tmp_path, said, path=str(path))
     assert (len(data), data.shape, data.class_names) == (9, (3, 8, 8), ["cat", "dog", "emu"])
     assert data.labels(range(9)).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert torch.equal(data.pixels([4])[0], torch.from_numpy(picture(11)).permute(2, 0, 1))
+    assert torch.equal(data.stored([4])[0], torch.from_numpy(picture(11)).permute(2, 0, 1))
     assert any("images decoded at" in str(line) for line in said)
     files = open_data(FolderSettings(path=str(path)))
     assert torch.equal(files.images(range(9)), data.images(range(9)))
@@ -111,7 +111,7 @@ def test_an_npz_of_arrays(tmp_path: Path) -> None:
     images = np.stack([picture(i) for i in range(5)])
     np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 1, 1, 0, 1]))
     data = provided(tmp_path, [], path=str(tmp_path / "a.npz"), count=5, classes=2)
-    assert torch.equal(data.pixels(range(5)), torch.from_numpy(images).permute(0, 3, 1, 2))
+    assert torch.equal(data.stored(range(5)), torch.from_numpy(images).permute(0, 3, 1, 2))
     assert data.labels([1, 3]).tolist() == [1, 0]
 
 
@@ -120,7 +120,7 @@ def test_grey_pictures_stay_what_they_are(tmp_path: Path) -> None:
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
     Image.fromarray(grey).save(tmp_path / "d/a/0.png")
     data = provided(tmp_path, [], path=str(tmp_path / "d"), channels=1)
-    assert data.pixels([0])[0, 0].tolist() == grey.tolist()
+    assert data.stored([0])[0, 0].tolist() == grey.tolist()
 
 
 @pytest.fixture
@@ -147,14 +147,14 @@ def test_bad_pictures_are_skipped_by_name(tmp_path: Path, mixed: Path) -> None:
     data = provided(tmp_path, said, path=str(mixed), on_bad="skip")
     assert (len(data), data.labels(range(6)).tolist()) == (6, [0, 0, 1, 1, 2, 2])
     assert "3 pictures were skipped: cat/1.png, dog/0.webp, emu/2.jpg" in said[-1]
-    assert torch.equal(data.pixels([1])[0], torch.from_numpy(picture(2)).permute(2, 0, 1))
+    assert torch.equal(data.stored([1])[0], torch.from_numpy(picture(2)).permute(2, 0, 1))
 
 
 def test_crop_and_resize_are_done_when_stated(tmp_path: Path, mixed: Path) -> None:
     (mixed / "cat/1.png").unlink()
     data = provided(tmp_path, [], path=str(mixed), crop=True, resize="box")
     assert len(data) == 8
-    assert torch.equal(data.pixels([2])[0], torch.from_numpy(picture(1, 8, 12)[:, 2:10]).permute(2, 0, 1))
+    assert torch.equal(data.stored([2])[0], torch.from_numpy(picture(1, 8, 12)[:, 2:10]).permute(2, 0, 1))
     assert provided(tmp_path, [], path=str(mixed), crop=True, resize="lanczos", size=4).shape == (3, 4, 4)
 
 

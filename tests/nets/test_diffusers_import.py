@@ -104,7 +104,11 @@ def test_written_and_read_again_scaled_and_refused(msd: Msd, tmp_path: Path) -> 
     assert torch.equal(loaded(x, sigma, c), importing.read(tmp_path / "p").denoiser(x, sigma, c))
     assert StudentSettings(width=0.5).network_for(loaded.settings).config["block_out_channels"] == [4, 8]
     index = json.loads((tmp_path / "p/model_index.json").read_text())
-    for change, said in (({"vae": ["diffusers", "AutoencoderKL"]}, "latent"), ({"unet": ["os", "system"]}, "knows")):
+    for change, said in (
+        ({"vae": ["diffusers", "AutoencoderKL"]}, "needs its autoencoder"),
+        ({"vqvae": ["diffusers", "VQModel"]}, "VQ"),
+        ({"unet": ["os", "system"]}, "knows"),
+    ):
         (tmp_path / "p/model_index.json").write_text(json.dumps(index | change))
         with pytest.raises(UserError, match=said):
             importing.read(tmp_path / "p")
