@@ -22,6 +22,7 @@ Count = Annotated[int, Field(ge=1, le=10**12)]
 Seed = Annotated[int, Field(ge=0, le=2**62)]
 NoiseLevel = Annotated[float, Field(gt=0, le=10_000)]
 Span = list[Fraction]
+Scale = Annotated[float, Field(ge=0, le=100)]
 
 
 class Section(BaseModel):
@@ -172,7 +173,7 @@ Data = Annotated[DataSettings, Field(discriminator="name")]
 class StageSettings(Section):
     """One stage of training: what every objective has in common."""
 
-    reads_images: ClassVar[bool] = True  # whether the objective looks at real images
+    needs_images: ClassVar[bool] = True  # of the data, beside their conditions
 
     objective: str = Field(description="what is minimised")
     steps: int = Field(1000, ge=1, le=10**9, description="training steps (updates of the student)")
@@ -214,7 +215,7 @@ class TsmSettings(StageSettings):
 class DmSettings(StageSettings):
     """Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
 
-    reads_images: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
 
     objective: Literal["dm"] = Field("dm", description="distribution matching")
     sigma_init: NoiseLevel = Field(2.5, description="noise level at which the student is evaluated, once")
@@ -240,7 +241,7 @@ class DmSettings(StageSettings):
 class AdmSettings(DmSettings):
     """Adversarial distribution matching: `dm` continued with a GAN loss (DMD2, arXiv 2405.14867)."""
 
-    reads_images: ClassVar[bool] = True
+    needs_images: ClassVar[bool] = True
 
     objective: Literal["adm"] = Field("adm", description="adversarial distribution matching")  # type: ignore[assignment]
     features: Literal["fake", "teacher"] = Field(
@@ -290,13 +291,21 @@ class SolverSettings(Section):
 class GuidanceSettings(Section):
     """Guidance of the teacher wherever it is asked: in pairs, samples and losses."""
 
-    scale: float = Field(ge=0, le=100, description="1 is no guidance; more moves away from the worse prediction")
+    scale: Scale | list[Scale] = Field(
+        description="1 is no guidance; more moves away from the worse prediction; [low, high]: drawn for every image"
+    )
     interval: list[Annotated[float, Field(ge=0, le=10_000)]] = Field(
         [0.0, 10_000.0], min_length=2, max_length=2, description="noise levels that are guided: above, and up to"
     )
     guide: str | None = Field(
         None, description="a weaker teacher (folder or pickle) to move away from; absent: the teacher without class"
     )
+
+    @model_validator(mode="after")
+    def _a_range_ascends(self) -> GuidanceSettings:
+        if isinstance(self.scale, list) and (len(self.scale) != 2 or self.scale[0] > self.scale[1]):
+            raise ValueError(f"`scale` is a number or two, [low, high], not {self.scale}")
+        return self
 
 
 class LatentShapeSettings(Section):

@@ -5,7 +5,7 @@ free guidance, Ho and Salimans 2022, arXiv 2207.12598; autoguidance, Karras et a
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,26 @@ from msdcli.diffusion.denoiser import Denoiser, per_image
 
 NO_CLASS = -1  # a class number that stands for no class
 
+Ask = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # D(x, sigma, condition)
+
 
 class Guided(Denoiser):
     """D_worse + scale (D - D_worse) for noise levels in the half-open interval (low, high], else D (arXiv 2404.07724).
 
+    `scale` is a number, or the ends of a range: then every image has one of its own, and `drawn` says which before the
+    teacher is asked.
     The worse prediction is `guide`'s for the same class, or, without a guide, the teacher's own for no class, both
     branches in one call. Features and everything else are the teacher's. A deep copy is one of the plain teacher:
     students and fake networks start from the network, not from its guidance.
     """
 
     def __init__(
-        self, teacher: Denoiser, *, scale: float, interval: Sequence[float], guide: Denoiser | None = None
+        self,
+        teacher: Denoiser,
+        *,
+        scale: float | Sequence[float],
+        interval: Sequence[float],
+        guide: Denoiser | None = None,
     ) -> None:
         super().__init__(teacher, shape=teacher.shape, num_classes=teacher.num_classes, sigma_data=teacher.sigma_data)
         self.scale, self.interval, self.guide = scale, (interval[0], interval[1]), guide
@@ -37,14 +46,26 @@ class Guided(Denoiser):
         teacher: Denoiser = self.net  # type: ignore[assignment]
         return teacher
 
-    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+    def scales(self, u: Tensor) -> Tensor:
+        """Map uniform numbers `u` in [0, 1), one per image, to scales."""
+        low, high = (self.scale, self.scale) if isinstance(self.scale, int | float) else self.scale
+        return low + u * (high - low)
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None, scales: Tensor | None = None
+    ) -> Tensor:
+        if scales is None:
+            assert isinstance(self.scale, int | float), "a range of scales: ask by way of `drawn`"
+            scale: float | Tensor = self.scale
+        else:
+            scale = per_image(scales.to(x), x)
         if self.guide is not None:
             D, D_worse = self.net(x, sigma, condition), self.guide(x, sigma, condition)
         else:
             assert condition is not None and not condition.is_floating_point(), "guidance needs class numbers"
             both = torch.cat([condition, torch.full_like(condition, NO_CLASS)])
             D, D_worse = self.net(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        guided = D_worse + self.scale * (D - D_worse)
+        guided = D_worse + scale * (D - D_worse)
         inside = per_image((sigma > self.interval[0]) & (sigma <= self.interval[1]), x)
         return torch.where(inside, guided, D)
 
@@ -61,3 +82,15 @@ def copied(teacher: Denoiser) -> Denoiser:
         return copy.deepcopy(teacher)
     plain, guide = copy.deepcopy(teacher.plain), copy.deepcopy(teacher.guide)
     return Guided(plain, scale=teacher.scale, interval=teacher.interval, guide=guide)
+
+
+def drawn(teacher: Any, uniform: Callable[[str], Tensor]) -> Ask:
+    """Return the teacher for one set of images: where it is guided by a range, with a scale of each image's own.
+
+    `uniform(purpose)` gives one number in [0, 1) per image, such as `Draws.uniform`.
+    """
+    if not isinstance(teacher, Guided) or isinstance(teacher.scale, int | float):
+        ask: Ask = teacher
+        return ask
+    scales = teacher.scales(uniform("guidance"))
+    return lambda x, sigma, condition: teacher(x, sigma, condition, scales)

@@ -83,9 +83,18 @@ def decoder(teacher: Path, device: torch.device) -> Decode:
 
 def shape_seen(data: Dataset, autoencoder: Path | None) -> tuple[int, ...]:
     """Return the shape that a teacher must have for these data. UserError where they do not divide."""
-    return tuple(data.shape) if autoencoder is None else read_geometry(autoencoder).latent_shape(tuple(data.shape))
+    if autoencoder is None or not _has_pictures(data):
+        return tuple(data.shape)
+    return read_geometry(autoencoder).latent_shape(tuple(data.shape))
 
 
 def view(data: Dataset, autoencoder: Path | None) -> Dataset:
     """Return the data in the teacher's shape, without images where they would have to be encoded first."""
-    return data if autoencoder is None else Latents(data, shape_seen(data, autoencoder))
+    if autoencoder is None or not _has_pictures(data):
+        return data
+    return Latents(data, shape_seen(data, autoencoder))
+
+
+def _has_pictures(data: Dataset) -> bool:
+    """Conditions alone, such as prompts, have the shape that the teacher makes."""
+    return getattr(data, "has_images", True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws
+from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import num_evaluations
 from msdcli.objectives import objective
 from msdcli.recipe import Recipe, StageSettings
@@ -148,7 +149,7 @@ def forward_flops(net: Denoiser) -> int:
 
     draws = MetaDraws(net.shape, 1)
     with FlopCounterMode(display=False) as counter:
-        net(draws.normal("x"), draws.uniform("sigma"), draws.labels("data"))
+        drawn(net, draws.uniform)(draws.normal("x"), draws.uniform("sigma"), draws.labels("data"))
     total: int = counter.get_total_flops()
     return total
 

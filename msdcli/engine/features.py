@@ -87,7 +87,8 @@ def _teacher_samples(source: Pairs, teacher: Denoiser, count: int, report: Repor
     for start in range(done, count, STEP):
         numbers = range(start, min(start + STEP, count))
         classes = labels_for(source.data, numbers)
-        yield sample_teacher(teacher, source.noise(numbers), classes, source.solver), classes
+        z, u = source.noise(numbers), source.uniform(numbers)
+        yield sample_teacher(teacher, z, classes, source.solver, u=u), classes
         report(Progress("teacher samples", numbers.stop, count, "images"))
 
 

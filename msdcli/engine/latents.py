@@ -34,7 +34,11 @@ def provide(
     Without `always`, only where a stage of the recipe looks at images. Several processes share the work.
     """
     autoencoder = find(teacher)
-    if autoencoder is None or not (always or any(stage.reads_images for stage in recipe.stages)):
+    if (
+        autoencoder is None
+        or view(data, autoencoder) is data
+        or not (always or any(stage.needs_images for stage in recipe.stages))
+    ):
         return view(data, autoencoder)
     settings = recipe.latents
     job = Encoding(data, autoencoder, settings, run.shared)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.diffusion.draws import image_noise
+from msdcli.diffusion.draws import generator, image_noise
+from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import solve
 from msdcli.engine import checkpoint
 from msdcli.engine.events import Progress, Report
@@ -28,13 +29,19 @@ def labels_for(data: Dataset, numbers: range) -> Tensor:
 
 
 def sample_teacher(
-    teacher: Denoiser, z: Tensor, classes: Tensor, solver: SolverSettings, *, batch: int = 512
+    teacher: Denoiser, z: Tensor, classes: Tensor, solver: SolverSettings, *, u: Tensor | None = None, batch: int = 512
 ) -> Tensor:
-    """Return the teacher's samples from unit noise `z`, in batches."""
+    """Return the teacher's samples from unit noise `z`, in batches.
+
+    `u`, a number in [0, 1) per sample, says where in a range of guidance scales each one lies; 1/2 if absent.
+    """
     device = next(teacher.parameters()).device
-    options = solver.model_dump()
-    chunks = zip(z.split(batch), classes.split(batch), strict=True)
-    return torch.cat([solve(teacher, z_.to(device), c_.to(device), **options).cpu() for z_, c_ in chunks])
+    u = torch.full((len(z),), 0.5) if u is None else u
+    samples, options = [], solver.model_dump()
+    for chunk in zip(z.split(batch), classes.split(batch), u.split(batch), strict=True):
+        z_, c_, u_ = (t.to(device) for t in chunk)
+        samples.append(solve(drawn(teacher, lambda purpose, u_=u_: u_), z_, c_, **options).cpu())  # type: ignore[misc]
+    return torch.cat(samples)
 
 
 class Pairs:
@@ -85,7 +92,8 @@ class Pairs:
             numbers = range(per_class)
             z = self.noise(numbers)
             asked = [torch.full((per_class,), c) for c in classes]
-            return [sample_teacher(teacher, z, c, self.solver, batch=per_class) for c in asked]
+            u = self.uniform(numbers)
+            return [sample_teacher(teacher, z, c, self.solver, u=u, batch=per_class) for c in asked]
         if not (made := [path for path, _ in self.shards() if path.exists()]):
             return None
         parts = [checkpoint.load_tensors(path)[0] for path in made]
@@ -103,6 +111,11 @@ class Pairs:
         """Return the unit noise of the pairs `numbers`."""
         return image_noise(derive("pairs", self.settings.seed), list(numbers), self.data.shape)
 
+    def uniform(self, numbers: range) -> Tensor:
+        """Return a number in [0, 1) for each of the pairs `numbers`: its guidance, where that is a range."""
+        seed = derive("pairs", self.settings.seed)
+        return torch.cat([torch.rand(1, generator=generator("guidance", seed, number)) for number in numbers])
+
     def _make_unless_held(self, path: Path, numbers: range, teacher: Denoiser) -> int:
         """Make one shard, unless another process is at it or has made it; return the number of pairs made."""
         if path.exists() or holder_of(self.folder / f".{path.stem}"):
@@ -118,7 +131,7 @@ class Pairs:
 
     def _make(self, path: Path, numbers: range, teacher: Denoiser) -> None:
         classes = labels_for(self.data, numbers)
-        y = sample_teacher(teacher, self.noise(numbers), classes, self.solver)
+        y = sample_teacher(teacher, self.noise(numbers), classes, self.solver, u=self.uniform(numbers))
         checkpoint.save_tensors(path, {"y": y, "c": classes}, hashed=True)
         write_json(
             self.folder / RECORD,

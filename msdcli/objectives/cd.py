@@ -9,6 +9,7 @@ from torch import Tensor
 
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
+from msdcli.diffusion.guidance import Ask, drawn
 from msdcli.objectives.base import Objective, Turn
 from msdcli.recipe import CdSettings
 
@@ -37,15 +38,16 @@ class ConsistencyDistillation(Objective):
         self.sigma = sigma
         x = y + d.per_image(sigma, y) * draws.normal("noise")
         with torch.no_grad():
-            target = self.student(self.heun_step(x, sigma, sigma_next, c), sigma_next, c)
+            teacher = drawn(self.teacher, draws.uniform)
+            target = self.student(self.heun_step(teacher, x, sigma, sigma_next, c), sigma_next, c)
         squared = (self.student(x, sigma, c) - target).square().flatten(1).sum(1)
         edge = 0.00054 * y[0].numel() ** 0.5  # the paper's c
         return ((squared + edge**2).sqrt() - edge) / (sigma - sigma_next)
 
-    def heun_step(self, x: Tensor, sigma: Tensor, sigma_next: Tensor, c: Tensor) -> Tensor:
+    def heun_step(self, teacher: Ask, x: Tensor, sigma: Tensor, sigma_next: Tensor, c: Tensor) -> Tensor:
         """Go one step down the teacher's probability-flow ODE (EDM's Algorithm 1)."""
         s, s_next = d.per_image(sigma, x), d.per_image(sigma_next, x)
-        slope = (x - self.teacher(x, sigma, c)) / s
+        slope = (x - teacher(x, sigma, c)) / s
         x_next = x + (s_next - s) * slope
-        slope_next = (x_next - self.teacher(x_next, sigma_next, c)) / s_next
+        slope_next = (x_next - teacher(x_next, sigma_next, c)) / s_next
         return x + (s_next - s) * 0.5 * (slope + slope_next)

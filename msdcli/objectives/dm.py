@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
+from msdcli.diffusion.guidance import drawn
 from msdcli.objectives.base import Objective, Turn
 from msdcli.recipe import DmSettings
 
@@ -51,7 +52,8 @@ class DistributionMatching(Objective):
         """A loss with the gradient of KL(student || teacher), averaged over noise levels, plus DMD's regression."""
         with torch.no_grad():
             x, sigma = self.diffuse(y, draws)
-            gradient = d.matching_gradient(self.fake(x, sigma, c), self.teacher(x, sigma, c), y)
+            teacher = drawn(self.teacher, draws.uniform)
+            gradient = d.matching_gradient(self.fake(x, sigma, c), teacher(x, sigma, c), y)
         loss = d.surrogate(y, gradient)
         if self.settings.pairs != "none":
             loss = loss + self.settings.pair_weight * self.pair_loss(draws)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
+from msdcli.diffusion.guidance import drawn
 from msdcli.objectives.base import Objective, Turn
 from msdcli.recipe import TsmSettings
 
@@ -30,6 +31,6 @@ class TeacherScoreMatching(Objective):
         sigma = self.sigma = d.lognormal(draws.normal("sigma", ()), self.settings.P_mean, self.settings.P_std)
         x = y + d.per_image(sigma, y) * draws.normal("noise")
         with torch.no_grad():
-            target = self.teacher(x, sigma, c)
+            target = drawn(self.teacher, draws.uniform)(x, sigma, c)
         error = d.image_mean((self.student(x, sigma, c) - target).square())
         return d.edm_weight(sigma, self.teacher.sigma_data) * error

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from msdcli import nets
+from msdcli.data.toy2d import Toy2d
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.diffusion.guidance import NO_CLASS, Guided
-from msdcli.recipe import EdmNetworkSettings, MLPSettings, UNetSettings
+from msdcli.diffusion.guidance import NO_CLASS, Guided, drawn
+from msdcli.recipe import EdmNetworkSettings, MLPSettings, Toy2dSettings, UNetSettings, load
+from msdcli.rundir import RunDir
 from tests.conftest import TINY, Msd
 from tests.nets.edm_format import shake
 
+STAGES = ("0-tsm", "1-dm")
 KINDS = [
     (UNetSettings(channels=8), (1, 8, 8)),
     (MLPSettings(channels=16, blocks=1), (2,)),
@@ -68,6 +71,57 @@ def test_a_copy_is_the_plain_teacher_and_features_are_its_own() -> None:
     assert guided.settings == plain.settings and guided.taps == plain.taps
     x, sigma, c = inputs((1, 8, 8))
     assert torch.equal(guided.features(x, sigma, c, ["middle"])[0], plain.features(x, sigma, c, ["middle"])[0])
+
+
+def test_a_range_gives_every_image_a_scale_of_its_own() -> None:
+    plain = teacher(*KINDS[0], 1)
+    x, sigma, c = inputs((1, 8, 8))
+    u = torch.tensor([0.0, 0.5, 1.0])
+    guided = Guided(plain, scale=[1.0, 4.0], interval=[0.0, 1e4])
+    together = drawn(guided, lambda purpose: u)(x, sigma, c)
+    for i, scale in enumerate((1.0, 2.5, 4.0)):
+        alone = Guided(plain, scale=scale, interval=[0.0, 1e4])(x[i : i + 1], sigma[i : i + 1], c[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+    assert drawn(plain, lambda purpose: u) is plain
+    with pytest.raises(AssertionError, match="drawn"):
+        guided(x, sigma, c)
+
+
+def test_a_pair_has_one_scale_by_its_seed_and_number(tmp_path: Path) -> None:
+    from msdcli.engine.pairs import Pairs, sample_teacher
+
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    recipe = load(tmp_path / "tiny.yaml", ["pairs.seed=3"])
+    points = Toy2d(Toy2dSettings(points=80))
+    source = Pairs(RunDir(tmp_path / "runs/x"), recipe, points, "0" * 64)
+    u = source.uniform(range(100))
+    assert torch.equal(source.uniform(range(40, 42)), u[40:42])
+    assert 0 <= u.min() < 0.1 and 0.9 < u.max() < 1
+    plain = shake(nets.build(MLPSettings(channels=16, blocks=1), shape=(2,), num_classes=8, sigma_data=0.5), 0.1).eval()
+    guided = Guided(plain, scale=[1.0, 4.0], interval=[0.0, 1e4])
+    c = torch.arange(4)
+    z = source.noise(range(4))
+    together = sample_teacher(guided, z, c, recipe.teacher.solver, u=u[:4], batch=3)
+    for i in range(4):
+        own = Guided(plain, scale=guided.scales(u[i : i + 1]).item(), interval=[0.0, 1e4])
+        alone = sample_teacher(own, z[i : i + 1], c[i : i + 1], recipe.teacher.solver)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_range_distils_resumes_the_same_and_a_wrong_one_is_refused(msd: Msd, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    trained = ("teacher.training.label_dropout=0.2", "partition.students=1")
+    for wrong in ("[4.0, 1.0]", "[1.0]", "[-1.0, 2.0]"):
+        refused = msd("distill", "tiny.yaml", f"teacher.guidance={{scale: {wrong}}}", *trained)
+        assert (refused.returncode, "scale" in refused.stderr) == (2, True), refused.stderr
+    stages = "stages=[{objective: tsm, steps: 2, batch: 8}, {objective: dm, steps: 2, batch: 8, fake_updates: 1}]"
+    losses = {}
+    for run, scale in (("a", "[1.0, 4.0]"), ("b", "[1.0, 4.0]"), ("c", "2.5")):
+        done = msd("distill", "tiny.yaml", f"teacher.guidance={{scale: {scale}}}", stages, *trained, f"run=runs/{run}")
+        assert done.returncode == 0, done.stderr
+        losses[run] = [(tmp_path / f"runs/{run}/students/0/{s}/model.safetensors").read_bytes() for s in STAGES]
+    assert losses["a"] == losses["b"]
+    assert all(a != c for a, c in zip(losses["a"], losses["c"], strict=True))
 
 
 def test_a_guided_teacher_distils_and_one_that_cannot_be_is_refused(msd: Msd, tmp_path: Path, finished: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_data_set_is_encoded_once_and_mapped(latent: Path) -> None:
 
     drawn = encoded(latent, "latents.seed=5")
     noise = image_noise(5, [7, 3], (4, 4, 4))
-    torch.testing.assert_close(drawn.images([7, 3]), (wanted + 0)[[7, 3]] + std[[7, 3]] * noise, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(drawn.images([7, 3]), wanted[[7, 3]] + std[[7, 3]] * noise, rtol=1e-5, atol=1e-5)
     folders = list((latent / "runs/.shared").glob("latents-*"))
     assert len(folders) == 1, "mean and sample share one file"
     assert sorted(p.name for p in folders[0].iterdir() if p.name != ".lock") == sorted([LATENTS, RECORD])
