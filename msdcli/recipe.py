@@ -144,10 +144,11 @@ class GlyphsSettings(Section):
 
 
 class FolderSettings(Section):
-    """Pictures of your own: a folder (class/...), EDM's zip or folder with dataset.json, or an .npz of arrays."""
+    """Pictures of your own: a folder (class/...), EDM's zip or folder with dataset.json, an .npz of arrays, or
+    WebDataset shards with .cls files."""
 
-    name: Literal["folder"] = Field("folder", description="pictures from a folder, a zip or an .npz")
-    path: str = Field(description="the folder or file")
+    name: Literal["folder"] = Field("folder", description="pictures from a folder, a zip, an .npz or tar shards")
+    path: str = Field(description="the folder or file; shards: a .tar, a folder of them, or shards-{000..010}.tar")
     size: int | None = Field(None, ge=1, le=4096, description="side of the square images; absent: the first picture's")
     channels: Literal[1, 3] = Field(3, description="3: colour; 1: grey, and colour pictures are made grey")
     crop: bool = Field(False, description="cut the central square out of pictures that are not square")

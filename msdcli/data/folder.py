@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from msdcli.data.base import Dataset, to_float
-from msdcli.data.images import ImageArray, ImageFiles, open_images
+from msdcli.data.images import ImageArray, ImageFiles, is_there, open_images
+from msdcli.data.webdataset import TarFiles
 from msdcli.errors import UserError
 from msdcli.recipe import FolderSettings
 
@@ -61,6 +62,8 @@ class Pictures:
 
     def picture(self, number: int) -> np.ndarray | Bad:
         """Return image `number`, uint8 [channels, size, size], or why it cannot be used."""
+        if self.settings.labels and isinstance(self._source, TarFiles) and number in self._source.unlabelled:
+            return Bad(self.name(number), self._source.unlabelled[number])
         try:
             return _fitted(self._raw(number), self.settings, self.size)
         except UserError as error:
@@ -68,6 +71,10 @@ class Pictures:
 
     def name(self, number: int) -> str:
         return self._source.names[number] if isinstance(self._source, ImageFiles) else f"image {number}"
+
+    def caption(self, number: int) -> str | None:
+        """Return the text that comes with image `number` (WebDataset: .txt or .json), if there is one."""
+        return self._source.caption(number) if isinstance(self._source, TarFiles) else None
 
     def decode_all(self, workers: int) -> Iterator[np.ndarray | Bad]:
         """Yield every image in order; `workers` threads decode ahead."""
@@ -83,7 +90,11 @@ class Pictures:
     def fingerprint(self) -> list[Any]:
         """Name what the files are, without reading them: names, sizes and times."""
         path = Path(self.settings.path)
-        files = [path] if path.is_file() else [path / name for name in self._source.names]
+        source = self._source
+        if isinstance(source, TarFiles):
+            files = source.shards
+        else:
+            files = [path] if path.is_file() else [path / name for name in source.names]
         return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
     def _good(self, number: int) -> np.ndarray:
@@ -167,7 +178,7 @@ class Expected:
 
 def expected(settings: FolderSettings) -> Dataset:
     """Return the data, or, where they are missing and the recipe says enough of them, their stand-in."""
-    if Path(settings.path).exists():
+    if is_there(settings.path):
         return Pictures(settings)
     if not (settings.size and settings.classes and settings.count):
         raise UserError(

@@ -167,9 +167,27 @@ class ImageArray:
 Images = ImageFiles | ImageArray
 
 
+def is_shards(path: Path) -> bool:
+    """Whether a path means WebDataset shards: a .tar, a pattern of them, or a folder of them."""
+    return next(path.glob("*.tar"), None) is not None if path.is_dir() else path.name.endswith((".tar", ".tgz", ".gz"))
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether there is anything at a path; of a pattern of shards, the first one."""
+    if "{" not in str(path) or Path(path).exists():
+        return Path(path).exists()
+    from msdcli.data.webdataset import expand
+
+    return Path(expand(str(path))[0]).exists()
+
+
 def open_images(path: str | Path) -> Images:
-    """Open a folder, a zip or an `.npz` of images."""
+    """Open a folder, a zip, an `.npz` of images, or WebDataset shards."""
     path = Path(path)
+    if is_shards(path):
+        from msdcli.data.webdataset import TarFiles
+
+        return TarFiles(path)
     if path.is_dir():
         return ImageFiles(path)
     if not path.is_file():
@@ -207,6 +225,12 @@ def content_hash(path: str | Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
+    if is_shards(path):
+        from msdcli.data.webdataset import shards
+
+        for shard in shards(path):
+            digest.update(content_hash(shard).encode())
+        return digest.hexdigest()
     with closing(ImageFiles(path)) as files:
         for name in [*files.names, *([LABELS_FILE] if files.labels is not None else [])]:
             digest.update(name.encode() + b"\0" + hashlib.sha256(files._read(name)).digest())

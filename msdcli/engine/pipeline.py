@@ -18,6 +18,7 @@ import torch
 
 from msdcli.data import open_data
 from msdcli.data.base import Dataset, fingerprint
+from msdcli.data.images import is_there
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.engine import (
@@ -282,5 +283,5 @@ def missing(recipe: Recipe) -> list[str]:
     return [
         f"missing:   {what} {path}: put it there, from {source or 'wherever it is (the recipe names no source)'}"
         for what, path, source in wanted
-        if path is not None and not Path(path).exists()
+        if path is not None and not is_there(path)
     ]

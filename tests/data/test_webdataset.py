@@ -1,0 +1,154 @@
+"""WebDataset shards: read in place by image number, and nothing damaged passes in silence."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from msdcli.data import open_data
+from msdcli.data.images import content_hash, open_images
+from msdcli.data.webdataset import expand
+from msdcli.errors import UserError
+from msdcli.recipe import FolderSettings
+from tests.data.test_folder import encoded, picture, provided
+
+
+def make_shard(path: Path, files: dict[str, bytes], form: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as file:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def sample(number: int, label: int | None, suffix: str = "png") -> dict[str, bytes]:
+    files = {f"{number:06d}.{suffix}": encoded(picture(number), suffix)}
+    if label is not None:
+        files[f"{number:06d}.cls"] = b"%d\n" % label
+    return files
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """Two shards of three pictures each: png, webp and jpg, classes 0, 1, 2."""
+    for shard in range(2):
+        files: dict[str, bytes] = {}
+        for i, suffix in enumerate(("png", "webp", "jpg")):
+            files |= sample(3 * shard + i, i, suffix)
+        files[f"{3 * shard:06d}.txt"] = f"number {3 * shard}\n".encode()
+        files[f"{3 * shard + 1:06d}.json"] = json.dumps({"caption": f"json {shard}", "width": 8}).encode()
+        make_shard(tmp_path / f"d/shard-{shard:03d}.tar", files, (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)[shard])
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("path", ["d", "d/shard-{000..001}.tar"])
+def test_shards_are_a_data_set(sharded: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(sharded.parent)
+    data = provided(sharded.parent, [], path=path)
+    assert (len(data), data.shape, data.class_names) == (6, (3, 8, 8), ["0", "1", "2"])
+    assert data.labels(range(6)).tolist() == [0, 1, 2, 0, 1, 2]
+    for number in (0, 1, 3, 4):  # lossless
+        assert torch.equal(data.stored([number])[0], torch.from_numpy(picture(number)).permute(2, 0, 1))
+    files = open_data(FolderSettings(path=path))
+    assert torch.equal(files.images([5, 0]), data.images([5, 0]))
+    assert [files.caption(i) for i in range(5)] == ["number 0", "json 0", None, "number 3", "json 1"]
+
+
+def test_one_shard_is_images_for_fid_too(sharded: Path) -> None:
+    images = open_images(sharded / "shard-001.tar")
+    assert [batch.images.shape for batch in images.batches(2, workers=2)] == [(2, 8, 8, 3), (1, 8, 8, 3)]
+    before = content_hash(sharded)
+    make_shard(sharded / "shard-001.tar", sample(9, 0))
+    assert content_hash(sharded) != before
+
+
+def test_a_changed_shard_is_decoded_again(sharded: Path) -> None:
+    assert len(provided(sharded.parent, [], path=str(sharded))) == 6
+    make_shard(sharded / "shard-002.tar", sample(9, 1))
+    assert len(provided(sharded.parent, [], path=str(sharded))) == 7
+
+
+def test_long_names_and_folders_inside(tmp_path: Path) -> None:
+    long = "x" * 120
+    files = {f"{long}/a.b.png": encoded(picture(0), "png"), f"{long}/a.cls": b"1", "c.png": encoded(picture(1), "png")}
+    make_shard(tmp_path / "a.tar", files | {"c.cls": b"0", "README.md": b"no sample", ".hidden.png": b"no"})
+    with pytest.raises(UserError, match="has no picture, only"):
+        provided(tmp_path, [], path=str(tmp_path / "a.tar"))  # `a.b.png` is no picture's suffix
+    data = provided(tmp_path, [], path=str(tmp_path / "a.tar"), on_bad="skip")
+    assert data.labels(range(len(data))).tolist() == [0]
+
+
+@pytest.mark.parametrize("cut", ["inside a picture", "inside a header", "a broken header", "a broken picture"])
+def test_a_damaged_shard_is_refused_or_skipped_by_name(sharded: Path, cut: str) -> None:
+    shard = sharded / "shard-000.tar"
+    with tarfile.open(shard) as file:
+        members = {info.name: info for info in file}
+    content = bytearray(shard.read_bytes())
+    second = members["000001.webp"]
+    if cut == "inside a picture":
+        content = content[: second.offset_data + 20]
+    elif cut == "inside a header":
+        content = content[: second.offset + 100]
+    elif cut == "a broken header":
+        content[second.offset] ^= 0xFF
+    else:
+        content[second.offset_data + 30 : second.offset_data + 40] = bytes(10)
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"shard-000\.tar/") as refused:
+        provided(sharded.parent, [], path=str(sharded))
+    if cut in ("inside a picture", "a broken picture"):
+        assert "shard-000.tar/000001.webp" in refused.value.message
+    if cut != "a broken picture":
+        assert "damaged from byte" in refused.value.message
+    said: list[Any] = []
+    data = provided(sharded.parent, said, path=str(sharded), on_bad="skip")
+    left = 5 if cut == "a broken picture" else 4
+    assert (len(data), "skipped" in said[-1], "shard-000.tar/" in said[-1]) == (left, True, True)
+
+
+def test_what_is_no_shard_is_refused(tmp_path: Path, sharded: Path) -> None:
+    (tmp_path / "text.tar").write_text("no tar" * 200)
+    with tarfile.open(tmp_path / "packed.tar.gz", "w:gz") as file:
+        file.add(sharded / "shard-000.tar", "a.png")
+    make_shard(tmp_path / "empty.tar", {"a.md": b"x"})
+    make_shard(tmp_path / "mixed.tar", sample(0, 1) | sample(1, None))
+    make_shard(tmp_path / "word.tar", sample(0, None) | {"000000.cls": b"cat"})
+    make_shard(tmp_path / "none.tar", sample(0, None))
+    make_shard(tmp_path / "twice.tar", {"a.png": b"x", "A.PNG": b"y", "a.PNG": b"y"})
+    for name, reason in {
+        "text.tar": "no tar file",
+        "packed.tar.gz": "compressed",
+        "empty.tar": "holds no picture",
+        "mixed.tar": "000001.png: has no .cls",
+        "word.tar": "000000.png: .* no class number",
+        "none.tar": "gives no classes",
+        "twice.tar": "twice",
+        "d/shard-{000..003}.tar": "shard-002.tar, .*shard-003.tar does not exist",
+        "absent.tar": "does not exist",
+    }.items():
+        with pytest.raises(UserError, match=reason):
+            provided(tmp_path, [], path=str(tmp_path / name))
+    assert provided(tmp_path, [], path=str(tmp_path / "mixed.tar"), on_bad="skip").labels([0]).tolist() == [1]
+    assert len(provided(tmp_path, [], path=str(tmp_path / "mixed.tar"), labels=False)) == 2
+
+
+def test_patterns_are_written_out() -> None:
+    assert expand("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand("{0..1}/b{1..2}") == ["0/b1", "0/b2", "1/b1", "1/b2"]
+    assert expand("plain.tar") == ["plain.tar"]
+    for wrong, said in (("{3..1}.tar", "ascend"), ("{0..999999}.tar", "the limit is")):
+        with pytest.raises(UserError, match=said):
+            expand(wrong)
+
+
+def test_a_plan_does_without_shards_that_are_not_here(tmp_path: Path) -> None:
+    settings = FolderSettings(path=str(tmp_path / "s-{0..9}.tar"), size=8, classes=4, count=100)
+    assert len(open_data(settings, planning=True)) == 100
