@@ -7,6 +7,7 @@ nothing in a folder is run. Needs the extra `diffusers`.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from msdcli.diffusion.denoiser import Denoiser, per_image
 from msdcli.errors import UserError
+from msdcli.nets import diffusers_taps
 from msdcli.recipe import DiffusersNetworkSettings
 
 PARTS = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}
@@ -44,16 +46,22 @@ class FromDiffusers(Denoiser):
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         x, sigma = x.to(torch.float32), sigma.to(torch.float32)
         s = per_image(sigma, x)
+        F_x = self.predict(*self.as_trained(x, sigma), condition)
         if self.prediction == "flow":  # x_t = (1 - t) y + t n, v = n - y
-            t, x_t = s / (1 + s), x / (1 + s)
-            return x_t - t * self.predict(x_t, self.steps * t.flatten(), condition)
+            return x / (1 + s) - s / (1 + s) * F_x
         root = (1 + s.square()).sqrt()
-        F_x = self.predict(x / root, self.timestep(sigma), condition)
         if self.prediction == "epsilon":
             return x - s * F_x
         if self.prediction == "v_prediction":  # v = n / root - y s / root
             return (x - s * root * F_x) / root.square()
         return F_x
+
+    def as_trained(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's own input x_t and time t, for x = y + sigma n."""
+        s = per_image(sigma, x)
+        if self.prediction == "flow":
+            return x / (1 + s), self.steps * (s / (1 + s)).flatten()
+        return x / (1 + s.square()).sqrt(), self.timestep(sigma)
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The (fractional) step of the schedule with noise level `sigma` [n]."""
@@ -78,7 +86,13 @@ class FromDiffusers(Denoiser):
 
     @property
     def taps(self) -> list[str]:
-        raise UserError("networks of kind diffusers give no features", hint="objective dm, or features of another kind")
+        return [*diffusers_taps.blocks(self.net)]
+
+    def features(self, x: Tensor, sigma: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
+        x_t, t = self.as_trained(x.to(torch.float32), sigma.to(torch.float32))
+        patch = self.settings.config.get("patch_size") or 1
+        grid = (x.shape[-2] // patch, x.shape[-1] // patch)
+        return diffusers_taps.features(self.net, lambda: self.predict(x_t, t, condition), taps, grid=grid)
 
 
 def build_diffusers(settings: DiffusersNetworkSettings) -> FromDiffusers:

@@ -95,6 +95,41 @@ def test_no_class_is_dits_last_row(tmp_path: Path) -> None:
     torch.testing.assert_close(denoiser(x, sigma, torch.tensor([NO_CLASS])), theirs)
 
 
+@pytest.mark.parametrize("part", KINDS)
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_features_are_those_of_the_librarys_blocks(tmp_path: Path, part: str, scheduler: str) -> None:
+    net = pipeline(tmp_path, part, getattr(diffusers, scheduler)())
+    denoiser = importing.read(tmp_path).denoiser
+    assert denoiser.taps == (["down_0", "down_1", "middle"] if part == "unet" else ["block_0"])
+    blocks = [*net.down_blocks, net.mid_block] if part == "unet" else [*net.transformer_blocks]
+    x, sigma, c = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 9.0]), torch.tensor([1, 2])
+    seen: list[torch.Tensor] = []
+    for block in blocks:
+        block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    x_t, t = denoiser.as_trained(x, sigma)
+    net(x_t, t, class_labels=c)
+    wanted = [f if f.ndim == 4 else f.transpose(1, 2).reshape(2, -1, 4, 4) for f in seen]
+    found = denoiser.features(x, sigma, c, denoiser.taps[::-1])
+    for ours, theirs in zip(found, wanted[::-1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="this network has"):
+        denoiser.features(x, sigma, c, ["up_0"])
+
+
+@pytest.mark.parametrize("part", KINDS)
+def test_the_decoder_does_not_run_for_features_and_gradients_arrive(tmp_path: Path, part: str) -> None:
+    pipeline(tmp_path, part, diffusers.DDPMScheduler())
+    denoiser = importing.read(tmp_path).denoiser.requires_grad_(True)
+    late = denoiser.net.conv_out if part == "unet" else denoiser.net.proj_out_2
+    late.register_forward_hook(lambda *_: pytest.fail("the output ran"))
+    x = torch.randn(2, 1, 8, 8, requires_grad=True)
+    feature = denoiser.features(x, torch.ones(2), torch.tensor([1, 2]), denoiser.taps[:1])[0]
+    assert feature.ndim == 4
+    feature.square().sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    assert late.weight.grad is None
+
+
 def test_written_and_read_again_scaled_and_refused(msd: Msd, tmp_path: Path) -> None:
     pipeline(tmp_path / "p", "unet", diffusers.DDPMScheduler())
     done = msd("import", "p", "out")
