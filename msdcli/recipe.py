@@ -321,8 +321,8 @@ class TeacherSettings(Section):
 
     path: str | None = Field(
         None,
-        description="folder with model.safetensors and model.json, EDM or EDM2 pickle, or folder of diffusers; absent: "
-        "train one",
+        description="folder with model.safetensors and model.json, EDM or EDM2 pickle, folder of diffusers, or "
+        "hub:owner/name[@revision]; absent: train one",
     )
     source: str | None = Field(None, description="where `path` can be downloaded: for whoever reads or plans the run")
     network: Network = Field(

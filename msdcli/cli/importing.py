@@ -17,7 +17,8 @@ def register(app: typer.Typer) -> None:
 
 def import_(
     teacher: Annotated[
-        Path, typer.Argument(help="A pickle of EDM or EDM2, or a folder of diffusers. Nothing in it is run.")
+        Path,
+        typer.Argument(help="A pickle of EDM or EDM2, a diffusers folder, or hub:owner/name. Nothing in it is run."),
     ],
     out: Annotated[Path, typer.Argument(help="The folder to write model.safetensors and model.json to.")],
     check: Annotated[
@@ -31,8 +32,9 @@ def import_(
     dry_run: options.DryRun = False,
 ) -> None:
     """Read another project's teacher, safely, and write it in msd's format."""
-    from msdcli.engine import importing
+    from msdcli.engine import hub, importing
 
+    teacher = hub.resolve(teacher)
     importing.check_free(out, teacher)
     imported = importing.read(teacher, reference=check, autoencoder=autoencoder)
     written = imported.agrees and not dry_run

@@ -14,7 +14,7 @@ import torch
 from msdcli.data import open_data
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.data.latents import DTYPES, LATENTS, RECORD, Latents
-from msdcli.engine import dataset, device, importing
+from msdcli.engine import dataset, device, hub, importing
 from msdcli.engine import teacher as teachers
 from msdcli.engine.autoencoder import find, identity, open_autoencoder, shape_seen, view
 from msdcli.engine.events import Progress, Report
@@ -204,7 +204,7 @@ def _latent_teacher(recipe: Recipe) -> Path:
     """Return where the recipe's teacher lies. UserError unless it is a latent model."""
     if recipe.teacher.path is None:
         raise UserError("the recipe's teacher is trained here, in pixel space", hint="teacher.path=a latent model")
-    path = Path(recipe.teacher.path)
+    path = hub.resolve(recipe.teacher.path)
     if not path.exists():
         raise UserError(f"no model at {path}", hint=recipe.teacher.source and f"get it from {recipe.teacher.source}")
     if importing.find_autoencoder(path) is None:

@@ -29,6 +29,7 @@ from msdcli.engine import (
     distributed,
     estimate,
     fid,
+    hub,
     latents,
     partition,
     sample,
@@ -280,8 +281,11 @@ def missing(recipe: Recipe) -> list[str]:
     """Return a line for everything that must be fetched before the run can start."""
     sections = [("teacher", recipe.teacher), ("data", recipe.data)]
     wanted = [(what, getattr(s, "path", None), getattr(s, "source", None)) for what, s in sections]
+    here = {path for _, path, _ in wanted if path is not None and (hub.cached(path) or is_there(path))}
     return [
-        f"missing:   {what} {path}: put it there, from {source or 'wherever it is (the recipe names no source)'}"
+        f"missing:   {what} {path}: the run downloads it; {hub.by_hand(path)}"
+        if hub.is_hub(path)
+        else f"missing:   {what} {path}: put it there, from {source or 'wherever it is (the recipe names no source)'}"
         for what, path, source in wanted
-        if path is not None and not is_there(path)
+        if path is not None and path not in here
     ]

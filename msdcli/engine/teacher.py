@@ -14,7 +14,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source, generator
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine import autoencoder as autoencoders
-from msdcli.engine import checkpoint, importing
+from msdcli.engine import checkpoint, hub, importing
 from msdcli.engine.distill import Manner, is_finished, peak_memory, train
 from msdcli.engine.distributed import ALONE, Group
 from msdcli.engine.events import Report, silent
@@ -38,7 +38,7 @@ def provide(
     the run.
     """
     if recipe.teacher.path is not None:
-        path = Path(recipe.teacher.path)
+        path = hub.resolve(recipe.teacher.path)
         folder = group.led(lambda: located(run, path, report))
     else:
         folder = run.shared / f"teacher-{teacher_key(recipe, data)}"
@@ -63,7 +63,7 @@ def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
         return teacher, sha256
     sha256s, guide = [sha256], None
     if guidance.guide is not None:
-        guide, weaker = checkpoint.load_model(located(run, Path(guidance.guide), silent))
+        guide, weaker = checkpoint.load_model(located(run, hub.resolve(guidance.guide), silent))
         sha256s.append(weaker["sha256"])
     guided = _guided(teacher, recipe, guide)
     said = json.dumps([sha256s, guidance.scale, guidance.interval])
@@ -76,8 +76,8 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
     UserError where it cannot be had or does not fit; with `planning`, a file that is missing is taken on trust.
     """
     settings = recipe.teacher
-    path = None if settings.path is None else Path(settings.path)
-    if path is None or (planning and not path.exists()):
+    path = None if settings.path is None else (hub.cached if planning else hub.resolve)(settings.path)
+    if path is None:
         shape = data.shape if settings.latent is None else _planned(settings.latent, data)
         options = {"shape": shape, "num_classes": len(data.class_names), "sigma_data": settings.sigma_data}
         with torch.device("meta"):
@@ -88,7 +88,7 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
     if settings.guidance is None:
         return teacher
     guide = settings.guidance.guide
-    return _guided(teacher, recipe, None if guide is None else _given_on_meta(Path(guide), None))
+    return _guided(teacher, recipe, None if guide is None else _given_on_meta(hub.resolve(guide), None))
 
 
 def _given_on_meta(path: Path, source: str | None) -> Denoiser:
