@@ -80,7 +80,10 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Return the pictures of the latents `z`, float32 [n, channels, height, width], about in [-1, 1]."""
-        latents = (z.to(torch.float32) / self.scale + self.shift).split(self._batch(z, self.geometry.factor))
+        factor = self.geometry.factor
+        if not len(z):
+            return z.new_zeros(0, self.geometry.image_channels, *(factor * side for side in z.shape[2:]))
+        latents = (z.to(torch.float32) / self.scale + self.shift).split(self._batch(z, factor))
         return torch.cat([self.net.decode(part, return_dict=False)[0] for part in latents])  # type: ignore[operator]
 
     def _parts(self, x: Tensor, factor: int) -> tuple[Tensor, ...]:
