@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -38,6 +40,11 @@ def to_float(stored: Tensor) -> Tensor:
     if stored.dtype == torch.uint8:
         return stored.to(torch.float32) / 127.5 - 1
     return stored.to(torch.float32) if stored.dtype == torch.float16 else stored
+
+
+def user_cache() -> Path:
+    """Where what is known of files is kept: $XDG_CACHE_HOME/msd, or ~/.cache/msd."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msd"
 
 
 PROBES = 64  # images that a fingerprint looks at

@@ -60,8 +60,11 @@ class ImageFiles:
 
     def picture(self, number: int) -> np.ndarray:
         """Decode one picture to uint8 RGB [H, W, 3]; any thread may ask. UserError naming it if it is damaged."""
-        name = self.names[number]
-        return decode(self._read(name), f"{self.path}: {name}")
+        return decode(self.content(number), f"{self.path}: {self.names[number]}")
+
+    def content(self, number: int) -> bytes:
+        """Return the bytes of one picture's file."""
+        return self._read(self.names[number])
 
     def close(self) -> None:
         if self._zip:
@@ -71,20 +74,20 @@ class ImageFiles:
         self, batch_size: int, *, workers: int = 1, limit: int | None = None, share: Share = WHOLE
     ) -> Iterator[Batch]:
         """Read in order, `workers` threads decoding; mixed sizes are split by size, so that each batch is one array."""
-        names = self.names[:limit]
-        starts = range(0, len(names), batch_size)[share[0] :: share[1]]
+        numbers = range(len(self))[:limit]
+        starts = range(0, len(numbers), batch_size)[share[0] :: share[1]]
         with ThreadPoolExecutor(max(workers, 1)) as pool:
             # One window ahead: the threads decode it while the caller works on the one before.
-            ahead = deque(self._submit(pool, names[start : start + batch_size]) for start in starts[:1])
+            ahead = deque(self._submit(pool, numbers[start : start + batch_size]) for start in starts[:1])
             for start in starts:
                 coming = start + starts.step
-                if coming < len(names):
-                    ahead.append(self._submit(pool, names[coming : coming + batch_size]))
+                if coming < len(numbers):
+                    ahead.append(self._submit(pool, numbers[coming : coming + batch_size]))
                 yield from _by_size([future.result() for future in ahead.popleft()], start)
 
-    def _submit(self, pool: ThreadPoolExecutor, names: list[str]) -> list[Future[np.ndarray]]:
+    def _submit(self, pool: ThreadPoolExecutor, numbers: range) -> list[Future[np.ndarray]]:
         # A zip has one file handle, so it is read here and only decoded in the threads.
-        return [pool.submit(decode, self._read(name), f"{self.path}: {name}") for name in names]
+        return [pool.submit(decode, self.content(n), f"{self.path}: {self.names[n]}") for n in numbers]
 
     def _read(self, name: str) -> bytes:
         try:

@@ -6,42 +6,81 @@ A sample is what shares a name up to the first dot: `000017.jpg` with its class 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import json
 import os
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from msdcli.data.base import user_cache
 from msdcli.data.images import SUFFIXES, ImageFiles
 from msdcli.errors import UserError
 
 MAX_SHARDS = 100_000
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 CAPTION_KEYS = ("caption", "text", "prompt")
-DAMAGE = " damage"  # no suffix of a file: where a shard ends too early
-DESCRIPTIONS = {*SUFFIXES, DAMAGE, ".cls", ".json", ".txt"}  # what makes files a sample
+DESCRIPTIONS = (".cls", ".txt", ".json")
+VERSION = 1  # of the stored index
+
+Place = tuple[int, int]  # offset and size of a file in its shard; (0, 0) is none
 
 
-@dataclass(frozen=True)
-class Member:
-    """A file inside a shard: where its bytes are."""
+@dataclass
+class Index:
+    """The samples of one shard, in order, as parallel lists; `bad` and `unlabelled` say why, by place in the lists."""
 
-    shard: Path
-    offset: int
-    size: int
+    names: list[str] = field(default_factory=list)
+    pictures: list[Place] = field(default_factory=list)
+    captions: list[Place] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    bad: dict[int, str] = field(default_factory=dict)
+    unlabelled: dict[int, str] = field(default_factory=dict)
+    labelled: bool = False
+
+    def add(self, name: str, files: dict[str, Place], label: bytes | None) -> None:
+        """Add what shares a name; without a picture it is bad."""
+        number = len(self.names)
+        suffix = next((s for s in files if s in SUFFIXES), "")
+        if not suffix:
+            self.bad[number] = f"has no picture, only {', '.join(files)}"
+        self.names.append(name + suffix)
+        self.pictures.append(files.get(suffix, (0, 0)))
+        self.captions.append(files.get(".txt") or files.get(".json") or (0, 0))
+        self._label(number, label)
+
+    def damage(self, offset: int) -> None:
+        """Add what a damaged shard may have held besides: one picture that cannot be read."""
+        self.bad[len(self.names)] = f"cannot be read: damaged from byte {offset:,} on"
+        self.names.append("(rest of the shard)")
+        self.pictures.append((0, 0))
+        self.captions.append((0, 0))
+        self.labels.append(0)
+
+    def _label(self, number: int, content: bytes | None) -> None:
+        self.labels.append(0)
+        if content is None:
+            self.unlabelled[number] = "has no .cls, others have"
+        elif content.strip().isdigit() and len(content.strip()) < 10:
+            self.labels[number] = int(content)
+        else:
+            self.unlabelled[number] = f"has a .cls that is no class number: {content[:20]!r}"
+        self.labelled |= content is not None
 
 
 class TarFiles(ImageFiles):
     """The pictures of shards, by shard and then by place in it, as `ImageFiles` gives those of a folder.
 
     What a damaged shard still holds can be read; the rest of it counts as one picture that cannot, so that it is
-    refused or skipped by name like any other.
+    refused or skipped by name like any other. `unlabelled` says by number which pictures lack a class, and why.
     """
 
     def __init__(self, pattern: str | Path) -> None:
@@ -49,68 +88,53 @@ class TarFiles(ImageFiles):
         self.shards = shards(pattern)
         self.described = True  # folders inside a tar mean nothing
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-            indices = list(pool.map(_index, self.shards))
-        found = [(f"{shard.name}/{n}", f) for shard, i in zip(self.shards, indices, strict=True) for n, f in i]
-        self._samples = {name + _suffix(files): files for name, files in found if DESCRIPTIONS & files.keys()}
-        self.names = list(self._samples)
-        if not self.names:
+            indices = list(pool.map(_stored_index, self.shards))
+        self.names = [f"{shard.name}/{n}" for shard, i in zip(self.shards, indices, strict=True) for n in i.names]
+        if all(index.bad.keys() >= {*range(len(index.names))} for index in indices):
             raise UserError(f"{pattern} holds no picture", hint=f"Pictures end in {', '.join(sorted(SUFFIXES))}.")
-        self.unlabelled: dict[int, str] = {}  # why, by number
-        self.labels = self._read_classes()
+        starts = [0, *itertools.accumulate(len(index.names) for index in indices)]
+        self._shard = np.repeat(np.arange(len(indices)), np.diff(starts))
+        self._pictures = np.array([p for i in indices for p in i.pictures], np.int64).reshape(-1, 2)
+        self._captions = np.array([p for i in indices for p in i.captions], np.int64).reshape(-1, 2)
+        self._bad = {s + n: why for s, i in zip(starts, indices, strict=False) for n, why in i.bad.items()}
+        self.unlabelled: dict[int, str] = {}
+        self.labels: np.ndarray | None = None
+        if any(index.labelled for index in indices):
+            self.labels = np.array([label for i in indices for label in i.labels], np.int64)
+            found = ((s + n, why) for s, i in zip(starts, indices, strict=False) for n, why in i.unlabelled.items())
+            self.unlabelled = dict(found)
 
     def close(self) -> None:
         """Nothing stays open."""
 
     def caption(self, number: int) -> str | None:
         """Return the text of a picture: its .txt, or `caption`, `text` or `prompt` of its .json."""
-        files = self._samples[self.names[number]]
-        if ".txt" in files:
-            return self._content(files[".txt"], f"{self.names[number]}: .txt").decode("utf-8", "replace").strip()
-        if ".json" not in files:
+        if not self._captions[number].any():
             return None
+        text = self._content(number, self._captions[number]).decode("utf-8", "replace").strip()
         try:
-            content = json.loads(self._content(files[".json"], f"{self.names[number]}: .json"))
-        except ValueError as error:
-            raise UserError(f"{self.path}: {self.names[number]}: .json is damaged: {error}") from None
-        found = (content[key] for key in CAPTION_KEYS if isinstance(content, dict) and key in content)
-        caption = next(found, None)
-        return caption if isinstance(caption, str) else None
+            content = json.loads(text) if text.startswith("{") else text
+        except ValueError:
+            content = text  # a caption that only looks like JSON
+        if isinstance(content, str):
+            return content
+        return next((content[key] for key in CAPTION_KEYS if isinstance(content.get(key), str)), None)
 
-    def _read(self, name: str) -> bytes:
-        files = self._samples[name]
-        if DAMAGE in files:
-            raise UserError(f"{self.path}: {name} cannot be read: damaged from byte {files[DAMAGE].offset:,} on.")
-        if not _suffix(files):
-            raise UserError(f"{self.path}: {name} has no picture, only {', '.join(files)}.")
-        return self._content(files[_suffix(files)], name)
+    def content(self, number: int) -> bytes:
+        if number in self._bad:
+            raise UserError(f"{self.path}: {self.names[number]} {self._bad[number]}.")
+        return self._content(number, self._pictures[number])
 
-    def _content(self, member: Member, name: str) -> bytes:
+    def _content(self, number: int, place: np.ndarray) -> bytes:
+        offset, size = map(int, place)
         try:
-            with open(member.shard, "rb") as file:
-                content = os.pread(file.fileno(), member.size, member.offset)
+            with open(self.shards[self._shard[number]], "rb") as file:
+                content = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise UserError(f"{self.path}: {name} cannot be read: {error}.") from error
-        if len(content) < member.size:
-            raise UserError(f"{self.path}: {name} cannot be read: the shard ends before it does.")
+            raise UserError(f"{self.path}: {self.names[number]} cannot be read: {error}.") from error
+        if len(content) < size:
+            raise UserError(f"{self.path}: {self.names[number]} cannot be read: the shard ends before it does.")
         return content
-
-    def _read_classes(self) -> np.ndarray | None:
-        """The numbers in the .cls files; where only some pictures have one, the others go to `unlabelled`."""
-        if not any(".cls" in files for files in self._samples.values()):
-            return None
-        labels = np.zeros(len(self), dtype=np.int64)
-        for number, (name, files) in enumerate(self._samples.items()):
-            if DAMAGE in files:
-                continue  # reading it says what is wrong
-            if ".cls" not in files:
-                self.unlabelled[number] = "has no .cls, others have"
-                continue
-            content = self._content(files[".cls"], f"{name}: .cls").strip()
-            if content.isdigit() and len(content) < 10:
-                labels[number] = int(content)
-            else:
-                self.unlabelled[number] = f"has a .cls that is no class number: {content[:20]!r}"
-        return labels
 
 
 def shards(pattern: str | Path) -> list[Path]:
@@ -128,72 +152,86 @@ def expand(pattern: str) -> list[str]:
     """Write out `{000..010}`, as often as it occurs, with as many digits as its first number has."""
     parts = BRACES.split(pattern)
     texts, spans = parts[::3], list(zip(parts[1::3], parts[2::3], strict=True))
-    ranges = [[f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)] for low, high in _bounded(pattern, spans)]
-    if not all(ranges):
+    if any(int(low) > int(high) for low, high in spans):
         raise UserError(f"{pattern}: a range of shards must ascend")
+    count = int(np.prod([float(int(high) - int(low) + 1) for low, high in spans]))
+    if count > MAX_SHARDS:
+        raise UserError(f"{pattern} means {count:,} shards, the limit is {MAX_SHARDS:,}")
+    ranges = [[f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1)] for low, high in spans]
     return [
         "".join(a + b for a, b in zip(texts, [*numbers, ""], strict=True)) for numbers in itertools.product(*ranges)
     ]
 
 
-def _bounded(pattern: str, spans: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    count = 1
-    for low, high in spans:
-        count *= max(0, int(high) - int(low) + 1)
-    if count > MAX_SHARDS:
-        raise UserError(f"{pattern} means {count:,} shards, the limit is {MAX_SHARDS:,}")
-    return spans
+# The index of a shard.
 
 
-def _index(shard: Path) -> list[tuple[str, dict[str, Member]]]:
-    """Return the samples of one shard in order: the files of each by suffix. UserError for what is no plain tar."""
-    samples: dict[str, dict[str, Member]] = {}
-    for name, member in _members(shard):
-        path = PurePosixPath(name)
-        stem, dot, suffix = path.name.partition(".")
-        if not stem or not dot:  # hidden files, and files without a suffix
-            continue
-        files = samples.setdefault(str(path.with_name(stem)), {})
-        suffix = DAMAGE if member.size < 0 else "." + suffix.lower()
-        if suffix in files:
-            raise UserError(f"{shard} holds {name} twice")
-        files[suffix] = member
-    return list(samples.items())
+def _stored_index(shard: Path) -> Index:
+    """Return a shard's index from the user's cache, or make it and keep it there: a million headers take a minute."""
+    stat = shard.stat()
+    named = f"{VERSION} {shard.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    file = user_cache() / "shards" / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        numbered = {key: {int(n): why for n, why in stored[key].items()} for key in ("bad", "unlabelled")}
+        return Index(**stored | numbered)
+    index = _index(shard)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=file.parent, suffix=".tmp", delete=False, encoding="utf-8"
+        ) as temporary:
+            json.dump(asdict(index), temporary)
+        os.replace(temporary.name, file)
+    return index
 
 
-def _members(shard: Path) -> Iterator[tuple[str, Member]]:
-    size = shard.stat().st_size
+def _index(shard: Path) -> Index:
+    """Read the headers of one shard. UserError for what is no plain tar."""
+    samples: dict[str, dict[str, Place]] = {}
+    labels: dict[str, bytes] = {}
     try:
-        with tarfile.open(shard, "r:") as file:  # not compressed: only then a member can be read by itself
-            yield from _readable(file, shard, size)
+        with tarfile.open(shard, "r:") as file, open(shard, "rb") as raw:  # compressed: no member can be read by itself
+            for info in _readable(file):
+                path = PurePosixPath(info.name)
+                stem, dot, rest = path.name.partition(".")
+                suffix, name = f".{rest.lower()}", str(path.with_name(stem or "_"))
+                if not stem or not dot or suffix not in (*SUFFIXES, *DESCRIPTIONS):
+                    continue
+                files = samples.setdefault(name, {})
+                if suffix in files:
+                    raise UserError(f"{shard} holds {info.name} twice")
+                files[suffix] = (info.offset_data, info.size)
+                if suffix == ".cls":
+                    labels[name] = os.pread(raw.fileno(), min(info.size, 64), info.offset_data)
+            end = file.offset
     except (tarfile.ReadError, EOFError) as error:
         raise UserError(
             f"{shard} is no tar file, or a compressed one: {error}", hint="gunzip it: shards are read by image number"
         ) from None
+    index = Index()
+    for name, files in samples.items():
+        index.add(name, files, labels.get(name))
+    if _ends_early(shard, end):
+        index.damage(min(end, shard.stat().st_size))
+    return index
 
 
-def _readable(file: tarfile.TarFile, shard: Path, size: int) -> Iterator[tuple[str, Member]]:
-    """Yield members as long as their headers are whole; then, unless the end is the end, where the damage begins."""
-    end = 0
+def _readable(file: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield files as long as headers are whole; what comes after the first that is not, is for the caller to see."""
     while True:
         try:
             info = file.next()
         except (tarfile.TarError, EOFError, OSError, ValueError):
-            info = None
-            if end == 0:
-                raise
+            return
         if info is None:
-            break
-        end = file.offset
+            return
         if info.isfile():
-            yield info.name, Member(shard, info.offset_data, info.size)
+            yield info
+
+
+def _ends_early(shard: Path, end: int) -> bool:
+    """Whether there is anything but zeros after the last whole member, or that member is cut off."""
     with open(shard, "rb") as raw:
         raw.seek(end)
-        rest = raw.read(512)
-    if end > size or rest.strip(b"\0"):
-        yield f"(rest of the shard).{DAMAGE.strip()}", Member(shard, min(end, size), -1)
-
-
-def _suffix(files: dict[str, Member]) -> str:
-    """The suffix of a sample's picture; empty where it has none."""
-    return next((suffix for suffix in files if suffix in SUFFIXES), "")
+        return end > shard.stat().st_size or bool(raw.read(512).strip(b"\0"))

@@ -4,7 +4,6 @@ generator; what does not change is kept on disk by the hash of what it depends o
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdcli.data.base import Dataset
+from msdcli.data.base import Dataset, user_cache
 from msdcli.data.images import to_uint8
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import checkpoint, sample
@@ -134,11 +133,6 @@ def cached(folder: Path, make: Callable[[], FeatureSet], report: Report) -> Feat
         with writing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
     return FeatureSet.from_arrays(arrays)  # as it will be read, so that the second figure has the first one's bits
-
-
-def user_cache() -> Path:
-    """Where features of files are kept: $XDG_CACHE_HOME/msd, or ~/.cache/msd."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msd"
 
 
 def of_reference(

@@ -19,6 +19,11 @@ from msdcli.recipe import FolderSettings
 from tests.data.test_folder import encoded, picture, provided
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def make_shard(path: Path, files: dict[str, bytes], form: int = tarfile.PAX_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=form) as file:
@@ -74,6 +79,18 @@ def test_a_changed_shard_is_decoded_again(sharded: Path) -> None:
     assert len(provided(sharded.parent, [], path=str(sharded))) == 6
     make_shard(sharded / "shard-002.tar", sample(9, 1))
     assert len(provided(sharded.parent, [], path=str(sharded))) == 7
+
+
+def test_a_shard_is_indexed_once(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_data(FolderSettings(path=str(sharded)))
+    monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("the headers were read again"))
+    after = open_data(FolderSettings(path=str(sharded)))
+    assert torch.equal(after.images(range(6)), before.images(range(6)))
+    assert (after.caption(3), after.labels(range(6)).tolist()) == ("number 3", [0, 1, 2, 0, 1, 2])
+    for file in (sharded.parent / "cache/msd/shards").iterdir():
+        file.write_text('{"names": 1')
+    monkeypatch.undo()
+    assert len(open_data(FolderSettings(path=str(sharded)))) == 6, "a damaged index is made again"
 
 
 def test_long_names_and_folders_inside(tmp_path: Path) -> None:
