@@ -125,7 +125,9 @@ def test_two_hundred_mutated_recipes_are_refused_by_line_and_key(msd: Msd, tmp_p
         if done.returncode == 2:
             refused += 1
             key = next((str(part) for part in reversed(path) if isinstance(part, str)), "")
-            assert key in done.stderr or "aliases (*id001) are not allowed" in done.stderr, (path, done.stderr)
+            # A key that decides between sections is missed by its right name when it is renamed.
+            others = ("aliases (*id001) are not allowed", "needs the key")
+            assert any(words in done.stderr for words in (key, *others)), (path, done.stderr)
             assert "Traceback" not in done.stderr
             assert re.search(r"mutated\.yaml:\d+: ", done.stderr), (path, done.stderr)
             assert not [*tmp_path.glob("runs*")], "a mistake leaves nothing behind"

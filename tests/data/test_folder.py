@@ -89,6 +89,16 @@ def test_a_changed_folder_is_decoded_again(tmp_path: Path) -> None:
     assert len(provided(tmp_path, [], path=str(path))) == 10
 
 
+def test_what_a_killed_decoding_left_is_swept_and_done_again(tmp_path: Path) -> None:
+    path = make_folder(tmp_path / "d")
+    whole = provided(tmp_path, [], path=str(path))
+    folder = next((tmp_path / "runs/.shared").glob("data-*"))
+    (folder / RECORD).unlink()  # it comes last
+    (folder / ".pixels.bin.x1.tmp").write_bytes(b"half")
+    assert torch.equal(provided(tmp_path, [], path=str(path)).images(range(9)), whole.images(range(9)))
+    assert not list(folder.glob("*.tmp"))
+
+
 def test_edms_zip_and_folder(tmp_path: Path) -> None:
     data = provided(tmp_path, [], path=str(make_zip(tmp_path / "a.zip")))
     # Sorted by name: images 0, 2 of folder 00000, then 1, 3.

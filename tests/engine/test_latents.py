@@ -14,7 +14,7 @@ import torch
 from msdcli.data.base import Stored, to_float
 from msdcli.data.images import to_uint8
 from msdcli.data.latents import LATENTS, RECORD, Latents
-from msdcli.diffusion.draws import image_noise
+from msdcli.diffusion.draws import Draws, Source, image_noise
 from msdcli.engine import autoencoder, dataset, importing, latents, sample
 from msdcli.engine.events import silent
 from msdcli.errors import UserError
@@ -82,6 +82,9 @@ def test_a_data_set_is_encoded_once_and_mapped(latent: Path) -> None:
     drawn = encoded(latent, "latents.seed=5")
     noise = image_noise(5, [7, 3], (4, 4, 4))
     torch.testing.assert_close(drawn.images([7, 3]), wanted[[7, 3]] + std[[7, 3]] * noise, rtol=1e-5, atol=1e-5)
+    real, c = Draws(Source(drawn, [1, 3]), 5, ("x",), 0).real()
+    assert {*c.tolist()} <= {1, 3} and all((drawn.images(range(24)) == y).all((1, 2, 3)).any() for y in real)
+
     folders = list((latent / "runs/.shared").glob("latents-*"))
     assert len(folders) == 1, "mean and sample share one file"
     assert sorted(p.name for p in folders[0].iterdir() if p.name != ".lock") == sorted([LATENTS, RECORD])
