@@ -458,6 +458,9 @@ class Recipe(Section):
     fsdp: bool = Field(
         False, description="under torchrun, share out the weights too (FSDP2): for networks that fit no single device"
     )
+    loggers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], max_length=2, description="where else the figures of metrics.jsonl go: tensorboard, wandb (in RUN/logs)"
+    )
     data: Data = Field(description="the training data")
     teacher: TeacherSettings = Field(default_factory=TeacherSettings, description="the diffusion model to distil")
     latents: LatentSettings = Field(default_factory=LatentSettings, description="the encoded data of a latent teacher")
@@ -485,7 +488,7 @@ class Recipe(Section):
 # Keys that may change when a run resumes: nothing that is trained depends on them.
 FREE_KEYS = (
     *("name", "run", "workers", "checkpoint_seconds", "evaluation", "device"),
-    *("keep", "max_skipped", "micro_batch", "fsdp"),
+    *("keep", "max_skipped", "micro_batch", "fsdp", "loggers"),
 )
 
 

@@ -34,7 +34,9 @@ class RunDir:
         self.students = root / "students"
         self.samples = root / "samples"
         self.metrics = root / "metrics"
+        self.watched = self.metrics / "watch.jsonl"
         self.export = root / "export"
+        self.logs = root / "logs"
         # Artifacts that runs share, by the hash of what they depend on.
         self.shared = root.parent / ".shared"
 
@@ -138,6 +140,17 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}", hint="remove it, and the same command makes it again") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a .jsonl that msd writes, also while it does: what is cut off or damaged is left out."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            if isinstance(value := json.loads(line), dict):
+                found.append(value)
+    return found
 
 
 def _umask() -> int:

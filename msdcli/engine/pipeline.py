@@ -41,6 +41,7 @@ from msdcli.engine.distill import Student, check_stage, distill_student, is_fini
 from msdcli.engine.distributed import ALONE, Group
 from msdcli.engine.events import Report, silent
 from msdcli.engine.interrupt import preemptible
+from msdcli.engine.loggers import logged
 from msdcli.engine.pairs import Pairs
 from msdcli.errors import UserError
 from msdcli.partition import Partition
@@ -95,6 +96,7 @@ def networks_on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -
         return frozen, new_network(recipe, frozen, 0)
 
 
+@logged
 def distill(
     recipe: Recipe,
     report: Report,

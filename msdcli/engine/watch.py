@@ -17,9 +17,9 @@ from msdcli.engine.fid import Options, Reference, Scene
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.moments import Gaussian
 from msdcli.recipe import Recipe
-from msdcli.rundir import RunDir, read_json, writing
+from msdcli.rundir import RunDir, read_json, read_lines, writing
 
-LINES, PICTURE = "watch.jsonl", "watch.png"
+PICTURE = "watch.png"
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ def watch(run: RunDir, report: Report, options: Options, *, poll: float = 2.0) -
         found = {k: p for k in range(len(students.folders)) if (p := newest(run, recipe, k)) is not None}
         changed = [k for k, point in found.items() if seen.get(k) != point]
         for k in changed:
-            net, sigma_init, seen[k] = _load(run, recipe, k, found[k])
+            net, sigma_init, seen[k] = load_point(run, recipe, k, found[k])
             students.put(k, net, sigma_init)
             sets[k] = scene.students(students, students.partition.parts[k])
         if changed:
             line = _line(scene, students, seen, sets, against)
-            _append(run.metrics / LINES, line)
-            draw(run.metrics / PICTURE, run.metrics / LINES, recipe)
+            _append(run.watched, line)
+            draw(run.metrics / PICTURE, run.watched, recipe)
             yield line
         if len(seen) == len(students.folders) and all(point.done for point in seen.values()):
             return
@@ -77,7 +77,7 @@ def newest(run: RunDir, recipe: Recipe, number: int) -> Point | None:
     return None
 
 
-def _load(run: RunDir, recipe: Recipe, number: int, point: Point) -> tuple[Denoiser, float, Point]:
+def load_point(run: RunDir, recipe: Recipe, number: int, point: Point) -> tuple[Denoiser, float, Point]:
     """Read a student's weights; training goes on meanwhile, so the step is told again with them."""
     stage = recipe.stages[point.stage]
     folder = run.stage(number, point.stage, stage.objective)
@@ -151,12 +151,6 @@ def _append(path: Path, line: dict[str, Any]) -> None:
         return
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of an earlier or a running watch; one that was cut off is left out."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
 
 
 def draw(target: Path, lines: Path, recipe: Recipe) -> None:

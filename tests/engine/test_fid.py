@@ -21,7 +21,7 @@ from msdcli.engine import classifier, fid, watch
 from msdcli.engine.events import silent
 from msdcli.metrics.evaluate import collect
 from msdcli.metrics.inception import FeatureNetwork
-from msdcli.rundir import RunDir
+from msdcli.rundir import RunDir, read_lines
 from tests.conftest import Msd, command, environment
 
 SIZE = 16
@@ -337,7 +337,7 @@ def test_watch_follows_what_is_in_training(digits: Path, tmp_path: Path) -> None
         (folder / "kept").rename(folder / "model.json")
     (last,) = lines
     assert both["whole"] == last["whole"] and len(last["students"]) == 2
-    assert len(watch.read_lines(run.metrics / watch.LINES)) == 2, "the weights are the same"
+    assert len(read_lines(run.watched)) == 2, "the weights are the same"
 
 
 def test_bench_is_a_group(msd: Msd) -> None:
