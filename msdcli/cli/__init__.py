@@ -9,7 +9,21 @@ import typer
 from typer.core import TyperGroup
 
 from msdcli import console, errors
-from msdcli.cli import bench, distill, docs, export, fid, importing, latents, partition, recipes, sample, status, sweep
+from msdcli.cli import (
+    bench,
+    distill,
+    docs,
+    export,
+    fid,
+    importing,
+    latents,
+    partition,
+    recipes,
+    report,
+    sample,
+    status,
+    sweep,
+)
 
 
 class Verbs(TyperGroup):
@@ -36,7 +50,7 @@ app = typer.Typer(
     epilog="Start: msd distill digits; the manual: msd docs. The same command again resumes. Exit codes: 0 done, 1 "
     "failed while working, 2 something for you to fix, 130 interrupted.",
 )
-for verb in (recipes, importing, latents, partition, distill, status, sample, fid, export, sweep, bench, docs):
+for verb in (recipes, importing, latents, partition, distill, status, sample, fid, report, export, sweep, bench, docs):
     verb.register(app)
 
 

@@ -113,4 +113,6 @@ def _show(outcome: Outcome, json_: bool) -> None:
         return
     show(outcome.measurement, brief=True)
     console.say(f"samples: {outcome.grid}  (the teacher's left of or behind the students')")
-    console.say(f"run:     {outcome.run.root}  (next: msd sample {outcome.run.root} --classes 3,7 -n 64)")
+    console.say(
+        f"run:     {outcome.run.root}  (next: msd report {outcome.run.root}, or msd sample {outcome.run.root} --all)"
+    )
