@@ -18,11 +18,13 @@ from msdcli.cli import (
     importing,
     latents,
     partition,
+    plot,
     recipes,
     report,
     sample,
     status,
     sweep,
+    watch,
 )
 
 
@@ -50,7 +52,23 @@ app = typer.Typer(
     epilog="Start: msd distill digits; the manual: msd docs. The same command again resumes. Exit codes: 0 done, 1 "
     "failed while working, 2 something for you to fix, 130 interrupted.",
 )
-for verb in (recipes, importing, latents, partition, distill, status, sample, fid, report, export, sweep, bench, docs):
+for verb in (
+    recipes,
+    importing,
+    latents,
+    partition,
+    distill,
+    status,
+    watch,
+    sample,
+    fid,
+    report,
+    plot,
+    export,
+    sweep,
+    bench,
+    docs,
+):
     verb.register(app)
 
 
