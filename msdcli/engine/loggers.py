@@ -134,10 +134,10 @@ def logged(distill: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(distill)
     def wrapped(recipe: Recipe, report: Report, *, worker: bool = False, **options: Any) -> Any:
-        first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-        if not recipe.loggers or worker or not first:
-            return distill(recipe, report, worker=worker, **options)
         check(recipe.loggers)
+        group = options.get("group")
+        if not recipe.loggers or worker or (group is not None and not group.leads):
+            return distill(recipe, report, worker=worker, **options)
         with following(recipe, report) as follower:
             outcome = distill(recipe, follower, worker=worker, **options)
             if outcome.measurement is not None:

@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from msdcli.data.digits import Digits
 from msdcli.engine import report_charts, report_words
 from msdcli.engine.report import differences, render
 from msdcli.engine.report_facts import gather
 from msdcli.engine.report_pictures import images, layout, spread
+from msdcli.recipe import DigitsSettings
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import Msd
 
@@ -285,8 +287,6 @@ def test_pictures_of_a_run_of_images(msd: Msd, tmp_path: Path) -> None:
     shown = next(picture for picture, what in strips if what == "data")
     with Image.open(io.BytesIO(base64.b64decode(shown))) as picture:
         pixels = np.asarray(picture)[:, :8, 0]
-    from msdcli.data.digits import Digits
-
-    data = Digits()
+    data = Digits(DigitsSettings())
     first = data.images([int((data.labels(range(50)) == 0).nonzero()[0])])
     assert np.abs(pixels.astype(float) - (first[0, 0].numpy() + 1) * 127.5).max() <= 1
