@@ -66,6 +66,7 @@ def render(runs: Sequence[Facts], pictures: Sequence[Any]) -> str:
         comparison=comparison,
         data=data,
         curve_table=charts.curve_table,
+        most=charts.POINTS,
         style=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
         script=Markup((PAGE / "page.js").read_text(encoding="utf-8")),
         made=time.strftime("%Y-%m-%d %H:%M %Z"),

@@ -89,9 +89,11 @@ def draw(facts: Facts, *, budget: int) -> Pictures:
     rows = studio.rows([c for part in chosen for c in part], POINTS if facts.planar else columns)
     for k, (part, some) in enumerate(zip(parts, chosen, strict=True)):
         classes = [some[i % len(some)] for i in range(POINTS if facts.planar else columns)]
-        found.galleries.append(
-            Gallery(k, [rows[c] for c in some], len(part) - len(some), studio.stages(k, classes), classes)
-        )
+        mine, stages = [rows[c] for c in some if rows[c].strips], studio.stages(k, classes)
+        if mine or stages:
+            found.galleries.append(Gallery(k, mine, len(part) - len(mine), stages, classes))
+    if not found.galleries:
+        found.notes.append("There are no samples to draw yet.")
     return found
 
 
@@ -146,9 +148,13 @@ class Studio:
         try:
             yield
         except UserError as error:
-            self.notes.append(f"{what}: {error.message}.")
+            self._note(f"{what}: {error.message.rstrip('.')}.")
         except OSError as error:
-            self.notes.append(f"{what}: {error.strerror or error}.")
+            self._note(f"{what}: {error.strerror or error}.")
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
 
     @property
     def image_bytes(self) -> int:
@@ -166,7 +172,8 @@ class Studio:
             if self.data is not None:
                 strips.append(strip("data", self._real(c, count)))
             if theirs is not None and len(theirs[i]):
-                strips.append(strip("teacher", theirs[i]))
+                with self._noting("No samples of the teacher"):
+                    strips.append(strip("teacher", theirs[i]))
             if self.newest[owner[c]] is not None:
                 drawn = self.students.sample([c] * count, seed=SEED, first=c * count)
                 strips.append(strip(f"student {owner[c]}", drawn))
@@ -182,7 +189,8 @@ class Studio:
         if self.newest[number] is not None:
             self.students.put(number, *self.newest[number])
         if found and self.teacher is not None and (theirs := self._same_noise(classes)) is not None:
-            found.append(strip(f"teacher, {self.facts.evaluations} evaluations", theirs))
+            with self._noting("No samples of the teacher"):
+                found.append(strip(f"teacher, {self.facts.evaluations} evaluations", theirs))
         return found
 
     def _newest(self, number: int) -> tuple[Denoiser, float] | None:
@@ -253,9 +261,7 @@ class Studio:
             return True
         flops = estimate.forward_flops(copy.deepcopy(self.teacher).to("meta")) * self.facts.evaluations * images
         if flops > TEACHER_FLOPS:
-            note = "The teacher's samples from the same noise are left out: they would take this CPU too long."
-            if note not in self.notes:
-                self.notes.append(note)
+            self._note("Samples of the teacher that the run did not keep are left out: they take this CPU too long.")
         return flops <= TEACHER_FLOPS
 
 
@@ -269,6 +275,8 @@ def strip(what: str, samples: Tensor) -> Strip:
 
 def images(what: str, samples: Tensor) -> Strip:
     """Draw images [count, channels, height, width] in a row, with a transparent gap between them."""
+    if samples.shape[1] not in (1, 3):
+        raise UserError(f"samples of {samples.shape[1]} channels are no pictures")
     if max(samples.shape[-2:]) > SIDE:
         scale = SIDE / max(samples.shape[-2:])
         size = [max(1, round(s * scale)) for s in samples.shape[-2:]]

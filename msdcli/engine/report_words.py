@@ -163,15 +163,18 @@ def _cautions(result: dict[str, Any]) -> list[str]:
 
 
 def _health(facts: Facts) -> list[str]:
-    found = []
+    found, skipped = list[str](), dict[str, float]()
     for training in facts.trainings:
-        curves = training.curves()
-        for name, points in curves.items():
-            where = f"{training.who}, {training.stage.objective}"
-            if "skipped" in name.split(".") and (total := sum(v for _, v in points)) > 0:
-                found.append(f"{where}: {total:.0f} updates were skipped because they were not finite.")
-            if name.startswith("losses.") and any(not math.isfinite(v) for _, v in points):
+        where = f"{training.who}, {training.stage.objective}"
+        for name, points in training.curves().items():
+            if "skipped" in name.split("."):
+                skipped[where] = skipped.get(where, 0) + sum(value for _, value in points)
+            if name.startswith("losses.") and any(not math.isfinite(value) for _, value in points):
                 found.append(f"{where}: the loss {name.removeprefix('losses.')} was not finite.")
+    most = sorted((where for where in skipped if skipped[where]), key=lambda where: -skipped[where])
+    if most:
+        total, first = sum(skipped.values()), f"{most[0]} ({skipped[most[0]]:.0f})"
+        found.append(f"{total:.0f} updates were skipped because they were not finite, most of them by {first}.")
     return found
 
 
