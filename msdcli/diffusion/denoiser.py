@@ -91,7 +91,7 @@ def karras_draw(u: Tensor, span: Sequence[float], *, num: int = 1000) -> Tensor:
 
 def one_step(net: nn.Module, z: Tensor, sigma_init: float, condition: Tensor | None) -> Tensor:
     """The generator G(z, c) = D(sigma_init z, sigma_init, c): one network evaluation."""
-    sigma = torch.full((len(z),), sigma_init, device=z.device)
+    sigma = torch.full((z.shape[0],), sigma_init, device=z.device)  # not len(z): an export keeps the batch open
     return net(sigma_init * z, sigma, condition)
 
 

@@ -66,7 +66,8 @@ class FromDiffusers(Denoiser):
     def timestep(self, sigma: Tensor) -> Tensor:
         """The (fractional) step of the schedule with noise level `sigma` [n]."""
         log = sigma.clamp(min=1e-20).log()
-        above = torch.searchsorted(self.log_sigmas, log).clamp(1, len(self.log_sigmas) - 1)
+        # torch.searchsorted by counting, for exports: ONNX has no such operator.
+        above = (self.log_sigmas < log[:, None]).sum(1).clamp(1, len(self.log_sigmas) - 1)
         low, high = self.log_sigmas[above - 1], self.log_sigmas[above]
         return above - 1 + ((log - low) / (high - low)).clamp(0, 1)
 

@@ -71,13 +71,13 @@ class Preconditioned(ExactBuffers, Denoiser):
         """One-hot rows [n, num_classes] float32 for the images `x`, or None where there are no classes."""
         if not self.num_classes:
             return None
-        rows = x.new_zeros(len(x), self.num_classes)
+        rows = x.new_zeros(x.shape[0], self.num_classes)
         if condition is None:
             return rows
         if condition.is_floating_point():
             assert condition.shape == rows.shape, f"one-hot rows {list(condition.shape)}, not {list(rows.shape)}"
             return condition.to(torch.float32)
-        numbers = condition.reshape(-1, 1).expand(len(x), 1)
+        numbers = condition.reshape(-1, 1).expand(x.shape[0], 1)
         return rows.scatter(1, numbers.clamp(min=0), (numbers >= 0).to(rows.dtype))
 
 
