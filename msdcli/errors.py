@@ -36,6 +36,10 @@ class ElsewhereError(Exception):
         self.code = code
 
 
+class MismatchError(Exception):
+    """What was made is not what it was made from; says by how much."""
+
+
 class WorkerError(Exception):
     """A worker process failed for no reason that the user gave; carries what it printed."""
 
@@ -67,6 +71,8 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
         return FAILED, f"{error.strerror or error}{_file(error)}", _RESUME
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return FAILED, "out of memory", f"a smaller batch (stages.0.batch=...) needs less; {_RESUME}"
+    if isinstance(error, MismatchError):
+        return FAILED, str(error), None
     if isinstance(error, WorkerError):
         return FAILED, str(error), _RESUME
     return FAILED, f"{type(error).__name__}: {error}", "MSD_DEBUG=1 shows where; please report it"

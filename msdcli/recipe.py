@@ -7,6 +7,9 @@ torch.
 
 from __future__ import annotations
 
+import copy
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -525,11 +528,46 @@ def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     document = recipe_yaml.Document.read(path)
     for override in overrides or []:
         document.override(override)
+    return _named(validate(document), path, source)
+
+
+def load_any(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """Return the recipe meant by a file, a run, a name, a dictionary or a Recipe, with overrides given as values.
+
+    An override that is a dictionary is merged into its section; keys may be dotted. Errors are those of `load`.
+    """
+    path: Path | None = None
+    if isinstance(source, Recipe):
+        document = recipe_yaml.Document(source.dump(), "the recipe", {})
+    elif isinstance(source, Mapping):
+        document = recipe_yaml.Document(copy.deepcopy(dict(source)), "the recipe", {})
+    else:
+        source = os.fspath(source)
+        path = find(source)
+        document = recipe_yaml.Document.read(path)
+    for keys, value in _flat(overrides, ()):
+        document.set(keys, value, f"override '{'.'.join(keys)}={value}'")
     recipe = validate(document)
+    if recipe.name is None and path is None:
+        raise UserError("the recipe has no name", hint='a key "name" names the run')
+    return recipe if path is None else _named(recipe, path, str(source))
+
+
+def _flat(overrides: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tuple[list[str], Any]]:
+    for key, value in overrides.items():
+        keys = (*prefix, *str(key).split("."))
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, keys)
+        else:
+            yield list(keys), copy.deepcopy(value)
+
+
+def _named(recipe: Recipe, path: Path, source: str | Path) -> Recipe:
+    """Fill in what the place of a recipe says: its name, and where a run directory has been moved to."""
     if recipe.name is None:
         recipe = recipe.model_copy(update={"name": path.stem})
     if path.name == "recipe.yaml" and Path(source).is_dir():
-        recipe = recipe.model_copy(update={"run": str(source)})  # wherever the run directory has been moved to
+        recipe = recipe.model_copy(update={"run": str(source)})
     return recipe
 
 

@@ -121,6 +121,25 @@ def _temporary(path: Path) -> tuple[int, Path]:
         os.close(handle)
 
 
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` to fill; at the end it takes the place of `folder`, or is removed."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        yield place
+        os.chmod(place, 0o777 & ~_umask())
+        before = place.with_suffix(".old")
+        if folder.exists():
+            os.replace(folder, before)
+        os.replace(place, folder)
+        _sync_folder(folder.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one piece."""
     with writing(path) as temporary:

@@ -12,3 +12,16 @@ Overrides = Annotated[
 Run = Annotated[Path, typer.Argument(help="A run directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes in `2GB`, `512MiB` or `1000`. UserError for anything else."""
+    import re
+
+    from msdcli.errors import UserError
+
+    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?) ?([kmgt]?i?)b?", text.strip().lower())
+    if found is None or found[2] not in units or float(found[1]) <= 0:
+        raise UserError(f"{text!r} is no amount of memory", hint="for instance 2GB or 512MiB")
+    return int(float(found[1]) * units[found[2]])

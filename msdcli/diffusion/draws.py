@@ -146,3 +146,33 @@ class Draws:
 
     def _generator(self, purpose: str) -> Generator:
         return generator(*self.key, self.turn, purpose, device=self.source.device)
+
+
+class Batch(Draws):
+    """The draws of one turn in a loop of your own: your images and their classes, noise from torch's generator.
+
+    `y` [batch, *shape] float32 and `c` [batch] int64 are real images; conditions of samples are `c` too. `pairs` is
+    (z, y, c) of the teacher, for objectives that use them. Make one for every turn.
+    """
+
+    def __init__(self, y: Tensor, c: Tensor, *, pairs: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+        self.y, self.c, self.batch, self._pairs = y, c, len(y), pairs
+
+    def of_step(self) -> Draws:
+        return self
+
+    def normal(self, purpose: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        return torch.randn(self.batch, *(self.y.shape[1:] if shape is None else shape), device=self.y.device)
+
+    def uniform(self, purpose: str) -> Tensor:
+        return torch.rand(self.batch, device=self.y.device)
+
+    def real(self) -> tuple[Tensor, Tensor]:
+        return self.y, self.c
+
+    def labels(self, how: str) -> Tensor:
+        return self.c
+
+    def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._pairs is not None, "this objective needs the teacher's pairs"
+        return self._pairs

@@ -10,7 +10,7 @@ from typing import Any
 from msdcli.data.images import Images, content_hash, open_images
 from msdcli.engine import distributed, features, groups
 from msdcli.engine.events import Report
-from msdcli.engine.fid import Options
+from msdcli.engine.fid import Measurement, Options, Row
 from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet, collect
 from msdcli.metrics.inception import FeatureNetwork, open_network
@@ -91,6 +91,21 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
         "reference_sha256": content_hash(features.find_reference(request.reference)),
     }
     return result | {"protocol": network.protocol, "record": result["record"] | sides}
+
+
+def measurement(request: Request, report: Report) -> Measurement:
+    """Return the same figures in the form that a run's have; the line of the whole is `images`."""
+    result = compare(request, report)
+    assert result is not None, "one process alone has the result"
+    values = {name: value for name, value in result.items() if isinstance(value, float)}
+    counts = result["record"]["count"], result["record"]["reference_count"]
+    rows = [Row("images", "whole", *counts, values, result["intervals"])]
+    rows += [
+        Row("images", name, group["count"], group["reference_count"], {"fid": group["fid"]})
+        for name, group in result["groups"].items()
+        if group["fid"] is not None
+    ]
+    return Measurement("fid", result["protocol"], rows, result["record"] | {"warnings": result["warnings"]})
 
 
 def _classes(source: Images) -> set[int]:

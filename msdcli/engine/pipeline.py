@@ -60,6 +60,10 @@ class Outcome:
     grid: Path | None
     unfinished: list[int]
 
+    def __fspath__(self) -> str:
+        """The run directory, wherever a path is asked for."""
+        return str(self.run.root)
+
 
 def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Dataset:
     """Build everything once, small and without writing: UserError now is better than after an hour. Return the data.

@@ -27,7 +27,8 @@ BUNDLE = "bundle.json"
 class Students:
     """K one-step students behind one router; a student's weights are read when it is first asked.
 
-    `autoencoder` is the folder of what makes pictures of their samples, where those are latents.
+    `autoencoder` is the folder of what makes pictures of their samples, where those are latents. At most `max_resident`
+    students stay in memory (all of them if None): the one that was asked least recently goes first.
     """
 
     def __init__(
@@ -37,23 +38,26 @@ class Students:
         class_names: list[str],
         device: torch.device,
         autoencoder: Path | None = None,
+        max_resident: int | None = None,
     ) -> None:
         self.folders = list(folders)
         self.partition = partition
         self.class_names = class_names
         self.device = device
         self.autoencoder = autoencoder
+        self.max_resident = max_resident
         self._decoder: Autoencoder | None = None
         self._loaded: dict[int, tuple[Denoiser, float]] = {}
 
     def sample(
-        self, classes: Sequence[int], *, seed: int = 0, first: int = 0, batch: int = 500, latents: bool = False
+        self, classes: Sequence[int | str], *, seed: int = 0, first: int = 0, batch: int = 500, latents: bool = False
     ) -> Tensor:
         """Return one sample per entry of `classes`, float32 [len(classes), *shape] on the CPU, one evaluation each.
 
-        Sample number `first + i` depends on `seed`, its number and its class alone. Students of a latent teacher give
-        pictures too; with `latents`, what they make before it is decoded.
+        Classes are numbers or names. Sample number `first + i` depends on `seed`, its number and its class alone.
+        Students of a latent teacher give pictures too; with `latents`, what they make before it is decoded.
         """
+        classes = class_numbers(classes, self.class_names)
         samples: Tensor | None = None
         numbers = range(first, first + len(classes))
         for at, y in self.stream(classes, seed=seed, batch=batch, numbers=numbers, latents=latents):
@@ -81,12 +85,17 @@ class Students:
         if unknown := [c for c in classes if not 0 <= c < len(self.class_names)]:
             raise UserError(f"class {unknown[0]} does not exist: there are 0 to {len(self.class_names) - 1}")
         for number, positions in self.partition.route(classes).items():
-            net, sigma_init = self.student(number)
+            net, _ = self.student(number)
             for at in (positions[i : i + batch] for i in range(0, len(positions), batch)):
                 z = image_noise(seed, [numbers[i] for i in at], net.shape).to(self.device)
                 c = torch.tensor([classes[i] for i in at], device=self.device)
-                y = one_step(net, z, sigma_init, c).float()
+                y = self.generate(number, z, c)
                 yield at, y if latents else self.decode(y)
+
+    def generate(self, number: int, z: Tensor, c: Tensor) -> Tensor:
+        """Return what student `number` makes of unit noise `z` and class numbers `c`, float32; it may be latents."""
+        net, sigma_init = self.student(number)
+        return one_step(net, z, sigma_init, c).float()
 
     def decode(self, y: Tensor) -> Tensor:
         """Return the pictures of a student's samples: the samples themselves, unless they are latents."""
@@ -110,6 +119,9 @@ class Students:
             except (KeyError, TypeError, ValueError):
                 raise UserError(f"{folder} is not a one-step student: its model.json names no sigma_init") from None
             self._loaded[number] = net.to(self.device), sigma_init
+        self._loaded[number] = self._loaded.pop(number)  # the last one asked is the last in line
+        while self.max_resident is not None and len(self._loaded) > self.max_resident:
+            del self._loaded[next(iter(self._loaded))]
         return self._loaded[number]
 
 
@@ -217,12 +229,19 @@ def save_npz(path: Path, images: Tensor, classes: Sequence[int], *, pixels: bool
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
     """Return the class numbers in `3,7` (numbers, or names of the data's classes). UserError for anything else."""
+    return class_numbers([word.strip() for word in text.split(",")], class_names)
+
+
+def class_numbers(classes: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
+    """Return the numbers of classes that are given by number, by name, or by a number as text."""
     found = []
-    for word in (w.strip() for w in text.split(",")):
-        number = class_names.index(word) if word in class_names else int(word) if word.isdecimal() else -1
-        if not 0 <= number < len(class_names):
-            raise UserError(f"class {word!r} does not exist: there are {', '.join(class_names[:20])}")
-        found.append(number)
+    for c in classes:
+        number = c
+        if isinstance(c, str):
+            number = class_names.index(c) if c in class_names else int(c) if c.isdecimal() else -1
+            if not 0 <= number < len(class_names):
+                raise UserError(f"class {c!r} does not exist: there are {', '.join(class_names[:20])}")
+        found.append(int(number))
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from msdcli.nets.unet_taps import (
     is_box,
     resample,
 )
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -263,6 +266,31 @@ def round_gains(net: EDM2UNet) -> None:
     for gain, layer in layers:
         root = math.sqrt(layer.weight[0].numel())
         gain.copy_((gain.to(torch.float16) / root).to(torch.float32) * root)
+
+
+class BakedConv(nn.Module):
+    """An MPConv that will not be trained: the weight is normalised once and for all, a gain scales the output."""
+
+    weight: Tensor
+
+    def __init__(self, layer: MPConv) -> None:
+        super().__init__()
+        w = normalize(layer.weight.detach().to(torch.float32), layer.over)
+        self.register_buffer("weight", w / math.sqrt(w[0].numel()))
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+        w = self.weight.to(x.dtype)
+        y = F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
+        return y if isinstance(gain, float) and gain == 1 else y * gain
+
+
+def bake(net: Module) -> Module:
+    """Replace every MPConv inside `net`, in place, by what it is without training; return `net`."""
+    for parent in list(net.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, MPConv):
+                parent.add_module(name, BakedConv(child))
+    return net
 
 
 class EDM2(Preconditioned):

@@ -1,4 +1,34 @@
-"""Distribution matching (DMD, Yin et al. 2024, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
+"""Distribution matching (DMD, Yin et al. 2024, arXiv 2311.18828; DMD2, arXiv 2405.14867).
+
+In a loop of your own, with your network (called as `net(c_in * x, c_noise, condition)`), optimizers and batches:
+
+>>> import copy
+>>> import torch
+>>> from msdcli.diffusion.denoiser import Denoiser, one_step
+>>> from msdcli.diffusion.draws import Batch
+>>> from msdcli.objectives.dm import DistributionMatching
+>>> from msdcli.recipe import DmSettings
+>>> class Net(torch.nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.inner, self.outer = torch.nn.Linear(2 + 1 + 4, 64), torch.nn.Linear(64, 2)
+...     def forward(self, x, c_noise, c):
+...         h = torch.cat([x, c_noise[:, None], torch.nn.functional.one_hot(c, 4)], dim=1)
+...         return self.outer(torch.nn.functional.silu(self.inner(h)))
+>>> loader = [(torch.randn(32, 2), torch.randint(4, (32,))) for _ in range(3)]
+>>> teacher = Denoiser(Net(), shape=(2,), num_classes=4)  # trained, one hopes
+>>> objective = DistributionMatching(DmSettings(pairs="none"), copy.deepcopy(teacher), teacher)
+>>> optimizers = {name: torch.optim.AdamW(net.parameters(), lr=1e-3) for name, net in objective.nets.items()}
+>>> for step, (y, c) in enumerate(loader):
+...     for names, loss in objective.turns(step):
+...         loss(Batch(y, c)).mean().backward()
+...         for name in names:
+...             optimizers[name].step()
+...         for optimizer in optimizers.values():
+...             optimizer.zero_grad()
+>>> one_step(objective.student, torch.randn(5, 2), objective.settings.sigma_init, torch.arange(5) % 4).shape
+torch.Size([5, 2])
+"""
 
 from __future__ import annotations
 

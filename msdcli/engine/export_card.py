@@ -1,0 +1,151 @@
+"""The model card of an export: README.md as the Hub reads it, with what was measured and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from msdcli.engine import checkpoint
+from msdcli.rundir import read_json, write_text
+
+if TYPE_CHECKING:
+    from msdcli.engine.export import Given, Written
+
+TASK = {"type": "unconditional-image-generation", "name": "class-conditional image generation in one step"}
+CARD = """# {name}: {count} one-step students
+
+Distilled with msd from one diffusion teacher by {stages}. Every class belongs to one student; a sample costs one
+network evaluation{size}.
+
+```python
+{usage}```
+
+{checked}
+
+## Students
+
+{students}
+"""
+
+
+def write(given: Given, written: Written, record: dict[str, Any], folder: Path) -> None:
+    """Write README.md; `folder` is where the export will be."""
+    recipe, measured = given.run.recipe(), _measured(given, record)
+    pictures = len(given.shape) == 3
+    text = CARD.format(
+        name=record["name"],
+        count=len(given.students.folders),
+        stages=", ".join(stage.objective for stage in recipe.stages),
+        size=f"; images are {' x '.join(map(str, given.shape))} in [-1, 1]" if pictures else "",
+        usage=written.usage.replace("{folder}", str(folder)),
+        checked=_checked(record),
+        students=_students(given),
+    )
+    sections = [_results(measured), _distance(record), _speed(record)]
+    header = yaml.safe_dump(_header(given, written, record, measured), sort_keys=False, allow_unicode=True)
+    write_text(given.folder / "README.md", f"---\n{header}---\n\n{text}" + "".join(s for s in sections if s))
+
+
+def _header(
+    given: Given, written: Written, record: dict[str, Any], measured: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    data = given.run.recipe().data.name
+    header: dict[str, Any] = {} if given.options.license is None else {"license": given.options.license}
+    header |= {
+        "library_name": written.library,
+        "pipeline_tag": TASK["type"],
+        "tags": ["diffusion", "distillation", "one-step", "multi-student-distillation", record["kind"]],
+    }
+    if measured:
+        results = [_result(line) for line in measured]
+        described = {"task": TASK, "dataset": {"name": data, "type": data}, "metrics": results}
+        header["model-index"] = [{"name": record["name"], "results": [described]}]
+    return header
+
+
+def _result(line: dict[str, Any]) -> dict[str, Any]:
+    how = {k: line[k] for k in ("protocol", "samples", "reference_samples", "weights_sha256", "students_sha256")}
+    return {"type": line["metric"], "name": line["metric"], "value": line["value"], "args": how}
+
+
+def _measured(given: Given, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The first figure of every measurement of these very weights."""
+    lines = []
+    for path in given.run.results():
+        stored = read_json(path)
+        if stored["students_sha256"] != record["students_sha256"]:
+            continue
+        rows = {row["who"]: row for row in stored["rows"] if row["group"] == "whole"}
+        line = {
+            "metric": stored["metric"],
+            "value": round(rows["students"]["values"][stored["metric"]], 6),
+            "teacher": rows["teacher"]["values"].get(stored["metric"]) if "teacher" in rows else None,
+            "protocol": stored["protocol"],
+            "samples": stored["samples"],
+            "reference_samples": rows["students"]["reference"],
+            "weights_sha256": stored["network"].get("weights_sha256"),
+            "students_sha256": stored["students_sha256"],
+        }
+        lines.append(line)
+    return lines
+
+
+def _checked(record: dict[str, Any]) -> str:
+    return (
+        f"Compared with the run it comes from on {record['compared']} samples of all students: the largest difference "
+        f"is {record['max_difference']:.3g} (allowed: {record['tolerance']:.3g})."
+    )
+
+
+def _students(given: Given) -> str:
+    names, rows = given.students.class_names, []
+    for k, (part, folder) in enumerate(zip(given.students.partition.parts, given.students.folders, strict=True)):
+        card = read_json(folder / checkpoint.MODEL)
+        shown = ", ".join(names[c] for c in part[:20]) + (f" and {len(part) - 20} more" if len(part) > 20 else "")
+        rows.append([str(k), shown.replace("|", "\\|"), f"{card['parameters']:,}", f"`{card['sha256'][:16]}`"])
+    return _table(["student", "classes", "parameters", "sha256 of the trained weights"], rows)
+
+
+def _results(measured: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [
+            line["metric"],
+            f"{line['value']:.4g}",
+            "" if line["teacher"] is None else f"{line['teacher']:.4g}",
+            f"{line['samples']:,} against {line['reference_samples'] or 0:,}",
+            f"{line['protocol']}; weights `{(line['weights_sha256'] or 'none')[:16]}`",
+        ]
+        for line in measured
+    ]
+    said = "Measured on the trained weights, before the export. Other protocols or counts give other numbers.\n\n"
+    columns = ["metric", "students", "teacher", "samples", "protocol"]
+    return f"\n## Results\n\n{said}{_table(columns, rows)}\n" if rows else ""
+
+
+def _distance(record: dict[str, Any]) -> str:
+    distance = record.get("distance")
+    if "precision" not in record or not distance:
+        return ""
+    precision = record["precision"]
+    return (
+        f"\n## What {precision} costs\n\n{distance['metric']} from {distance['samples']:,} samples: "
+        f"{distance['float32']:.4g} in float32, {distance[precision]:.4g} in {precision}.\n"
+    )
+
+
+def _speed(record: dict[str, Any]) -> str:
+    rows = [
+        [str(r["batch"]), r["resident"], f"{r['milliseconds']:.3g}", f"{r['images_per_second']:,.3g}"]
+        for r in record.get("speed", [])
+    ]
+    columns = ["images per request", "students in memory", "milliseconds (median)", "images/s"]
+    said = "Routing included, on the machine that wrote this.\n\n"
+    return f"\n## Speed\n\n{said}{_table(columns, rows)}\n" if rows else ""
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

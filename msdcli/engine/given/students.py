@@ -1,0 +1,131 @@
+"""One-step students behind one router, for a folder that `msd export` wrote (format onnx or torch).
+
+Needs numpy, and onnxruntime or torch; msd itself is not needed.
+
+    from students import Students
+
+    students = Students()                      # max_resident=2, or memory=4 * 2**30, bounds what is held at once
+    images = students.sample([3, 7], seed=0)   # float32 [2, *shape]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Student = Callable[[np.ndarray, np.ndarray], np.ndarray]  # unit noise [n, *shape], classes [n] int64 -> images
+
+
+class Students:
+    """Every class belongs to one student, which is loaded when it is first asked.
+
+    With `max_resident` (a number) or `memory` (bytes of model files) the one asked least recently makes room. Where
+    the models run: `device` (torch: cpu, cuda, ...) or `providers` (ONNX Runtime's).
+    """
+
+    def __init__(
+        self,
+        folder: Path | str | None = None,
+        *,
+        max_resident: int | None = None,
+        memory: int | None = None,
+        device: str = "cpu",
+        providers: Sequence[str] | None = None,
+    ) -> None:
+        self.folder = Path(__file__).parent if folder is None else Path(folder)
+        self.record: dict[str, Any] = json.loads((self.folder / "export.json").read_text(encoding="utf-8"))
+        parts = json.loads((self.folder / "partition.json").read_text(encoding="utf-8"))["parts"]
+        self.owner = {c: k for k, part in enumerate(parts) for c in part}
+        self.shape: tuple[int, ...] = tuple(self.record["shape"])
+        self.class_names: list[str] = self.record["class_names"]
+        self.max_resident, self.memory = max_resident, memory
+        self.device, self.providers = device, providers
+        self.resident: dict[int, Student] = {}  # the last one asked is the last in line
+
+    def sample(self, classes: Sequence[int | str], *, seed: int = 0) -> np.ndarray:
+        """Return one image per class number or name. Image i depends on the seed, i and its class alone."""
+        numbers = [self.class_names.index(c) if isinstance(c, str) else c for c in classes]
+        return self.generate(self.noise(seed, len(numbers)), numbers)
+
+    def generate(self, z: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+        """Return what the classes' students make of unit noise `z` [n, *shape]: one network evaluation each."""
+        for c in classes:
+            if c not in self.owner:
+                raise ValueError(f"class {c} does not exist: there are 0 to {len(self.owner) - 1}")
+        labels = np.asarray(classes, np.int64)
+        owners = np.asarray([self.owner[int(c)] for c in labels])
+        images, largest = np.empty((len(labels), *self.shape), np.float32), self.record["max_batch"]
+        for number in dict.fromkeys(owners.tolist()):
+            at = np.flatnonzero(owners == number)
+            for part in (at[i : i + largest] for i in range(0, len(at), largest)):
+                images[part] = self.student(number)(z[part].astype(np.float32), labels[part])
+        return images
+
+    def noise(self, seed: int, count: int) -> np.ndarray:
+        """Unit noise [count, *shape]. With torch it is what `msd sample` draws; numpy alone draws other numbers."""
+        if self.record["kind"] == "torch":
+            import torch
+
+            generators = [torch.Generator().manual_seed(_derive("image", seed, i)) for i in range(count)]
+            return np.stack([torch.randn(self.shape, generator=g).numpy() for g in generators])
+        return np.stack(
+            [np.random.default_rng([seed, i]).standard_normal(self.shape, np.float32) for i in range(count)]
+        )
+
+    def student(self, number: int) -> Student:
+        """Return student `number`, from memory or from its file."""
+        if number in self.resident:
+            self.resident[number] = self.resident.pop(number)
+            return self.resident[number]
+        self._make_room(number)
+        path = self.folder / self.record["students"][number]["file"]
+        opener = _open_torch if self.record["kind"] == "torch" else _open_onnx
+        self.resident[number] = opener(path, self)
+        return self.resident[number]
+
+    def _make_room(self, number: int) -> None:
+        sizes = [student["bytes"] for student in self.record["students"]]
+        while self.resident and (
+            (self.max_resident is not None and len(self.resident) >= self.max_resident)
+            or (self.memory is not None and sum(sizes[k] for k in [*self.resident, number]) > self.memory)
+        ):
+            del self.resident[next(iter(self.resident))]
+
+
+def _open_onnx(path: Path, wanted: Students) -> Student:
+    import onnxruntime
+
+    providers = wanted.providers or onnxruntime.get_available_providers()
+    session = onnxruntime.InferenceSession(path, providers=list(providers))
+    return lambda z, labels: session.run(["images"], {"z": z, "labels": labels})[0]
+
+
+def _open_torch(path: Path, wanted: Students) -> Student:
+    import torch
+
+    if path.name.endswith(".aot.pt2"):  # compiled for the device that it was exported on
+        module = torch._inductor.aoti_load_package(str(path))
+    else:
+        program = torch.export.load(path)
+        if wanted.device != "cpu":
+            from torch.export.passes import move_to_device_pass
+
+            program = move_to_device_pass(program, wanted.device)
+        module = program.module()
+
+    def student(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            images = module(torch.from_numpy(z).to(wanted.device), torch.from_numpy(labels).to(wanted.device))
+        return images.cpu().numpy()
+
+    return student
+
+
+def _derive(*parts: int | str) -> int:
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
