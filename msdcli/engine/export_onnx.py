@@ -15,7 +15,8 @@ from msdcli.engine.export_torch import MAX_BATCH, program
 from msdcli.errors import UserError
 
 if TYPE_CHECKING:
-    from msdcli.diffusion.denoiser import Denoiser
+    from torch.export import ExportedProgram
+
     from msdcli.engine import sample
     from msdcli.engine.export import Given, Written
 
@@ -38,13 +39,13 @@ def write(given: Given) -> Written:
     files = []
     for k, (net, sigma_init) in enumerate(given.each()):
         path = given.folder / "students" / str(k) / "model.onnx"
-        write_graph(net, sigma_init, path, given.options.precision)
+        write_graph(program(net, sigma_init), path, given.options.precision)
         files.append(path)
     record = {"opset": OPSET, "precision": given.options.precision, "max_batch": MAX_BATCH}
     return export.with_router(given, "onnx", files, record)
 
 
-def write_graph(net: Denoiser, sigma_init: float, path: Path, precision: str) -> None:
+def write_graph(traced: ExportedProgram, path: Path, precision: str) -> None:
     """Write one student: inputs `z` [n, *shape] float32 and `labels` [n] int64, output `images` float32.
 
     In float16 the layers' products are float16 and all between them float32. In int8 the weights alone are, each output
@@ -58,7 +59,7 @@ def write_graph(net: Denoiser, sigma_init: float, path: Path, precision: str) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own, about themselves
         converted = torch.onnx.export(
-            program(net, sigma_init),
+            traced,
             dynamo=True,
             opset_version=OPSET,
             verbose=False,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msdcli.engine import export, export_onnx
+from msdcli.engine.export_torch import program
 from msdcli.rundir import write_json, write_text
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def write(given: Given) -> Written:
     for k, (net, sigma_init) in enumerate(given.each()):
         name = f"{router}_student_{k}"
         path = given.folder / name / "1" / "model.onnx"
-        export_onnx.write_graph(net, sigma_init, path, given.options.precision)
+        export_onnx.write_graph(program(net, sigma_init), path, given.options.precision)
         write_text(given.folder / name / "config.pbtxt", STUDENT.format(name=name, batch=MAX_BATCH, dims=dims))
         files.append(path)
     _write_router(given, router, dims)

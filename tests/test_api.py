@@ -1,0 +1,123 @@
+"""The verbs as functions, and a loss without the engine."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import msdcli
+from msdcli.diffusion.denoiser import Denoiser, one_step
+from msdcli.diffusion.draws import Batch
+from msdcli.errors import UserError
+from msdcli.objectives import cd, dm, edm
+from msdcli.recipe import CdSettings, EdmSettings, load, load_any
+from tests.conftest import Msd
+
+
+def test_from_a_recipe_to_samples_and_figures_in_python(tiny: Path, msd: Msd, capsys: pytest.CaptureFixture) -> None:
+    run = msdcli.distill(tiny, seed=3, teacher={"solver": {"steps": 3}}, **{"stages.0.steps": 2})
+    assert capsys.readouterr() == ("", "")
+    assert run.run.recipe().seed == 3 and run.run.recipe().stages[0].steps == 2
+    assert run.run.recipe().teacher.solver.steps == 3 and run.run.recipe().teacher.network.channels == 16
+    images = msdcli.sample(run, [3, "moons"], seed=5)
+    assert torch.equal(images, msdcli.load(run).sample([3, 2], seed=5))
+    measured = msdcli.fid(run, samples=100)
+    assert measured.whole("students")["l1_toy2d"] > 0 and measured.record["samples"] == 100
+    given = msdcli.export(run, out="given", bench=False)
+    assert torch.equal(msdcli.load(given["folder"]).sample([0, 7]), msdcli.load(run).sample([0, 7]))
+
+
+def test_progress_is_told_when_asked(tiny: Path, msd: Msd, capsys: pytest.CaptureFixture) -> None:
+    heard: list[Any] = []
+    msdcli.distill(tiny, only=1, report=heard.append)
+    assert any(getattr(event, "what", "") == "student 1 dm" for event in heard)
+    msdcli.distill(tiny, only=0, report=True)
+    assert "student 0 dm: 6/6 steps" in capsys.readouterr().err
+
+
+def test_a_recipe_is_a_file_a_name_a_dictionary_or_a_recipe(tiny: Path, tmp_path: Path) -> None:
+    digits = load("digits")
+    assert load_any("digits", {}) == digits == load_any(digits, {})
+    tree = {"name": "mine", "data": {"name": "digits"}, "stages": [{"objective": "dm"}]}
+    mine = load_any(tree, {"student": {"width": 0.5}, "stages.0.batch": 8})
+    assert (mine.student.width, mine.stages[0].batch, mine.name) == (0.5, 8, "mine")
+    assert tree["stages"] == [{"objective": "dm"}]
+    assert load_any(tiny, {"data": {"points": 900}}).data.points == 900
+    for wrong, said in (({"sede": 1}, "sede"), ({"stages.7.steps": 1}, "'7' does not name an item")):
+        with pytest.raises(UserError, match=said):
+            load_any("digits", wrong)
+    with pytest.raises(UserError, match="no name"):
+        load_any({k: v for k, v in tree.items() if k != "name"}, {})
+
+
+def test_options_that_do_not_exist_are_refused(finished: Path) -> None:
+    with pytest.raises(TypeError, match="no option 'smples'"):
+        msdcli.fid(finished, smples=3)
+    with pytest.raises(TypeError, match="no option 'precison'"):
+        msdcli.export(finished, precison="int8")
+    with pytest.raises(UserError, match="class 'moon' does not exist"):
+        msdcli.sample(finished, ["moon"])
+
+
+def test_a_limit_bounds_what_is_in_memory(finished: Path) -> None:
+    students = msdcli.load(finished)
+    wanted = students.sample([0, 7, 1, 6])
+    students.max_resident = 1
+    assert torch.equal(students.sample([0, 7, 1, 6]), wanted) and len(students._loaded) == 1
+
+
+def test_the_losss_example_runs() -> None:
+    result = doctest.testmod(dm)
+    assert result.attempted > 10 and result.failed == 0
+
+
+class Net(torch.nn.Module):
+    """Somebody else's network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(7, 64), torch.nn.Linear(64, 2)
+
+    def forward(self, x: torch.Tensor, c_noise: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        h = torch.cat([x, c_noise[:, None], torch.nn.functional.one_hot(c, 4)], dim=1)
+        return self.outer(torch.nn.functional.silu(self.inner(h)))
+
+
+def train(objective: Any, batches: int, lr: float, pairs: Any = None) -> list[float]:
+    """Somebody else's loop."""
+    optimizers = {name: torch.optim.Adam(net.parameters(), lr=lr) for name, net in objective.nets.items()}
+    losses = []
+    for step in range(batches):
+        c = torch.randint(4, (256,))
+        y = 0.1 * torch.randn(256, 2) + torch.stack([c % 2, c // 2], dim=1) - 0.5
+        for names, loss in objective.turns(step):
+            value = loss(Batch(y, c, pairs=pairs)).mean()
+            value.backward()
+            for name in names:
+                optimizers[name].step()
+            for optimizer in optimizers.values():
+                optimizer.zero_grad()
+        losses.append(value.item())
+    return losses
+
+
+def test_losses_learn_in_somebody_elses_loop() -> None:
+    """A teacher of four clusters, then a one-step student by consistency: samples land in their cluster."""
+    torch.manual_seed(0)
+    teacher = Denoiser(Net(), shape=(2,), num_classes=4)
+    losses = train(edm.DenoisingScoreMatching(EdmSettings(), teacher, None), 300, 3e-3)
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
+    student = Denoiser(Net(), shape=(2,), num_classes=4)
+    student.load_state_dict(teacher.state_dict())
+    settings = CdSettings(sigma_init=5.0, levels=8)
+    train(cd.ConsistencyDistillation(settings, student, teacher.requires_grad_(False)), 300, 1e-3)
+    c = torch.arange(400) % 4
+    with torch.no_grad():
+        y = one_step(student, torch.randn(400, 2), settings.sigma_init, c)
+    centres = torch.stack([c % 2, c // 2], dim=1) - 0.5
+    assert ((y - centres).abs().max(dim=1).values < 0.5).float().mean() > 0.9
