@@ -30,6 +30,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (("--version",), "msd 0."),
         (("recipes",), "toy"),
+        (("docs", "samples"), "# Samples"),
         (("recipes", "show", "digits"), "objective: dm"),
         pytest.param(("distill", "digits", "--dry-run"), "students:", marks=pytest.mark.slow),
     ],

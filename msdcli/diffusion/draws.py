@@ -156,7 +156,7 @@ class Batch(Draws):
     """
 
     def __init__(self, y: Tensor, c: Tensor, *, pairs: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
-        self.y, self.c, self.batch, self._pairs = y, c, len(y), pairs
+        self.y, self.c, self.batch, self.part, self._pairs = y, c, len(y), (0, 1), pairs
 
     def of_step(self) -> Draws:
         return self

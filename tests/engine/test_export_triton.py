@@ -1,4 +1,4 @@
-"""The model repository for Triton: its configurations follow the server's schema and describe the graphs beside them."""
+"""Triton's model repository: the configurations follow the server's schema and describe the graphs beside them."""
 
 from __future__ import annotations
 
