@@ -81,7 +81,7 @@ def fid(
     """Measure a run, or pictures against a reference, as `msd fid` does; returns the figures with their record.
 
     `fid(run).whole("students")["fd_digits"]`; of pictures `fid(a, b).whole("images")["fid"]`. `options` are the
-    command's: protocol, weights, samples, batch, workers, device, bootstrap, infinity, lean, save.
+    command's: protocol, weights, samples, batch, workers, device, bootstrap, infinity, lean, save, groups.
     """
     from msdcli.engine import fid as engine
     from msdcli.rundir import RunDir
@@ -89,6 +89,7 @@ def fid(
     _known(options, engine.Options.__dataclass_fields__, "fid")
     if options.get("weights") is not None:
         options["weights"] = Path(options["weights"])
+    options["groups"] = tuple(options.get("groups", ()))
     chosen = engine.Options(reference=None if reference is None else str(reference), **options)
     path = Path(images)
     with _reporting(report) as tell:

@@ -64,6 +64,16 @@ def test_options_that_do_not_exist_are_refused(finished: Path) -> None:
         msdcli.sample(finished, ["moon"])
 
 
+def test_pictures_in_files_are_measured_too(fixtures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = fixtures / "fid"
+    options = {"weights": folder / "inception-2015-12-05.pt", "samples": 24, "batch": 24}
+    found = msdcli.fid(folder / "a.zip", folder / "b.zip", **options)
+    row = found.row("images")
+    assert (row.samples, row.reference, found.protocol) == (24, 240, "clean")
+    assert 0 < row.values["fid"] < 1000 and len(found.record["weights_sha256"]) == 64
+
+
 def test_a_limit_bounds_what_is_in_memory(finished: Path) -> None:
     students = msdcli.load(finished)
     wanted = students.sample([0, 7, 1, 6])

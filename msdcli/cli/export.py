@@ -85,9 +85,8 @@ def _show(record: dict[str, Any], target: Path) -> None:
             f"{distance['metric']} of {distance['samples']:,} samples: {distance['float32']:.4f} in float32, "
             f"{low:.4f} in {record['precision']} ({distance['change']:+.4f})"
         )
-    count = len(record["students"]) if isinstance(record["students"], list) else record["students"]
+    difference = f"{record['max_difference']:.3g}, allowed {record['tolerance']:.3g}"
     console.say(
-        f"{count} students: {target} (largest difference from the run's samples: {record['max_difference']:.3g}, "
-        f"allowed {record['tolerance']:.3g})"
+        f"{len(record['students'])} students: {target} (largest difference from the run's samples: {difference})"
     )
     console.say(f"how to use it: {target / 'README.md'}   to the Hub's layout: msd push {target} --to FOLDER")

@@ -51,7 +51,8 @@ class Given:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(read_json(self.run.record_file)["shape"])
+        """The shape of what a student makes."""
+        return tuple(read_json(self.students.folders[0] / checkpoint.MODEL)["shape"])
 
     def each(self) -> Iterator[tuple[Denoiser, float]]:
         """Give every student and its noise level, one after the other."""
@@ -72,7 +73,7 @@ class Routed(Protocol):
 class Written:
     """What a format wrote: how to open it (with at most so many students, so many bytes), and what is said of it.
 
-    `usage` is Python that samples from it, for the card.
+    `usage` is Python that samples from it, for the card. Where not `limited`, all students are always in memory.
     """
 
     open: Callable[[int | None, int | None], Routed]
@@ -80,6 +81,7 @@ class Written:
     record: dict[str, Any] = field(default_factory=dict)
     tolerance: float = TOLERANCES["float32"]
     library: str = "msdcli"
+    limited: bool = True
 
 
 def export(
@@ -104,7 +106,6 @@ def export(
             "name": run.root.resolve().name,
             "class_names": students.class_names,
             "shape": list(given.shape),
-            "students": len(students.folders),
             "students_sha256": [read_json(f / checkpoint.MODEL)["sha256"] for f in students.folders],
         } | verify(given, written)
         record |= written.record
@@ -228,11 +229,7 @@ def with_router(
 ) -> Written:
     """Put the router beside the models: a file of Python that reads export.json and partition.json."""
     shutil.copyfile(router.__file__, given.folder / "students.py")
-    described = [
-        {"file": str(file.relative_to(given.folder)), "bytes": _size(file.parent), "sha256": file_hash(file)}
-        for file in files
-    ]
-    record = {"students": described} | record
+    record = {"students": described(given, files)} | record
     needed = {"shape": list(given.shape), "class_names": given.students.class_names, "kind": kind} | record
     write_json(given.folder / EXPORT, needed)  # what the router needs; the whole record follows
     return Written(
@@ -242,6 +239,14 @@ def with_router(
         tolerance=TOLERANCES[given.options.precision] if tolerance is None else tolerance,
         library={"torch": "torch"}.get(kind, kind),
     )
+
+
+def described(given: Given, files: Sequence[Path]) -> list[dict[str, Any]]:
+    """What the record says of every student: its file, the bytes of its folder, its hash."""
+    return [
+        {"file": str(file.relative_to(given.folder)), "bytes": _size(file.parent), "sha256": file_hash(file)}
+        for file in files
+    ]
 
 
 def _usage(given: Given) -> str:

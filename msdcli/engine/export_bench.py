@@ -25,7 +25,7 @@ def measure(given: Given, written: Written) -> list[dict[str, Any]]:
     limited = options.max_resident is not None or options.memory is not None
     most = options.max_resident if limited else 1
     cases: list[tuple[str, int | None, int | None]] = [("all", None, None)]
-    if len(partition.parts) > 1:
+    if len(partition.parts) > 1 and written.limited:
         cases.append((_limit(most, options.memory), most, options.memory))
     rows = []
     for resident, most_, memory in cases:

@@ -35,7 +35,9 @@ def write(given: Given) -> Written:
         f"images = students.sample(classes=[0, {last}], seed=0)  # float32 [2, {shape}]\n"
         "print(images.shape, students.class_names)\n"
     )
-    return export.Written(open=reopened, usage=usage, tolerance=0.0)
+    files = [given.folder / "students" / str(k) / checkpoint.WEIGHTS for k in range(len(given.students.folders))]
+    record = {"students": export.described(given, files)}
+    return export.Written(open=reopened, usage=usage, record=record, tolerance=0.0)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from msdcli.engine import checkpoint, export
 from msdcli.errors import UserError
+from msdcli.nets.diffusers_import import WEIGHTS
 from msdcli.rundir import read_json, write_text
 
 if TYPE_CHECKING:
@@ -63,7 +64,11 @@ def write(given: Given) -> Written:
     pipeline.save_pretrained(given.folder)
     last = len(given.students.class_names) - 1
     usage = USAGE + f"images = pipe(class_labels=[0, {last}]).images\nprint(images)\n"
-    return export.Written(open=lambda most, memory: Loaded(given.folder), usage=usage, library="diffusers")
+    files = [given.folder / name / WEIGHTS for name in names]
+    record = {"students": export.described(given, files)}
+    return export.Written(
+        open=lambda most, memory: Loaded(given.folder), usage=usage, record=record, library="diffusers", limited=False
+    )
 
 
 def timestep(net: Any, sigma_init: float) -> float:
