@@ -18,7 +18,7 @@ TASK = {"type": "unconditional-image-generation", "name": "class-conditional ima
 CARD = """# {name}: {count} one-step students
 
 Distilled with msd from one diffusion teacher by {stages}. Every class belongs to one student; a sample costs one
-network evaluation{size}.
+network evaluation{size}. With this folder called `{folder}`:
 
 ```python
 {usage}```
@@ -40,7 +40,8 @@ def write(given: Given, written: Written, record: dict[str, Any], folder: Path) 
         count=len(given.students.folders),
         stages=", ".join(stage.objective for stage in recipe.stages),
         size=f"; images are {' x '.join(map(str, given.shape))} in [-1, 1]" if pictures else "",
-        usage=written.usage.replace("{folder}", str(folder)),
+        folder=folder.name,
+        usage=written.usage.replace("{folder}", folder.name),
         checked=_checked(record),
         students=_students(given),
     )

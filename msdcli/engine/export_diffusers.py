@@ -91,7 +91,13 @@ class Loaded:
     """The pipeline as the library reads it back."""
 
     def __init__(self, folder: Path) -> None:
-        self.pipeline = pipeline_class(folder).from_pretrained(folder)
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()  # the library's own; the command has its progress already
+        try:
+            self.pipeline = pipeline_class(folder).from_pretrained(folder)
+        finally:
+            logging.enable_progress_bar()
 
     def generate(self, z: Any, classes: Sequence[int]) -> Tensor:
         images: Tensor = self.pipeline(classes, latents=torch.as_tensor(z), output_type="pt").images
