@@ -37,6 +37,9 @@ class Latents:
     ) -> None:
         self.pictures, self.shape, self.class_names = pictures, tuple(shape), pictures.class_names
         self.posterior, self.seed = posterior, seed
+        for name in ("prompts", "has_images", "text_hash"):  # of a data set whose conditions are texts
+            if hasattr(pictures, name):
+                setattr(self, name, getattr(pictures, name))
         self._moments = None if folder is None else self._mapped(folder)
 
     def __len__(self) -> int:
