@@ -90,6 +90,10 @@ def render(frame: Frame, *, height: int, width: int) -> RenderableType:
     lines += [Text(line) for line in frame.distances]
     if frame.done:
         lines.append(Text("the run has ended", style="green"))
+    elif all(part.state == "done" for part in frame.parts):
+        lines.append(Text("all students are finished; the measurement is not there yet"))
+    elif frame.shared and not frame.running:
+        lines.append(Text("somebody is at what runs share: teacher, pairs or features"))
     elif not frame.running:
         lines.append(Text("nobody is at work on it now: msd distill RUN goes on", style="yellow"))
     return Group(*lines)

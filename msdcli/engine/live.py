@@ -9,7 +9,7 @@ from typing import Any
 
 from msdcli.engine.history import METRICS, Training, figures, history, teacher_folder
 from msdcli.engine.status import status
-from msdcli.rundir import RunDir, read_json, read_lines
+from msdcli.rundir import RunDir, holder_of, read_json, read_lines
 
 FRESH = 120.0  # seconds since its last line in which a part counts as running where no lock can be seen
 OVER = 60.0  # seconds without a change after which a run that nobody measures has ended
@@ -40,6 +40,7 @@ class Frame:
     distances: list[str]
     seconds_left: float | None
     done: bool
+    shared: bool  # somebody is at the teacher, pairs or features beside the run
 
     @property
     def running(self) -> list[Part]:
@@ -70,7 +71,7 @@ class Watcher:
                 held = holders[training.student] is not None
             parts.append(self._part(training, known, folder, held))
         left = _left(parts)
-        return Frame(self.run.root.resolve().name, parts, distances(self.run), left, self._ended(state))
+        return Frame(self.run.root.resolve().name, parts, distances(self.run), left, self._ended(state), self._shared())
 
     def _part(self, training: Training, known: dict[str, Any], folder: Path, held: bool) -> Part:
         last = training.lines[-1] if training.lines else {}
@@ -123,6 +124,9 @@ class Watcher:
         stage = self.run.recipe().stages[training.number - 1]
         folder = self.run.stage(training.student, training.number - 1, stage.objective)
         return (folder / "model.json").is_file()
+
+    def _shared(self) -> bool:
+        return any(holder_of(path.parent) for path in self.run.shared.glob("*/.lock"))
 
     def _ended(self, state: dict[str, Any]) -> bool:
         """Whether all is done; a run of single students (an array job) is not measured by them."""

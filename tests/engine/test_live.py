@@ -50,6 +50,8 @@ def test_once_shows_what_runs_and_what_stands_still(begun: Path, msd: Msd) -> No
     with lock(begun / "students/1", "student 1"):
         row = next(r for r in msd("watch", str(begun), "--once").stdout.splitlines() if r.startswith("student 1"))
     assert "running" in row
+    with lock(begun.parent / ".shared/pairs-x", "the pairs"):
+        assert "somebody is at what runs share" in msd("watch", str(begun), "--once").stdout
 
 
 def test_the_pace_is_what_was_seen(begun: Path) -> None:
