@@ -56,7 +56,8 @@ def distill(
     from msdcli.engine import pipeline
 
     with _reporting(report) as tell:
-        return pipeline.distill(loaded, tell, student=only)
+        outcome: Outcome = pipeline.distill(loaded, tell, student=only)
+    return outcome
 
 
 def load(source: Source, device: str | torch.device = "cpu") -> Students:

@@ -34,12 +34,11 @@ network evaluation{size}. With this folder called `{folder}`:
 def write(given: Given, written: Written, record: dict[str, Any], folder: Path) -> None:
     """Write README.md; `folder` is where the export will be."""
     recipe, measured = given.run.recipe(), _measured(given, record)
-    pictures = len(given.shape) == 3
     text = CARD.format(
         name=record["name"],
         count=len(given.students.folders),
         stages=", ".join(stage.objective for stage in recipe.stages),
-        size=f"; images are {' x '.join(map(str, given.shape))} in [-1, 1]" if pictures else "",
+        size=_size(given),
         folder=folder.name,
         usage=written.usage.replace("{folder}", folder.name),
         checked=_checked(record),
@@ -48,6 +47,14 @@ def write(given: Given, written: Written, record: dict[str, Any], folder: Path) 
     sections = [_results(measured), _distance(record), _speed(record)]
     header = yaml.safe_dump(_header(given, written, record, measured), sort_keys=False, allow_unicode=True)
     write_text(given.folder / "README.md", f"---\n{header}---\n\n{text}" + "".join(s for s in sections if s))
+
+
+def _size(given: Given) -> str:
+    """Say what a sample is; nothing of points."""
+    shape = " x ".join(map(str, given.shape))
+    if given.students.autoencoder is not None:
+        return f"; students make latents of {shape}, which the teacher's autoencoder decodes"
+    return f"; images are {shape} in [-1, 1]" if len(given.shape) == 3 else ""
 
 
 def _header(
