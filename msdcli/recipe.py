@@ -450,6 +450,14 @@ class Recipe(Section):
     workers: int | None = Field(
         None, ge=1, le=1024, description="students trained at once on this machine; absent: one per core (CPU) or GPU"
     )
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto",
+        description="what networks compute in while students train; auto: bf16 where a short measurement finds it "
+        "faster on this device, float32 for tiny networks",
+    )
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="torch.compile of the networks; auto: on a GPU, where a stage is long enough to pay for it"
+    )
     checkpoint_seconds: float = Field(30.0, ge=0, description="time between two checkpoints")
     keep: int = Field(2, ge=1, le=1000, description="checkpoints kept of each stage: a damaged one costs only itself")
     max_skipped: int = Field(
@@ -491,7 +499,7 @@ class Recipe(Section):
 # Keys that may change when a run resumes: nothing that is trained depends on them.
 FREE_KEYS = (
     *("name", "run", "workers", "checkpoint_seconds", "evaluation", "device"),
-    *("keep", "max_skipped", "micro_batch", "fsdp", "loggers"),
+    *("keep", "max_skipped", "micro_batch", "fsdp", "loggers", "compile"),
 )
 
 

@@ -1,23 +1,96 @@
-"""`msd bench`: how fast parts of msd are on this machine, beside other people's programs."""
+"""`msd bench`: how fast a recipe trains and samples on this machine; `msd fid` beside other programs."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from msdcli import console
 from msdcli.cli import options
 
 
+class RecipeOrFid(TyperGroup):
+    """`msd bench RECIPE` is `msd bench recipe RECIPE`: what names no command is a recipe, or its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["recipe", *args]
+        return super().parse_args(ctx, args)
+
+
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(help="Measure speed on this machine, as ratios to other programs.", no_args_is_help=True)
-    group.callback()(_group)  # a group also while it has one command
+    group = typer.Typer(
+        cls=RecipeOrFid,
+        help="Measure speed on this machine. `msd bench RECIPE`: a recipe's training and sampling; `msd bench fid`: "
+        "`msd fid` beside other programs.",
+        no_args_is_help=True,
+    )
+    group.command("recipe")(recipe)
     group.command("fid")(fid)
     app.add_typer(group, name="bench")
 
 
-def _group() -> None: ...
+def recipe(
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often everything is timed, after a round to warm up.")] = 5,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per update, instead of the recipe's.")] = None,
+    json_: options.Json = False,
+) -> None:
+    """Time a student's update by turn and network, and one-step samples; weights and images are random.
+
+    Needs neither teacher nor data, and writes nothing. On a CPU the batch is cut so that an update takes seconds.
+    """
+    from msdcli.engine.bench import bench
+    from msdcli.recipe import load
+
+    with console.Monitor(quiet=json_) as monitor:
+        result = bench(load(recipe, overrides), monitor, repeats=repeats, batch=batch)
+    if json_:
+        console.print_json(result)
+        return
+    for stage in result["stages"]:
+        _show_stage(stage, result["peak_flops"])
+    _show_sampling(result["sampling"])
+
+
+def _show_stage(stage: dict[str, Any], peaks: dict[str, float]) -> None:
+    modes = stage["modes"]
+    columns = [f"{name} (own)" if name == stage["own"] else name for name in modes]
+    rows = [_row(f"{turn}, s", modes, "seconds", turn) for turn in next(iter(modes.values()))["seconds"]]
+    rows += [_row(f"  {part}, s", modes, "parts", part) for part in next(iter(modes.values()))["parts"]]
+    shares = [m["flops_per_second"] / peaks[name.split()[0]] for name, m in modes.items()]
+    rows += [
+        ["images/s", *(f"{m['images_per_second']:.2f}" for m in modes.values())],
+        ["GFLOP/s", *(f"{m['flops_per_second'] / 1e9:.1f}" for m in modes.values())],
+        ["share of the measured peak", *(f"{share:.0%}" for share in shares)],
+        ["memory, GiB", *(f"{m['memory_bytes'] / 2**30:.2f}" for m in modes.values())],
+        ["times plain float32", *(_spread(m["ratio"]) for m in modes.values())],
+    ]
+    title = f"{stage['objective']}: one update of the student, batch {stage['batch']}"
+    console.table(f"{title}, {stage['flops_per_update'] / 1e9:.3g} GFLOP", ["", *columns], rows)
+    console.say(f"bound by {stage['bound_by']}")
+
+
+def _row(name: str, modes: dict[str, Any], section: str, key: str) -> list[str]:
+    return [name, *(f"{m[section][key]:.4g}" if key in m[section] else "" for m in modes.values())]
+
+
+def _show_sampling(sampling: dict[str, Any]) -> None:
+    rows = [
+        [name, f"{speed:.1f}", _spread(sampling["share_of_bare"][name]) if name in sampling["share_of_bare"] else ""]
+        for name, speed in sampling["images_per_second"].items()
+    ]
+    console.table(
+        f"one-step samples, batch {sampling['batch']}, float32", ["", "images/s", "of the bare network"], rows
+    )
+    console.say(f"one image: {sampling['latency_seconds'] * 1000:.2f} ms")
+
+
+def _spread(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
 def fid(

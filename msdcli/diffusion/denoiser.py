@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ class Denoiser(nn.Module):
 
     `net(c_in * x, c_noise, condition)` is the raw network. `x` [batch, *shape] float32, `sigma` [batch] float32,
     `condition` [batch] int64 class numbers, or None for an unconditional network. The preconditioning is float32
-    whatever the network computes in. Subclasses for other parametrisations override `forward` and `features`.
+    whatever the network computes in (`compute_in`). Subclasses for other parametrisations override `forward` and
+    `features`.
     `settings` is the network section it was built from; model.json stores it.
     """
 
@@ -49,6 +51,11 @@ class Denoiser(nn.Module):
         F_x = self.net(c_in * x, sigma.log() / 4, condition)
         return c_skip * x + c_out * F_x.to(torch.float32)
 
+    def compute_in(self, dtype: torch.dtype | None) -> Self:
+        """Let the raw network compute in `dtype`, whatever its weights are held in; None: in the weights' own type."""
+        self.net.compute = dtype  # type: ignore[assignment]
+        return self
+
     @property
     def taps(self) -> list[str]:
         """The names of the encoder's blocks, in order, whose features can be asked for."""
@@ -58,7 +65,8 @@ class Denoiser(nn.Module):
         """Return the encoder's features at the named `taps`, without running the decoder."""
         sigma = sigma.to(torch.float32)
         c_in = 1 / (per_image(sigma, x).square() + self.sigma_data**2).sqrt()
-        return self.net.features(c_in * x, sigma.log() / 4, condition, taps)  # type: ignore[operator]
+        features: list[Tensor] = self.net(c_in * x, sigma.log() / 4, condition, tuple(taps))
+        return features
 
 
 def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
@@ -78,12 +86,22 @@ def karras_sigmas(num: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0
     return (high + ramp * (low - high)) ** rho
 
 
+def ascending_sigmas(num: int, *, like: Tensor, sigma_max: float = 80.0) -> Tensor:
+    """Return the schedule in ascending order, in the type and on the device of `like`, where it is made once."""
+    return _ascending_sigmas(num, sigma_max, like.device, like.dtype)
+
+
+@lru_cache(maxsize=64)
+def _ascending_sigmas(num: int, sigma_max: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return karras_sigmas(num, sigma_max=sigma_max).flip(0).to(device, dtype)
+
+
 def karras_draw(u: Tensor, span: Sequence[float], *, num: int = 1000) -> Tensor:
     """Map uniform numbers `u` in [0, 1) to entries of the ascending `num`-step Karras schedule.
 
     `span` is the part of the schedule that is drawn from, as fractions of its length: [0.02, 0.98] is DMD2's.
     """
-    schedule = karras_sigmas(num).flip(0).to(u)
+    schedule = ascending_sigmas(num, like=u)
     low, high = round(span[0] * num), max(round(span[1] * num), round(span[0] * num) + 1)
     index = (low + u * (high - low)).long().clamp(max=num - 1)
     return schedule[index]

@@ -18,7 +18,7 @@ from msdcli.diffusion import guidance
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws, Source, generator
 from msdcli.diffusion.ema import EMA
-from msdcli.engine import checkpoint
+from msdcli.engine import checkpoint, compiling, precision
 from msdcli.engine.distributed import ALONE, Group, shard, slices, whole
 from msdcli.engine.events import Report, silent
 from msdcli.engine.interrupt import interruptible
@@ -196,7 +196,7 @@ def counting_flops(state: checkpoint.TrainState, *, first: bool) -> Iterator[lis
         return
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and needed once per stage
 
-    with FlopCounterMode(display=False) as counter:
+    with compiling.eagerly(), FlopCounterMode(display=False) as counter:
         yield count
     count.append(counter.get_total_flops())
 
@@ -254,6 +254,7 @@ def distill_student(student: Student, report: Report) -> None:
                 net.to(student.device)
         if number > 0:
             checkpoint.inherit(goal.nets, student.folders[number - 1])
+        accelerate(goal, stage, student, manner, report)
         if manner.fsdp:
             shard(teacher, student.group)
         state = train(
@@ -275,6 +276,24 @@ def distill_student(student: Student, report: Report) -> None:
             }
             checkpoint.save_model(folder, state.ema.net, record, product)
         student.group.say(None)  # the next stage reads what was written
+
+
+def accelerate(goal: Objective, stage: StageSettings, student: Student, manner: Manner, report: Report) -> None:
+    """Let the stage's networks compute as the recipe says: in its precision, compiled where that pays.
+
+    What is sharded is not compiled, and keeps its frozen weights in float32.
+    """
+    recipe = student.recipe
+    precision.lower(goal, recipe.precision, hold=not manner.fsdp)
+    part = slices(stage.batch, getattr(stage, "pair_batch", None), student.group, manner.micro_batch)[0]
+
+    def trial() -> None:
+        with seeded_apart(student.device):
+            compiling.run_turns(goal, lambda turn: Draws(student.source, stage.batch, ("trial",), turn, part))
+
+    if not manner.fsdp:
+        wanted, device = recipe.compile, student.device
+        compiling.prepare(goal, trial, wanted=wanted, steps=stage.steps, device=device, report=report)
 
 
 def is_finished(folder: Path, stage: StageSettings) -> bool:

@@ -32,6 +32,7 @@ from msdcli.engine import (
     hub,
     latents,
     partition,
+    precision,
     sample,
     search,
     teacher,
@@ -147,6 +148,7 @@ def prepare(recipe: Recipe, report: Report, *, student: int | None, worker: bool
     if not worker and group.leads:
         claim(run, {"data": fingerprint(data), "teacher": teacher_hash})
     resolved = group.led(lambda: search.resolve(run, recipe, frozen, report))
+    resolved = group.led(lambda: precision.resolve(run, resolved, frozen, on, report))
     parts = group.led(lambda: provide_partition(run, recipe, data, frozen))
     return Bench(run, resolved, seen, frozen, Pairs(run, recipe, seen, teacher_hash), parts, on, group)
 

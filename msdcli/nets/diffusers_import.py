@@ -73,7 +73,10 @@ class FromDiffusers(Denoiser):
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """The network's own prediction, without the variance that some networks add."""
-        y: Tensor = self.net(x_t, t, class_labels=self.labels(condition), return_dict=False)[0]
+        low = getattr(self.net, "compute", None) or torch.float32
+        # No cache of cast weights: one made without gradient would be used where there must be one.
+        with torch.autocast(x_t.device.type, low, enabled=low != torch.float32, cache_enabled=False):
+            y: Tensor = self.net(x_t, t, class_labels=self.labels(condition), return_dict=False)[0]
         return y[:, : x_t.shape[1]].to(torch.float32)
 
     def labels(self, condition: Tensor | None) -> Tensor | None:

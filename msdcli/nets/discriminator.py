@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.nets.layers import Conv2d, Linear
 from msdcli.nets.unet import group_norm
 
 
@@ -20,18 +21,18 @@ class Head(nn.Sequential):
     def __init__(self, shape: Sequence[int]) -> None:
         channels = shape[0]
         if len(shape) == 1:
-            super().__init__(nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, 1), nn.Flatten(0))
+            super().__init__(Linear(channels, channels), nn.SiLU(), Linear(channels, 1), nn.Flatten(0))
             return
         size, layers = min(shape[1:]), list[nn.Module]()
         while size > 4:
-            layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), group_norm(channels), nn.SiLU()]
+            layers += [Conv2d(channels, channels, 4, stride=2, padding=1), group_norm(channels), nn.SiLU()]
             size //= 2
-        layers += [nn.Conv2d(channels, channels, size), group_norm(channels), nn.SiLU(), nn.Conv2d(channels, 1, 1)]
+        layers += [Conv2d(channels, channels, size), group_norm(channels), nn.SiLU(), Conv2d(channels, 1, 1)]
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(0))
 
 
 class Discriminator(nn.Module):
-    """The mean logit of one head per tap: [batch]. UserError if the denoiser has no such tap."""
+    """The mean logit of one head per tap: [batch] float32. UserError if the denoiser has no such tap."""
 
     def __init__(self, denoiser: Denoiser, taps: Sequence[str]) -> None:
         super().__init__()
@@ -43,4 +44,4 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleList(Head(f.shape[1:]) for f in features)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        return torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)]).mean(0)
+        return torch.stack([head(f) for head, f in zip(self.heads, features, strict=True)]).to(torch.float32).mean(0)

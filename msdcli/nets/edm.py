@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msdcli.nets.layers import Conv2d, GroupNorm, Linear
 from msdcli.nets.unet_taps import (
     Cell,
     ExactBuffers,
@@ -26,13 +27,6 @@ from msdcli.nets.unet_taps import (
     is_box,
     resample,
 )
-
-
-class Linear(nn.Linear):
-    """A linear layer that computes in its input's type: the embedding stays float32 in a bfloat16 network."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class Unused(nn.Module):
@@ -59,7 +53,7 @@ class Resample(nn.Module):
         return resample(x, None if self.box else self.resample_filter[0, 0], self.mode)
 
 
-class Conv(nn.Conv2d):
+class Conv(Conv2d):
     """A convolution after a change of resolution, or (`filter_last`) a convolution and then the halving, with zeros
     around the input only. Like ADM, it starts as torch's layers do."""
 
@@ -89,8 +83,8 @@ class Conv(nn.Conv2d):
         return super().forward(resample(x, f, self.mode))
 
 
-def group_norm(num_channels: int, eps: float) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, num_channels // 4), num_channels, eps)
+def group_norm(num_channels: int, eps: float) -> GroupNorm:
+    return GroupNorm(min(32, num_channels // 4), num_channels, eps)
 
 
 class Block(nn.Module):
@@ -146,9 +140,9 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
-        # The published weights interleave query, key and value inside each head.
+        # The published weights interleave query, key and value inside each head. Contiguous: else no kernel is fused.
         qkv = self.qkv(self.norm2(x)).reshape(n, self.num_heads, channels // self.num_heads, 3, height * width)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2)  # each [n, heads, pixels, channels per head]
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # each [n, heads, pixels, channels per head]
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
 
 

@@ -104,7 +104,8 @@ class MPConv(nn.Module):
         return tuple(range(1, self.weight.ndim))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        self.force_normalization()
+        if not torch.compiler.is_compiling():  # else the caller of the compiled network has done it: `settle`
+            self.force_normalization()
         w = normalize(self.weight.to(torch.float32), self.over)
         w = (w * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
         return F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)
@@ -163,9 +164,9 @@ class Block(nn.Module):
     def attend(self, qkv: Tensor) -> Tensor:
         """Cosine attention: queries, keys and values have unit magnitude. `qkv` [n, 3 channels, h, w]."""
         n, width, h, w = qkv.shape
-        # The published weights interleave query, key and value inside each head.
+        # The published weights interleave query, key and value inside each head. Contiguous: else no kernel is fused.
         qkv = normalize(qkv.reshape(n, self.num_heads, width // 3 // self.num_heads, 3, h * w), 2)
-        q, k, v = qkv.permute(3, 0, 1, 4, 2)  # each [n, heads, pixels, channels per head]
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # each [n, heads, pixels, channels per head]
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, width // 3, h, w)
 
 
@@ -229,6 +230,11 @@ class EDM2UNet(TappedUNet):
 
     def class_vectors(self) -> Tensor | None:
         return None if self.emb_label is None else self.emb_label.weight.T
+
+    def settle(self) -> None:
+        for module in self.modules():
+            if isinstance(module, MPConv):
+                module.force_normalization()
 
     def embed(self, c_noise: Tensor, labels: Tensor | None) -> Tensor:
         emb = self.emb_noise(self.emb_fourier(c_noise))

@@ -55,6 +55,7 @@ class Preconditioned(ExactBuffers, Denoiser):
     def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
         x = x.to(torch.float32)
         c_skip, c_out, c_in, c_noise = self.coefficients(per_image(sigma.to(torch.float32), x))
+        self.net.settle()
         F_x: Tensor = self.net(c_in * x, c_noise.flatten(), self.labels(x, condition))
         # A network that also predicts its variance (iDDPM) has more channels than the image.
         return c_skip * x + c_out * F_x[:, : x.shape[1]].to(torch.float32)
@@ -65,7 +66,9 @@ class Preconditioned(ExactBuffers, Denoiser):
         """Features of the named encoder blocks, [n, channels, h, w] each; the decoder does not run."""
         x = x.to(torch.float32)
         _, _, c_in, c_noise = self.coefficients(per_image(sigma.to(torch.float32), x))
-        return self.net.features(c_in * x, c_noise.flatten(), self.labels(x, condition), taps)
+        self.net.settle()
+        features: list[Tensor] = self.net(c_in * x, c_noise.flatten(), self.labels(x, condition), tuple(taps))
+        return features
 
     def labels(self, x: Tensor, condition: Tensor | None) -> Tensor | None:
         """One-hot rows [n, num_classes] float32 for the images `x`, or None where there are no classes."""

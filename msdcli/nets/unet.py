@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msdcli.nets.embedding import Embedding, tap_number, zeroed
+from msdcli.nets.layers import Conv2d, GroupNorm, Linear, computing_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,9 +27,9 @@ def largest_divisor(number: int, limit: int) -> int:
     return next(d for d in range(max(1, min(limit, number)), 0, -1) if number % d == 0)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> GroupNorm:
     """At most 32 groups of at least 4 channels; any number of channels has such a division."""
-    return nn.GroupNorm(largest_divisor(channels, min(32, channels // 4)), channels, eps=1e-6)
+    return GroupNorm(largest_divisor(channels, min(32, channels // 4)), channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -46,15 +47,15 @@ class ResidualBlock(nn.Module):
         self.resample = resample
         self.dropout = dropout
         self.norm0 = group_norm(c_in)
-        self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.affine = nn.Linear(embedding, 2 * c_out)
+        self.conv0 = Conv2d(c_in, c_out, 3, padding=1)
+        self.affine = Linear(embedding, 2 * c_out)
         self.norm1 = group_norm(c_out)
-        self.conv1 = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv1 = zeroed(Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = Attention(c_out) if attention else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        scale, shift = self.affine(embedding)[:, :, None, None].chunk(2, dim=1)
+        scale, shift = self.affine(embedding).to(x.dtype)[:, :, None, None].chunk(2, dim=1)
         h = self.conv0(self._resampled(F.silu(self.norm0(x))))
         h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
@@ -74,13 +75,13 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = largest_divisor(channels, max(1, channels // 64))
         self.norm = group_norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.out = zeroed(Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each [batch, heads, positions, channels of a head]
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # each [batch, heads, positions, channels of a head]
         h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
         return (x + self.out(h)) * math.sqrt(0.5)
 
@@ -104,7 +105,7 @@ class UNet(nn.Module):
             return ResidualBlock(inputs, c_out, e, resample=resample, attention=wants, dropout=settings.dropout)
 
         # Encoder: every output is a skip.
-        self.conv_in = nn.Conv2d(image_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(image_channels, widths[0], 3, padding=1)
         self.encoder = nn.ModuleDict()
         skips, c = [widths[0]], widths[0]
         for level, (width, at) in enumerate(zip(widths, sizes, strict=True)):
@@ -126,16 +127,21 @@ class UNet(nn.Module):
             if level > 0:
                 self.decoder[f"{at}x{at}_up"] = block((c,), c, sizes[level - 1], "up")
         self.norm_out = group_norm(c)
-        self.conv_out = zeroed(nn.Conv2d(c, image_channels, 3, padding=1))
+        self.conv_out = zeroed(Conv2d(c, image_channels, 3, padding=1))
 
     @property
     def taps(self) -> list[str]:
         """The names of the encoder's blocks, in order, and of the bottleneck."""
         return [*self.encoder, "middle"]
 
-    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, c_noise: Tensor, condition: Tensor | None, taps: Sequence[str] | None = None
+    ) -> Tensor | list[Tensor]:
+        """Return the raw output, or with `taps` the features of these blocks."""
+        if taps is not None:
+            return self.features(x, c_noise, condition, taps)
         embedding = self.embedding(c_noise, condition)
-        h = self.conv_in(x)
+        h = self.conv_in(x.to(computing_in(self)))
         skips = [h]
         for block in self.encoder.values():
             h = block(h, embedding)
@@ -149,7 +155,7 @@ class UNet(nn.Module):
         """Return what the named encoder blocks give, in the order asked for; the decoder does not run."""
         numbers = [tap_number(self.taps, tap) for tap in taps]
         embedding = self.embedding(c_noise, condition)
-        found, h = list[Tensor](), self.conv_in(x)
+        found, h = list[Tensor](), self.conv_in(x.to(computing_in(self)))
         for block in [*self.encoder.values(), self.middle][: max(numbers) + 1]:
             h = block(h, embedding)
             found.append(h)

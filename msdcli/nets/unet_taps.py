@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from msdcli.errors import UserError
+from msdcli.nets.layers import computing_in
 
 Mode = Literal["keep", "down", "up"]
 
@@ -64,9 +65,11 @@ def attends(cell: Cell, resolutions: Sequence[int]) -> bool:
 class TappedUNet(nn.Module):
     """F(x, c_noise, labels): `x` [n, C, H, W] scaled, `c_noise` [n], `labels` [n, label_dim] one-hot or None.
 
-    Computes in the type of its weights, or under autocast; the embedding's maths is float32 where autocast allows.
+    Computes in `compute`, or in the type of its weights, or under autocast; the embedding's maths is float32 where
+    autocast allows.
     """
 
+    compute: torch.dtype | None = None
     enc: nn.ModuleDict
     dec: nn.ModuleDict
 
@@ -90,7 +93,15 @@ class TappedUNet(nn.Module):
     def decode(self, skips: dict[str, Tensor], emb: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
+    def settle(self) -> None:
+        """Do in place what the weights need before a call: nothing here."""
+
+    def forward(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, taps: Sequence[str] | None = None
+    ) -> Tensor | list[Tensor]:
+        """Return the raw output, or with `taps` the features of these blocks."""
+        if taps is not None:
+            return self.features(x, c_noise, labels, taps)
         emb = self.embed(c_noise, labels)
         return self.decode(self.encode(x.to(self.dtype), emb), emb)
 
@@ -106,7 +117,7 @@ class TappedUNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return computing_in(self)
 
 
 class ExactBuffers(nn.Module):

@@ -32,7 +32,7 @@ class ConsistencyDistillation(Objective):
 
     def loss(self, draws: Draws) -> Tensor:
         y, c = draws.real()
-        schedule = d.karras_sigmas(self.settings.levels, sigma_max=self.settings.sigma_init).flip(0).to(y)
+        schedule = d.ascending_sigmas(self.settings.levels, like=y, sigma_max=self.settings.sigma_init)
         index = (draws.uniform("level") * (len(schedule) - 1)).long()
         sigma, sigma_next = schedule[index + 1], schedule[index]
         self.sigma = sigma

@@ -1,0 +1,70 @@
+"""How fast one-step sampling is: a single image, a batch, and files written, beside the bare network."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine.precision import timed
+from msdcli.engine.sample import Students, save_files
+from msdcli.partition import Partition
+
+SIGMA_INIT = 80.0
+
+
+@torch.no_grad()
+def measure(student: Denoiser, on: torch.device, *, batch: int, repeats: int = 5) -> dict[str, Any]:
+    """Return seconds of one image, images per second of a batch, and the share that is left of the bare network's.
+
+    `routed` is a request as `msd sample` serves it, with noise, routing and the copy to the host; `written` also
+    makes the PNGs (None for points).
+    """
+    num_classes = max(student.num_classes, 1)
+    names = [str(k) for k in range(num_classes)]
+    students = Students([], Partition([list(range(num_classes))], num_classes, "consecutive"), names, on)
+    students.put(0, student, SIGMA_INIT)
+    classes = [i % num_classes for i in range(batch)]
+    x, sigma = torch.randn(batch, *student.shape, device=on), torch.full((batch,), SIGMA_INIT, device=on)
+    condition = torch.tensor(classes, device=on)
+
+    def written() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            save_files(Path(folder), students.sample(classes, batch=batch), classes)
+
+    calls: dict[str, Callable[[], Any]] = {
+        "bare": lambda: student(x, sigma, condition),
+        "routed": lambda: students.sample(classes, batch=batch),
+        "one": lambda: students.sample(classes[:1]),
+    }
+    if len(student.shape) == 3:
+        calls["written"] = written
+    seconds = in_turn(calls, on, repeats)
+    shares = {name: _share(seconds["bare"], seconds[name]) for name in ("routed", "written") if name in calls}
+    return {
+        "batch": batch,
+        "latency_seconds": statistics.median(seconds["one"]),
+        "images_per_second": {n: batch / statistics.median(s) for n, s in seconds.items() if n != "one"},
+        "share_of_bare": shares,
+    }
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], on: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of every call in every repeat; one round before warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(-1, repeats):
+        for name, call in calls.items():
+            took = timed(call, on)
+            if repeat >= 0:
+                seconds[name].append(took)
+    return seconds
+
+
+def _share(bare: list[float], other: list[float]) -> dict[str, float]:
+    shares = sorted(b / o for b, o in zip(bare, other, strict=True))
+    return {"median": statistics.median(shares), "min": shares[0], "max": shares[-1]}
