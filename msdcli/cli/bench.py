@@ -68,6 +68,11 @@ def _show_stage(stage: dict[str, Any], peaks: dict[str, float]) -> None:
         ["share of the measured peak", *(f"{share:.0%}" for share in shares)],
         ["memory, GiB", *(f"{m['memory_bytes'] / 2**30:.2f}" for m in modes.values())],
         ["times plain float32", *(_spread(m["ratio"]) for m in modes.values())],
+        *(
+            [["  in CPU time", *(_spread(m["cpu_ratio"]) for m in modes.values())]]
+            if modes["float32"]["cpu_ratio"]
+            else []
+        ),
     ]
     title = f"{stage['objective']}: one update of the student, batch {stage['batch']}"
     console.table(f"{title}, {stage['flops_per_update'] / 1e9:.3g} GFLOP", ["", *columns], rows)

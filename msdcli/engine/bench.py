@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,14 +95,16 @@ class Rig:
 
     def update(self, draws: Draws) -> dict[str, float]:
         """Return the seconds of one update of the student by turn: each kind is run once, and counted as often as it
-        comes.
+        comes. CPU time is what other processes on a shared machine disturb less.
         """
-        took: dict[str, float] = {}
+        took, cpu = dict[str, float](), 0.0
         for names, losses in self._kinds().items():
+            begun = time.process_time()
             seconds = precision.timed(lambda names=names, loss=losses[0]: self._turn(names, loss, draws), self.on)
+            cpu += len(losses) * (time.process_time() - begun)
             took["+".join(names)] = len(losses) * seconds
         took["EMA"] = precision.timed(self._average, self.on)
-        return took | {"update": sum(took.values())}
+        return took | {"update": sum(took.values())} | ({"CPU time": cpu} if self.on.type == "cpu" else {})
 
     def parts(self, draws: Draws) -> dict[str, float]:
         """Return the seconds of one update by network and by what is done, each waited for."""
@@ -238,6 +241,7 @@ def bench_stage(rig: Rig, compared: list[Mode], draws: Draws, *, repeats: int, r
             "seconds": medians(seconds[mode.name]),
             "parts": {} if mode.compiled else medians([rig.parts(draws) for _ in range(2)]),
             "ratio": ratio(seconds[EAGER], seconds[mode.name]),
+            "cpu_ratio": ratio(seconds[EAGER], seconds[mode.name], of="CPU time") if rig.on.type == "cpu" else None,
             "memory_bytes": memory.get(mode.name) or kept_bytes(rig, draws),
         }
     return figures
@@ -247,9 +251,9 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
-def ratio(plain: list[dict[str, float]], other: list[dict[str, float]]) -> dict[str, float]:
+def ratio(plain: list[dict[str, float]], other: list[dict[str, float]], *, of: str = "update") -> dict[str, float]:
     """How many times faster an update is than in plain float32: of the repeats, which were taken in turn."""
-    found = sorted(a["update"] / b["update"] for a, b in zip(plain, other, strict=True))
+    found = sorted(a[of] / b[of] for a, b in zip(plain, other, strict=True))
     return {"median": statistics.median(found), "min": found[0], "max": found[-1]}
 
 

@@ -28,8 +28,10 @@ class Clock:
 
     @contextmanager
     def watching(self, goal: Objective) -> Iterator[None]:
-        named = {id(net): (name, net) for name, net in vars(goal).items() if isinstance(net, nn.Module)}
-        named |= {id(net): (name, net) for name, net in goal.nets.items()}  # the loop's name where there is one
+        named: dict[int, tuple[str, nn.Module]] = {}
+        for name, net in [*goal.nets.items(), *vars(goal).items()]:
+            if isinstance(net, nn.Module):
+                named.setdefault(id(net), (name, net))
         self._watching = True
         for name, net in named.values():
             net.forward = self._timed(f"{name} forward", net.forward)

@@ -49,7 +49,8 @@ class MLP(nn.Module):
         """Return what the named blocks give, in the order asked for; blocks after the last of them do not run."""
         numbers = [tap_number(self.taps, tap) for tap in taps]
         embedding = self.embedding(c_noise, condition)
-        found, h = list[Tensor](), self.inlet(x.to(computing_in(self)))
+        found: list[Tensor] = []
+        h = self.inlet(x.to(computing_in(self)))
         for block in self.blocks[: max(numbers) + 1]:
             h = block(h, embedding)
             found.append(h)

@@ -155,7 +155,8 @@ class UNet(nn.Module):
         """Return what the named encoder blocks give, in the order asked for; the decoder does not run."""
         numbers = [tap_number(self.taps, tap) for tap in taps]
         embedding = self.embedding(c_noise, condition)
-        found, h = list[Tensor](), self.conv_in(x.to(computing_in(self)))
+        found: list[Tensor] = []
+        h = self.conv_in(x.to(computing_in(self)))
         for block in [*self.encoder.values(), self.middle][: max(numbers) + 1]:
             h = block(h, embedding)
             found.append(h)

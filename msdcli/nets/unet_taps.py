@@ -111,7 +111,7 @@ class TappedUNet(nn.Module):
         unknown = [tap for tap in taps if tap not in known]
         if unknown or not taps:
             raise UserError(f"taps {unknown or 'missing'}: this network has {', '.join(known)}")
-        last = max(taps, key=known.index)
+        last = known[max(known.index(tap) for tap in taps)]
         skips = self.encode(x.to(self.dtype), self.embed(c_noise, labels), last=last)
         return [skips[tap] for tap in taps]
 
