@@ -17,7 +17,8 @@ from tests.engine.test_precision import CPU, STAGES, build, cosine, goal_of, los
 @pytest.mark.parametrize(
     ("name", "stage"),
     [
-        ("unet", "adm fake"),
+        ("mlp", "adm fake"),
+        pytest.param("unet", "adm fake", marks=pytest.mark.slow),
         pytest.param("song", "adm teacher", marks=pytest.mark.slow),
         pytest.param("edm2", "dm", marks=pytest.mark.slow),
     ],
