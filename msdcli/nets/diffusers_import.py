@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,18 @@ class FromDiffusers(Denoiser):
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """The network's own prediction, without the variance that some networks add."""
-        low = getattr(self.net, "compute", None) or torch.float32
-        # No cache of cast weights: one made without gradient would be used where there must be one.
-        with torch.autocast(x_t.device.type, low, enabled=low != torch.float32, cache_enabled=False):
+        with self._computing():
             y: Tensor = self.net(x_t, t, class_labels=self.labels(condition), return_dict=False)[0]
         return y[:, : x_t.shape[1]].to(torch.float32)
+
+    def _computing(self) -> AbstractContextManager[Any]:
+        """Cast inside the library's layers where `compute_in` says so. No cache of cast weights: one made without
+        gradient would be used where there must be one.
+        """
+        low: torch.dtype | None = getattr(self.net, "compute", None)
+        if low is None:
+            return nullcontext()
+        return torch.autocast(self.log_sigmas.device.type, low, cache_enabled=False)
 
     def labels(self, condition: Tensor | None) -> Tensor | None:
         """Class numbers for the library; DiT's embedding has one more row, which is no class."""

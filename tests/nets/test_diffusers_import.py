@@ -15,9 +15,10 @@ with warnings.catch_warnings():
     diffusers = pytest.importorskip("diffusers")
 
 from msdcli.diffusion.guidance import NO_CLASS
-from msdcli.engine import checkpoint, importing
+from msdcli.engine import checkpoint, importing, precision
 from msdcli.errors import UserError
-from msdcli.recipe import StudentSettings
+from msdcli.nets.diffusers_import import build_diffusers
+from msdcli.recipe import DiffusersNetworkSettings, StudentSettings
 from tests.conftest import Msd
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -158,3 +159,24 @@ def test_a_pipeline_is_a_recipes_teacher(msd: Msd, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     student, _ = checkpoint.load_model(tmp_path / "runs/given/students/1/0-dm")
     assert student.settings.class_name == "DiTTransformer2DModel"
+
+
+@pytest.mark.parametrize("part", KINDS)
+def test_computes_in_bfloat16_with_float32_weights_also_after_a_call_without_gradient(part: str) -> None:
+    name, config = KINDS[part]
+    section = DiffusersNetworkSettings(class_name=name, config=config)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    net = build_diffusers(section)
+    x, sigma, c = torch.randn(4, 1, 8, 8), torch.full((4,), 1.5), torch.tensor([0, 3, 7, 9])
+    plain = net(x, sigma, c)
+    net.compute_in(torch.bfloat16)
+    with torch.no_grad():
+        net(x, sigma, c)
+    low = net(x, sigma, c)
+    assert low.dtype == torch.float32 and not torch.equal(low, plain)
+    torch.testing.assert_close(low, plain, rtol=0, atol=0.05)
+    low.square().mean().backward()
+    assert {p.grad.dtype for p in net.parameters() if p.grad is not None} == {torch.float32}
+    assert sum(p.grad is None for p in net.parameters()) <= 1, "cast weights lost their gradients"
+    held = precision.held(net.requires_grad_(False), torch.bfloat16)
+    torch.testing.assert_close(held(x, sigma, c), low, rtol=0, atol=0.05)
