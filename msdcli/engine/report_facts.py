@@ -37,8 +37,10 @@ class Facts:
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of the teacher for one image (Heun's method)."""
-        return 2 * self.recipe.teacher.solver.steps - 1
+        """Network evaluations of the teacher for one image."""
+        from msdcli.diffusion.sampler import num_evaluations  # torch is not needed to gather the facts
+
+        return num_evaluations(self.recipe.teacher.solver.name, self.recipe.teacher.solver.steps)
 
     @property
     def planar(self) -> bool:

@@ -173,7 +173,7 @@ class Studio:
                 strips.append(strip("data", self._real(c, count)))
             if theirs is not None and len(theirs[i]):
                 with self._noting("No samples of the teacher"):
-                    strips.append(strip("teacher", theirs[i]))
+                    strips.append(strip("teacher", self.students.decode(theirs[i])))
             if self.newest[owner[c]] is not None:
                 drawn = self.students.sample([c] * count, seed=SEED, first=c * count)
                 strips.append(strip(f"student {owner[c]}", drawn))
@@ -190,7 +190,7 @@ class Studio:
             self.students.put(number, *self.newest[number])
         if found and self.teacher is not None and (theirs := self._same_noise(classes)) is not None:
             with self._noting("No samples of the teacher"):
-                found.append(strip(f"teacher, {self.facts.evaluations} evaluations", theirs))
+                found.append(strip(f"teacher, {self.facts.evaluations} evaluations", self.students.decode(theirs)))
         return found
 
     def _newest(self, number: int) -> tuple[Denoiser, float] | None:

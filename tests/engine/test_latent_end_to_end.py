@@ -66,6 +66,11 @@ def test_a_latent_teacher_from_pictures_to_a_bundle(msd: Msd, tmp_path: Path) ->
     assert {row["who"] for row in rows} == {"real halves", "teacher", "students"}
     assert all(np.isfinite(list(row["values"].values())).all() for row in rows)
 
+    # The report shows what the autoencoder makes, of teacher and students.
+    assert msd("report", "runs/latent").returncode == 0
+    page = (run / "report.html").read_text()
+    assert "no pictures" not in page and page.count("images: teacher") >= 4 and page.count("images: student") == 4
+
     # Given away with the autoencoder: the folder alone samples pictures.
     done = msd("export", "runs/latent", "--out", "bundle")
     assert done.returncode == 0, done.stderr
