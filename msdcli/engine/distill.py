@@ -239,43 +239,50 @@ def distill_student(student: Student, report: Report) -> None:
 
     Hold the student's lock.
     """
+    for number, (stage, folder) in enumerate(zip(student.recipe.stages, student.folders, strict=True)):
+        if not student.group.say(is_finished(folder, stage)):
+            train_stage(student, number, report)
+
+
+def train_stage(student: Student, number: int, report: Report) -> None:
+    """Train a student's stage to its end and write its model."""
     recipe, manner = student.recipe, Manner.of(student.recipe, student.group)
-    for number, (stage, folder) in enumerate(zip(recipe.stages, student.folders, strict=True)):
-        if student.group.say(is_finished(folder, stage)):
-            continue
-        network = new_network(recipe, student.teacher, student.number)
-        with torch.random.fork_rng(devices=[]):  # heads that the objective makes begin the same in every process
-            torch.manual_seed(derive("networks", recipe.seed, student.number, number))
-            teacher = guidance.copied(student.teacher) if manner.fsdp else student.teacher
-            goal = objective(stage.objective)(stage, network, teacher)
-        for net in goal.nets.values():
-            net.train()
-            if not manner.fsdp:  # sharding moves them
-                net.to(student.device)
-        if number > 0:
-            checkpoint.inherit(goal.nets, student.folders[number - 1])
-        accelerate(goal, stage, student, manner, report)
-        if manner.fsdp:
-            shard(teacher, student.group)
-        state = train(
-            goal,
-            stage,
-            student.source,
-            folder,
-            key=(recipe.seed, student.number, number),
-            what=f"student {student.number} {stage.objective}",
-            manner=manner,
-            report=report,
-        )
-        product = checkpoint.whole_state(state.ema.net)
-        if student.group.leads:
-            record = {
-                "steps": stage.steps,
-                "stage": stage.model_dump(mode="json"),
-                "cost": state.cost | peak_memory(student.device),
-            }
-            checkpoint.save_model(folder, state.ema.net, record, product)
-        student.group.say(None)  # the next stage reads what was written
+    stage, folder = recipe.stages[number], student.folders[number]
+    network = new_network(recipe, student.teacher, student.number)
+    with torch.random.fork_rng(devices=[]):  # heads that the objective makes begin the same in every process
+        torch.manual_seed(derive("networks", recipe.seed, student.number, number))
+        teacher = guidance.copied(student.teacher) if manner.fsdp else student.teacher
+        goal = objective(stage.objective)(stage, network, teacher)
+    for net in goal.nets.values():
+        net.train()
+        if not manner.fsdp:  # sharding moves them
+            net.to(student.device)
+    if number > 0:
+        inherit(goal, student, number, report)
+    accelerate(goal, stage, student, manner, report)
+    if manner.fsdp:
+        shard(teacher, student.group)
+    key, what = (recipe.seed, student.number, number), f"student {student.number} {stage.objective}"
+    state = train(goal, stage, student.source, folder, key=key, what=what, manner=manner, report=report)
+    product = checkpoint.whole_state(state.ema.net)
+    if student.group.leads:
+        record = {
+            "steps": stage.steps,
+            "stage": stage.model_dump(mode="json"),
+            "cost": state.cost | peak_memory(student.device),
+        }
+        checkpoint.save_model(folder, state.ema.net, record, product)
+    student.group.say(None)  # the next stage reads what was written
+
+
+def inherit(goal: Objective, student: Student, number: int, report: Report) -> None:
+    """Give a stage the networks that the one before ended with; where they are damaged, that one ends once more."""
+    before = student.folders[number - 1]
+    try:
+        checkpoint.inherit(goal.nets, before)
+    except checkpoint.DamagedError:
+        train_stage(student, number - 1, report)  # goes on from an earlier checkpoint, and says so
+        checkpoint.inherit(goal.nets, before)
 
 
 def accelerate(goal: Objective, stage: StageSettings, student: Student, manner: Manner, report: Report) -> None:

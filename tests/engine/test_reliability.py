@@ -257,3 +257,19 @@ def test_every_step_and_every_checkpoint_leave_the_same_bits(tmp_path: Path) -> 
 def test_weights_of_a_resumed_run_are_those_of_the_undisturbed_one(finished: Path, msd: Msd, tiny: Path) -> None:
     assert msd("distill", "tiny.yaml", "keep=1").returncode == 0
     assert weights(tiny.parent / "runs/tiny") == weights(finished)
+
+
+def test_a_damaged_end_of_a_stage_is_reached_again_from_the_checkpoint_before(msd: Msd, tiny: Path) -> None:
+    stages = "stages=[{objective: tsm, steps: 3, batch: 8}, {objective: dm, steps: 2, batch: 8, fake_updates: 1}]"
+    words = ("distill", "tiny.yaml", stages, "partition.students=1")
+    assert msd(*words).returncode == 0
+    run, wanted = tiny.parent / "runs/tiny", weights(tiny.parent / "runs/tiny")
+    shutil.rmtree(run / "students/0/1-dm")
+    last = run / "students/0/0-tsm/state.safetensors"
+    content = last.read_bytes()
+    last.unlink()
+    last.write_bytes(content[:-20])
+    done = msd(*words)
+    assert done.returncode == 0, done.stderr
+    assert "going on from the checkpoint before it, of step 2" in done.stderr
+    assert weights(run) == wanted
