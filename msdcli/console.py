@@ -17,8 +17,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from msdcli.engine.events import Progress as Event
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(text: str) -> None:
@@ -61,7 +61,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
         grid.add_column(escape(name), justify="left" if i < text_columns else "right", overflow="fold")
     for row in rows:
         grid.add_row(*map(escape, row))
-    (out if out.is_terminal else Console(highlight=False, width=120)).print(grid)
+    (out if out.is_terminal else Console(highlight=False, width=120, emoji=False)).print(grid)
 
 
 class Monitor:

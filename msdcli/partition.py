@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msdcli import routing
 from msdcli.errors import UserError
+from msdcli.routing import Rule
 from msdcli.rundir import read_json, write_json
 from msdcli.seeds import derive
 
@@ -19,11 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Partition:
-    """`parts[k]` are the condition numbers of student k. UserError unless every condition has exactly one owner."""
+    """`parts[k]` are the condition numbers of student k; `rule` places prompts that have no number.
+
+    UserError unless every condition has exactly one owner.
+    """
 
     parts: list[list[int]]
     num_conditions: int
     method: str
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         owners = Counter(c for part in self.parts for c in part)
@@ -38,10 +45,14 @@ class Partition:
         if empty := [k for k, part in enumerate(self.parts) if not part]:
             raise UserError(f"partition: student {_listed(empty)} has no condition")
 
-    @property
+    @functools.cached_property
     def owner(self) -> list[int]:
         """The student of each condition."""
-        return [k for _, k in sorted((c, k) for k, part in enumerate(self.parts) for c in part)]
+        owner = [0] * self.num_conditions
+        for k, part in enumerate(self.parts):
+            for c in part:
+                owner[c] = k
+        return owner
 
     def route(self, conditions: Sequence[int]) -> dict[int, list[int]]:
         """Return, for every student that is needed, the positions in `conditions` that it serves."""
@@ -51,7 +62,8 @@ class Partition:
         return positions
 
     def save(self, path: Path) -> None:
-        write_json(path, {"method": self.method, "num_conditions": self.num_conditions, "parts": self.parts})
+        stored = {"method": self.method, "num_conditions": self.num_conditions, "parts": self.parts}
+        write_json(path, stored | ({} if self.rule is None else {"rule": self.rule.to_json()}))
 
     @classmethod
     def load(cls, path: Path) -> Partition:
@@ -59,7 +71,8 @@ class Partition:
         stored = read_json(path)
         try:
             parts = [[int(c) for c in part] for part in stored["parts"]]
-            return cls(parts, int(stored["num_conditions"]), str(stored["method"]))
+            rule = routing.from_json(stored["rule"]) if "rule" in stored else None
+            return cls(parts, int(stored["num_conditions"]), str(stored["method"]), rule)
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{path} is not a partition") from None
 
@@ -96,27 +109,39 @@ def _cut(order: Sequence[int], num_parts: int, method: str) -> Partition:
     return Partition(parts, len(order), method)
 
 
+def of_rule(rule: Rule, num_parts: int, prompts: Sequence[str], vectors: np.ndarray | None, method: str) -> Partition:
+    """The partition that a rule makes of the prompts, numbered in order."""
+    owner = rule.place(prompts, vectors).owner
+    return Partition([(owner == k).nonzero()[0].tolist() for k in range(num_parts)], len(prompts), method, rule)
+
+
+START = 10_000  # vectors that the first centres are found from
+
+
 def kmeans(vectors: np.ndarray, num_parts: int, *, seed: int = 0) -> Partition:
     """Balanced k-means on one vector per condition [conditions, dimensions]: alike inside, equal in size.
 
-    k-means++ starts the centres; then conditions are assigned to places (each centre has as many as its part is
-    large) at the least total squared distance, and centres move to their means, until nothing changes.
+    k-means++ starts the centres; then conditions are assigned to centres (each has as many as its part is large) at
+    the least total squared distance, and centres move to their means, until nothing changes.
     """
     import numpy as np
-    from scipy.optimize import linear_sum_assignment
     from sklearn.cluster import KMeans
 
     num = len(vectors)
     capacity = sizes(num, num_parts)
-    centres = KMeans(num_parts, n_init=10, random_state=derive("kmeans", seed) % 2**32).fit(vectors).cluster_centers_
-    owner = np.full(num, -1)
+    some = np.random.default_rng(derive("kmeans", seed)).permutation(num)[:START] if num > START else slice(None)
+    start = KMeans(num_parts, n_init=10, random_state=derive("kmeans", seed) % 2**32).fit(vectors[some])
+    centres, owner, prices = start.cluster_centers_.astype(np.float64), np.full(num, -1), None
     for _ in range(100):
-        cost = np.square(vectors[:, None] - centres[None]).sum(-1)
-        places = np.repeat(np.arange(num_parts), capacity)
-        chosen = places[linear_sum_assignment(cost[:, places])[1]]
-        if np.array_equal(chosen, owner):
+        chosen, prices = routing.balanced(routing.squared_distances(vectors, centres), capacity, prices)
+        changed, owner = int((chosen != owner).sum()), chosen
+        if changed <= num // START:  # of very many, a few that go back and forth do not matter
             break
-        owner = chosen
-        centres = np.stack([vectors[owner == k].mean(0) for k in range(num_parts)])
-    parts = sorted(sorted(np.flatnonzero(owner == k).tolist()) for k in range(num_parts))
-    return Partition(parts, num, "kmeans")
+        used = centres
+        centres = np.stack([np.asarray(vectors[owner == k], np.float64).mean(0) for k in range(num_parts)])
+    else:
+        centres = used  # those that the last assignment was made with
+    assert prices is not None
+    order = sorted(range(num_parts), key=lambda k: int(np.flatnonzero(owner == k)[0]))
+    parts = [np.flatnonzero(owner == k).tolist() for k in order]
+    return Partition(parts, num, "kmeans", routing.Centres(centres[order], prices[order]))

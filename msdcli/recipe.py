@@ -8,6 +8,7 @@ torch.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,23 +93,66 @@ class DiffusersNetworkSettings(Section):
     """A network of the diffusers library, by its own configuration."""
 
     kind: Literal["diffusers"] = Field("diffusers", description="a network of the diffusers library")
-    class_name: Literal["UNet2DModel", "DiTTransformer2DModel"] = Field(description="the network's class")
+    class_name: Literal["UNet2DModel", "DiTTransformer2DModel", "UNet2DConditionModel", "SD3Transformer2DModel"] = (
+        Field(description="the network's class; the last two are conditioned on text")
+    )
     config: dict[str, Any] = Field(description="its config.json")
     prediction: Literal["epsilon", "v_prediction", "sample", "flow"] = Field("epsilon", description="what it predicts")
     schedule: dict[str, Any] = Field({}, description="its scheduler's betas, e.g. {beta_schedule: linear}")
+    tokens: int | None = Field(
+        None, ge=1, le=100_000, description="text: vectors per prompt; absent: 77 (UNet2DConditionModel) or 333 (SD3)"
+    )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its conditions are prompts."""
+        return self.class_name in ("UNet2DConditionModel", "SD3Transformer2DModel")
+
+    @property
+    def prompt_shape(self) -> tuple[int, int]:
+        """Text: vectors per prompt and their width."""
+        sd3 = self.class_name == "SD3Transformer2DModel"
+        width = self.config.get("joint_attention_dim", 4096) if sd3 else self.config.get("cross_attention_dim", 1280)
+        return self.tokens or (333 if sd3 else 77), int(width)
 
     def scaled(self, width: float, depth: float) -> DiffusersNetworkSettings:
-        """Return a section with `width` times the channels (DiT: heads) and `depth` times the blocks."""
+        """Return a section with `width` times the channels (transformers: heads) and `depth` times the blocks."""
         config = dict(self.config)
         if self.class_name == "UNet2DModel":
             group = config.get("norm_num_groups") or 32
             channels = config.get("block_out_channels", [224, 448, 672, 896])  # the library's defaults
             config["block_out_channels"] = [max(1, round(c * width / group)) * group for c in channels]
             config["layers_per_block"] = max(1, round(config.get("layers_per_block", 2) * depth))
+        elif self.class_name == "UNet2DConditionModel":
+            config |= _scaled_text_unet(config, width, depth)
+        elif self.class_name == "SD3Transformer2DModel":
+            heads = max(1, round(config.get("num_attention_heads", 18) * width))
+            layers = max(1, round(config.get("num_layers", 18) * depth))
+            config |= {"num_attention_heads": heads, "num_layers": layers}
+            config["caption_projection_dim"] = heads * config.get("attention_head_dim", 64)
+            config["dual_attention_layers"] = [i for i in config.get("dual_attention_layers", ()) if i < layers]
         else:
             config["num_attention_heads"] = max(1, round(config.get("num_attention_heads", 16) * width))
             config["num_layers"] = max(1, round(config.get("num_layers", 28) * depth))
         return self if (width, depth) == (1, 1) else self.model_copy(update={"config": config})
+
+
+def _scaled_text_unet(config: dict[str, Any], width: float, depth: float) -> dict[str, Any]:
+    """The keys of a UNet2DConditionModel that change; its `attention_head_dim` is what it has of heads."""
+    channels = list(config.get("block_out_channels", [320, 640, 1280, 1280]))  # the library's defaults
+    heads = config.get("attention_head_dim", 8)
+    group = config.get("norm_num_groups") or 32
+    changed: dict[str, Any] = {}
+    if isinstance(heads, list):  # as many heads as fit, of the same width
+        fewer = [max(1, round(h * width)) for h in heads]
+        changed["attention_head_dim"] = fewer
+        units = [math.lcm(group, n) for n in fewer]
+    else:
+        units = [math.lcm(group, heads)] * len(channels)
+    changed["block_out_channels"] = [max(1, round(c * width / u)) * u for c, u in zip(channels, units, strict=True)]
+    layers = config.get("layers_per_block", 2)
+    fewer_layers = [max(1, round(n * depth)) for n in (layers if isinstance(layers, list) else [layers])]
+    return changed | {"layers_per_block": fewer_layers if isinstance(layers, list) else fewer_layers[0]}
 
 
 def _scaled(channels: int, width: float, blocks: int, depth: float) -> dict[str, int]:
@@ -167,7 +211,37 @@ class FolderSettings(Section):
     source: str | None = Field(None, description="where the data come from: for whoever reads or plans the run")
 
 
-DataSettings = DigitsSettings | Toy2dSettings | GlyphsSettings | FolderSettings
+class PromptsSettings(Section):
+    """Texts, for a teacher with a text encoder: lines, JSONL or COCO captions; with pictures where there are any."""
+
+    name: Literal["prompts"] = Field("prompts", description="texts, alone or with their pictures")
+    path: str = Field(description="a .txt (one a line), a .jsonl, or a .json of COCO captions or of a list")
+    column: str | None = Field(None, description="JSON key of the text; absent: caption, text or prompt")
+    images: str | None = Field(None, description="folder or zip with the pictures that the rows name")
+    image_column: str | None = Field(None, description="JSON key of a picture's name; absent: file_name, image or file")
+    size: int | None = Field(None, ge=1, le=4096, description="side of the square images; absent: the first picture's")
+    channels: Literal[1, 3] = Field(3, description="3: colour; 1: grey, and colour pictures are made grey")
+    crop: bool = Field(False, description="cut the central square out of pictures that are not square")
+    resize: Literal["none", "box", "bicubic", "lanczos"] = Field(
+        "none", description="how pictures of another size are scaled; none: they are bad"
+    )
+    on_bad: Literal["refuse", "skip"] = Field(
+        "refuse", description="pictures that are damaged, missing or of another size: stop, or leave the rows out"
+    )
+    embeddings: Literal["float16", "float32"] = Field("float16", description="how the prompts' embeddings are kept")
+    count: Count | None = Field(None, description="how many different prompts there must be")
+    source: str | None = Field(None, description="where the data come from: for whoever reads or plans the run")
+
+    @property
+    def pictures(self) -> FolderSettings | None:
+        """The section of the pictures alone."""
+        if self.images is None:
+            return None
+        keys = ("size", "channels", "crop", "resize", "on_bad")
+        return FolderSettings(path=self.images, labels=False, **{key: getattr(self, key) for key in keys})
+
+
+DataSettings = DigitsSettings | Toy2dSettings | GlyphsSettings | FolderSettings | PromptsSettings
 Data = Annotated[DataSettings, Field(discriminator="name")]
 
 
@@ -230,8 +304,10 @@ class DmSettings(StageSettings):
     sigma_span: Span = Field(
         [0.0, 0.5], min_length=2, max_length=2, description="noise levels of the loss, as parts of the Karras schedule"
     )
-    fake_weight: Literal["dmd2", "none"] = Field(
-        "dmd2", description="weight of the fake network's loss: sigma^-2 + sigma_data^-2 (DMD2) or none (FastGen)"
+    fake_weight: Literal["dmd2", "epsilon", "none"] = Field(
+        "dmd2",
+        description="weight of the fake network's loss: sigma^-2 + sigma_data^-2 (DMD2), sigma^-2, which is the error "
+        "of the predicted noise (DMD2 on SD 1.5), or none (FastGen)",
     )
     labels: Literal["uniform", "data"] = Field("uniform", description="how the student's conditions are drawn")
     pairs: Literal["shared", "filtered", "none"] = Field(
@@ -365,8 +441,9 @@ class PartitionSettings(Section):
     """Which student owns which condition."""
 
     students: int = Field(1, ge=1, le=100_000, description="number of students, K")
-    method: Literal["consecutive", "random", "kmeans", "explicit"] = Field(
-        "consecutive", description="how the classes are divided"
+    method: Literal["consecutive", "random", "kmeans", "explicit", "quadrants"] = Field(
+        "consecutive",
+        description="how the conditions are divided; prompts: quadrants or kmeans (of pooled embeddings), or random",
     )
     features: Literal["embedding", "images"] = Field(
         "embedding", description="kmeans: cluster the teacher's class embeddings or the mean image of each class"
@@ -480,6 +557,11 @@ class Recipe(Section):
     student: StudentSettings = Field(default_factory=StudentSettings, description="the students' network")
     stages: list[Stage] = Field(min_length=1, max_length=16, description="the stages, one after the other")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="what is measured")
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the conditions are texts."""
+        return isinstance(self.data, PromptsSettings)
 
     @property
     def run_dir(self) -> Path:

@@ -174,7 +174,8 @@ def explain(document: Document, model: type[BaseModel], error: dict[str, Any]) -
     elif kind == "missing":
         said = "is required"
     elif kind == "union_tag_not_found":
-        said = f"needs the key {context['discriminator']}"
+        keys = [str(key) for key in error.get("input") or []]
+        said = f"needs the key {context['discriminator']}" + (f", and has {', '.join(keys)[:60]}" if keys else "")
     elif kind == "union_tag_invalid":
         allowed = re.findall(r"'([^']*)'", context["expected_tags"])
         dotted += "." + context["discriminator"].strip("'")

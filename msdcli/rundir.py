@@ -29,6 +29,7 @@ class RunDir:
         self.record_file = root / "run.json"
         self.partition = root / "partition.json"
         self.teacher = root / "teacher"
+        self.prompts = root / "prompts"
         self.pairs = root / "pairs"
         self.classifier = root / "classifier"
         self.students = root / "students"
@@ -259,13 +260,19 @@ PARTS = ("autoencoder", "text")  # folders that a teacher may hold beside its ne
 
 
 def link(source: Path, target: Path) -> None:
-    """Give `target` the finished files of `source`: hard links where the file system has them, else copies."""
+    """Give `target` the finished files of `source` and of its folders: hard links where the file system has them, else
+    copies.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         if (source / part).is_dir():
             link(source / part, target / part)
     for file in sorted(source.iterdir(), key=lambda f: f.name == "model.json"):  # the sign of completeness comes last
-        if file.name.startswith((".", "state.")) or not file.is_file():
+        if file.name.startswith((".", "state.")):
+            continue
+        if file.is_dir():
+            link(file, target / file.name)
+        if not file.is_file():
             continue
         place = target / file.name
         if place.exists() and (place.samefile(file) or filecmp.cmp(place, file, shallow=False)):

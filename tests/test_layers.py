@@ -17,7 +17,8 @@ BELOW = {
     "recipe": {"recipe_yaml", "errors"},
     "rundir": {"recipe", "errors"},
     "sweep": {"recipe", "recipe_yaml", "errors"},
-    "partition": {"rundir", "seeds", "errors"},
+    "routing": {"seeds", "errors"},
+    "partition": {"rundir", "routing", "seeds", "errors"},
     "console": {"errors", "engine.events"},
     "diffusion": {"seeds", "errors", "data.base"},
     "data": {"diffusion", "recipe", "seeds", "errors"},
@@ -33,13 +34,14 @@ BELOW = {
             "nets",
             "data",
             "partition",
+            "routing",
             "rundir",
             "recipe",
             "seeds",
             "errors",
         ),
     },
-    "cli": {"sweep", "engine", "console", "recipe", "rundir", "errors"},
+    "cli": {"partition", "sweep", "engine", "console", "recipe", "rundir", "errors"},
 }
 
 

@@ -103,7 +103,7 @@ def _show(outcome: Outcome, json_: bool) -> None:
         )
         return
     cost_table(costs(outcome.run))
-    if outcome.measurement is None:
+    if outcome.grid is None:
         left = (
             f"students still to do: {', '.join(map(str, outcome.unfinished))}"
             if outcome.unfinished
@@ -111,8 +111,12 @@ def _show(outcome: Outcome, json_: bool) -> None:
         )
         console.say(f"{outcome.run.root}: {left}; `msd distill {outcome.run.root}` finishes and measures the run")
         return
-    show(outcome.measurement, brief=True)
+    if outcome.measurement is not None:
+        show(outcome.measurement, brief=True)
     console.say(f"samples: {outcome.grid}  (the teacher's left of or behind the students')")
+    how = "--all" if outcome.measurement is not None else '--prompt "a red fox"'
     console.say(
-        f"run:     {outcome.run.root}  (next: msd report {outcome.run.root}, or msd sample {outcome.run.root} --all)"
+        f"run:     {outcome.run.root}  (next: msd report {outcome.run.root}, or msd sample {outcome.run.root} {how})"
     )
+    if outcome.measurement is None:
+        console.say(f"measure: msd fid {outcome.run.root} --protocol clean --reference PICTURES")

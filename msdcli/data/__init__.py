@@ -10,11 +10,23 @@ if TYPE_CHECKING:
     from msdcli.recipe import DataSettings
 
 
-def open_data(settings: DataSettings, *, planning: bool = False) -> Dataset:
+def open_data(settings: DataSettings, *, planning: bool = False, made: tuple[int, ...] | None = None) -> Dataset:
     """Open the data set that a recipe names. With `planning`, one that is not there yet is what the recipe expects.
 
     A folder opens as it lies, decoding what is asked for; `engine.dataset` gives the decoded and checked whole.
+    Prompts alone have no shape: theirs is `made`, the shape of what the teacher makes.
     """
+    if settings.name == "prompts":
+        from msdcli.data import folder, prompts
+
+        if planning:
+            return prompts.expected(settings, made or ())
+        captions = prompts.read(settings)
+        if settings.pictures is None:
+            return prompts.Prompts(captions, made or ())
+        pictures = folder.Pictures(settings.pictures)
+        skip = settings.on_bad == "skip"
+        return prompts.with_pictures(captions, pictures, pictures.names, skip=skip, where=str(settings.images))
     if settings.name == "digits":
         from msdcli.data.digits import Digits
 

@@ -47,6 +47,22 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "msd"
 
 
+@runtime_checkable
+class Texts(Protocol):
+    """A data set whose conditions are prompts, and whose rows may be without images."""
+
+    prompts: list[str]
+    has_images: bool
+
+    def text_hash(self) -> str:
+        """Return a hash of all prompts."""
+
+
+def has_images(data: Dataset) -> bool:
+    """Whether there are images beside the conditions."""
+    return not isinstance(data, Texts) or data.has_images
+
+
 PROBES = 64  # images that a fingerprint looks at
 
 
@@ -56,6 +72,10 @@ def fingerprint(data: Dataset) -> str:
     Latents are named by the pictures they are of; who made them is for the teacher's hash to say.
     """
     data = getattr(data, "pictures", data)
-    labels = data.labels(range(len(data))).numpy()
-    some = sorted({i * (len(data) - 1) // (PROBES - 1) for i in range(PROBES)})
-    return hashlib.sha256(labels.tobytes() + data.images(some).numpy().tobytes()).hexdigest()
+    content = data.labels(range(len(data))).numpy().tobytes()
+    if isinstance(data, Texts):
+        content += data.text_hash().encode()
+    if has_images(data):
+        some = sorted({i * (len(data) - 1) // (PROBES - 1) for i in range(PROBES)})
+        content += data.images(some).numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()

@@ -69,6 +69,11 @@ class Pictures:
         except UserError as error:
             return Bad(self.name(number), error.message)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all pictures, in order."""
+        return [self.name(number) for number in range(len(self))]
+
     def name(self, number: int) -> str:
         return self._source.names[number] if isinstance(self._source, ImageFiles) else f"image {number}"
 

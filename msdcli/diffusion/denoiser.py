@@ -28,11 +28,13 @@ class Denoiser(nn.Module):
     `net(c_in * x, c_noise, condition)` is the raw network. `x` [batch, *shape] float32, `sigma` [batch] float32,
     `condition` [batch] int64 class numbers, or None for an unconditional network. The preconditioning is float32
     whatever the network computes in (`compute_in`). Subclasses for other parametrisations override `forward` and
-    `features`.
-    `settings` is the network section it was built from; model.json stores it.
+    `features`. `settings` is the network section it was built from; model.json stores it. Where `reads_text`,
+    conditions are numbers of prompts in the store `prompts`, which it must be given before it is called.
     """
 
     settings: Any = None
+    reads_text = False
+    prompts: Any = None
 
     def __init__(self, net: nn.Module, *, shape: tuple[int, ...], num_classes: int, sigma_data: float = 0.5) -> None:
         super().__init__()

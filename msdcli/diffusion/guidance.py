@@ -38,7 +38,7 @@ class Guided(Denoiser):
     ) -> None:
         super().__init__(teacher, shape=teacher.shape, num_classes=teacher.num_classes, sigma_data=teacher.sigma_data)
         self.scale, self.interval, self.guide = scale, (interval[0], interval[1]), guide
-        self.settings = teacher.settings
+        self.settings, self.reads_text, self.prompts = teacher.settings, teacher.reads_text, teacher.prompts
 
     @property
     def plain(self) -> Denoiser:

@@ -6,12 +6,14 @@ import os
 import time
 from pathlib import Path
 
-from msdcli.data import open_data
+from msdcli.data import open_data, prompts
 from msdcli.data.base import Dataset
 from msdcli.data.folder import PIXELS, RECORD, SHOWN, Bad, Decoded, Pictures, refusal
+from msdcli.engine import hub, importing
 from msdcli.engine.events import Progress, Report
-from msdcli.recipe import FolderSettings, Recipe
-from msdcli.rundir import RunDir, key, lock, write_json, writing
+from msdcli.errors import UserError
+from msdcli.recipe import DiffusersNetworkSettings, FolderSettings, PromptsSettings, Recipe
+from msdcli.rundir import RunDir, key, lock, read_json, write_json, writing
 
 EVERY = 500  # images between two reports
 
@@ -19,15 +21,65 @@ EVERY = 500  # images between two reports
 def provide(run: RunDir, recipe: Recipe, report: Report) -> Dataset:
     """Return the data set, after decoding it if nobody has. UserError listing the pictures that cannot be used."""
     settings = recipe.data
+    if isinstance(settings, PromptsSettings):
+        return _prompts(run, recipe, settings, report)
     if not isinstance(settings, FolderSettings):
         return open_data(settings)
-    pictures = Pictures(settings)
+    return Decoded(_decoded(run, settings, Pictures(settings), report))
+
+
+def look(recipe: Recipe, *, planning: bool = False) -> Dataset:
+    """Open a recipe's data as they lie, decoding what is asked for. With `planning`, data that are not here yet are
+    what the recipe says of them. Prompts alone have the shape of what the teacher makes.
+    """
+    made = made_by_teacher(recipe, planning=planning) if recipe.has_prompts else None
+    return open_data(recipe.data, planning=planning, made=made)
+
+
+def made_by_teacher(recipe: Recipe, *, planning: bool = False) -> tuple[int, ...]:
+    """Return the shape of what a text-conditioned teacher makes. UserError if it reads no text."""
+    settings = recipe.teacher
+    if settings.path is None:
+        raise UserError(
+            "the data are prompts: their teacher must be a given one, with its text encoder",
+            hint="teacher.path names a diffusers pipeline",
+        )
+    for path in (hub.cached(settings.path), RunDir(recipe.run_dir).teacher):
+        if path is not None and path.exists():
+            return importing.shape_of(path)
+    if hub.is_hub(settings.path) and not planning:
+        return importing.shape_of(hub.resolve(settings.path))
+    network = settings.network
+    if not planning:
+        raise UserError(
+            f"no model at {settings.path}", hint=f"get it from {settings.source}" if settings.source else None
+        )
+    if not isinstance(network, DiffusersNetworkSettings) or not network.reads_text:
+        raise UserError("the data are prompts: teacher.network must describe a text-conditioned network of diffusers")
+    return network.config.get("in_channels", 4), *[network.config.get("sample_size", 64)] * 2
+
+
+def _prompts(run: RunDir, recipe: Recipe, settings: PromptsSettings, report: Report) -> Dataset:
+    captions = prompts.read(settings)
+    report(f"data: {captions.told()}")
+    if settings.pictures is None:
+        return prompts.Prompts(captions, made_by_teacher(recipe))
+    pictures = Pictures(settings.pictures)
+    folder = _decoded(run, settings.pictures, pictures, report)
+    skipped = set(read_json(folder / RECORD)["skipped"])
+    names = [name for name in pictures.names if name not in skipped]
+    skip = settings.on_bad == "skip"
+    return prompts.with_pictures(captions, Decoded(folder), names, skip=skip, where=str(settings.images))
+
+
+def _decoded(run: RunDir, settings: FolderSettings, pictures: Pictures, report: Report) -> Path:
+    """Return the folder with the decoded pictures."""
     section = settings.model_dump(mode="json", exclude={"source", "count", "classes"})
     folder = run.shared / f"data-{key('data', section, pictures.fingerprint())}"
     with lock(folder, "the data", wait=report):
         if not (folder / RECORD).exists():
             _decode(pictures, folder, report)
-    return Decoded(folder)
+    return folder
 
 
 def _decode(pictures: Pictures, folder: Path, report: Report) -> None:

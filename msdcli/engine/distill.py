@@ -229,6 +229,7 @@ def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
         shape, classes = teacher.shape, teacher.num_classes
         student = nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
     student.to(next(teacher.parameters()).device)
+    student.prompts = teacher.prompts
     if init == "pruned":
         prune(copy.deepcopy(teacher), student)  # a copy is plain, without guidance
     return student

@@ -104,14 +104,14 @@ def export(
             "format": checkpoint.FORMAT,
             "kind": kind,
             "name": run.root.resolve().name,
-            "class_names": students.class_names,
+            "class_names": students.class_names if students.desk is None else [],
             "shape": list(given.shape),
             "students_sha256": [read_json(f / checkpoint.MODEL)["sha256"] for f in students.folders],
         } | verify(given, written)
         record |= written.record
         if options.precision != "float32":
             record |= {"distance": _distance(given, written)}
-        if options.bench:
+        if options.bench and students.desk is None:  # what a prompt costs, msd sample says
             record["speed"] = export_bench.measure(given, written)
         write_json(place / (sample.BUNDLE if kind == "bundle" else EXPORT), record)
         export_card.write(given, written, record, folder)
@@ -130,6 +130,8 @@ def check(run: RunDir, folder: Path, kind: str, options: Options) -> sample.Stud
     if options.precision not in TOLERANCES:
         raise UserError(f"precision {options.precision!r} does not exist: there are {', '.join(TOLERANCES)}")
     students = sample.load(run.root)
+    if students.desk is not None and kind != "bundle":
+        raise UserError(f"format {kind} carries no text encoder; these students read prompts", hint="--format bundle")
     if options.precision != "float32" and kind not in ("onnx", "triton"):
         raise UserError(f"format {kind} is float32; {options.precision} is for onnx and triton")
     if options.aot and kind != "torch":
@@ -161,7 +163,7 @@ class OfRun:
     def generate(self, z: Any, classes: Sequence[int]) -> Tensor:
         z = torch.as_tensor(z)
         images, c = torch.empty(z.shape), torch.tensor(classes)
-        for number, at in self.students.partition.route(classes).items():
+        for number, at in self.students.route(classes).items():
             with torch.no_grad():
                 images[at] = self.students.generate(number, z[at], c[at]).cpu()
         return images
@@ -190,8 +192,12 @@ def verify(given: Given, written: Written, *, most: int = 256) -> dict[str, Any]
     each = max(2, min(32, most // len(parts)))
     classes = [part[i * len(part) // each % len(part)] for i in range(each) for part in parts]  # neighbours mixed
     z = image_noise(0, range(len(classes)), given.shape)
+    opened, asked = written.open(None, None), classes
+    if given.students.desk is not None and isinstance(opened, OfRun):  # prompts, embedded anew on either side
+        prompts = [given.students.class_names[c] for c in classes]
+        classes, asked = given.students.numbers(prompts), opened.students.numbers(prompts)
     wanted = OfRun(given.students).generate(z, classes)
-    got = torch.as_tensor(written.open(None, None).generate(z.numpy(), classes))
+    got = torch.as_tensor(opened.generate(z.numpy(), asked))
     difference = (got - wanted).abs().max().item()
     allowed = written.tolerance * max(1.0, wanted.abs().max().item())
     if not difference <= allowed:  # not a number is no agreement

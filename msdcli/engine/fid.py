@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdcli.data.base import Dataset, fingerprint
+from msdcli.data.base import Dataset, fingerprint, has_images
 from msdcli.data.images import content_hash
 from msdcli.engine import autoencoder as autoencoders
 from msdcli.engine import checkpoint, classifier, dataset, device, features, groups, pairs, sample
@@ -107,6 +107,10 @@ class Judge:
 def judge_of(run: RunDir, recipe: Recipe, data: Dataset, options: Options, on: torch.device, report: Report) -> Judge:
     """Open what measures this run: the data's own classifier, or the network of a published protocol."""
     name, protocol = recipe.data.name, options.protocol or "data"
+    if protocol == "data" and recipe.has_prompts:
+        raise UserError(
+            "prompts have no classifier to measure by", hint="--protocol clean (or clip), --reference PICTURES"
+        )
     if len(data.shape) == 1:
         if protocol != "data" or options.reference:
             raise UserError(f"{name} holds points, which have no {protocol} features", hint="leave the protocol out")
@@ -211,6 +215,8 @@ class Scene:
             return features.of_reference(self.options.reference, self.judge.network, **options)
         largest = max(self.count, MAX_REFERENCE) if self.planar else MAX_REFERENCE
         numbers = range(min(len(self.data), largest))
+        if not has_images(self.data):
+            raise UserError("these prompts have no pictures to compare with", hint="--reference a folder of pictures")
         depends = fingerprint(self.data), len(numbers)
         return self._cached(lambda: features.of_data(self.data, numbers, self.how), "data", *depends)
 
@@ -260,7 +266,12 @@ def measure(run: RunDir, report: Report, options: Options | None = None) -> Meas
     by_students = scene.students(students)
     replicates = scene.replicates(by_students.moments.dimension)
     against = by_teacher if scene.planar else real
-    lines = Lines(scene.judge, students.partition, replicates, scene.options.infinity, scene.groups)
+    prompts = scene.recipe.has_prompts  # a prompt has too few pictures, and those of a user's reference are no prompts
+    lines = Lines(
+        *(scene.judge, students.partition, replicates, scene.options.infinity, scene.groups),
+        single=not prompts,
+        whole_only=prompts and scene.options.reference is not None,
+    )
     rows = [
         *halves(scene.judge, real),
         *lines.of("teacher", by_teacher, real),
@@ -281,7 +292,10 @@ def _record(scene: Scene, students: sample.Students, measured: FeatureSet) -> di
     return {
         "samples": scene.count,
         "seed": recipe.evaluation.seed,
-        "labels": {str(label): count for label, count in measured.moments.counts().items()},
+        # Of prompts, thousands as a rule, only how many they are.
+        "prompts" if recipe.has_prompts else "labels": len(measured.moments.counts())
+        if recipe.has_prompts
+        else {str(label): count for label, count in measured.moments.counts().items()},
         "network": scene.judge.network.record() | {"dimension": measured.moments.dimension},
         "teacher_sha256": checkpoint.read_json(scene.run.teacher / checkpoint.MODEL)["sha256"],
         "students_sha256": [checkpoint.read_json(f / checkpoint.MODEL)["sha256"] for f in students.folders],
@@ -314,7 +328,7 @@ def _has_classes(reference: FeatureSet) -> bool:
 
 
 class Lines:
-    """The rows of a set of samples: whole, per student's part, per class."""
+    """The rows of a set of samples: whole, per student's part, per `single` class; or `whole_only`."""
 
     def __init__(
         self,
@@ -323,19 +337,23 @@ class Lines:
         replicates: int,
         extrapolate: bool = False,
         asked: groups.Groups | None = None,
+        *,
+        single: bool = True,
+        whole_only: bool = False,
     ) -> None:
         self.judge, self.partition, self.asked = judge, partition, asked or {}
+        self.single, self.whole_only = single, whole_only
         self.replicates, self.extrapolate = replicates, extrapolate
         self.warnings: list[str] = []
 
     def of(self, who: str, mine: FeatureSet, against: Reference) -> Iterator[Row]:
         """Yield the rows; a reference that does not know the classes is compared with as a whole only."""
         yield self._row(who, "whole", mine, against, extrapolate=self.extrapolate)
-        if isinstance(against, Gaussian) or not _has_classes(against):
+        if self.whole_only or isinstance(against, Gaussian) or not _has_classes(against):
             return
         parts = self.partition.parts
         owned = {f"student {k}": part for k, part in enumerate(parts)} if len(parts) > 1 else {}
-        classes = {f"class {c}": [c] for c in range(self.partition.num_conditions)}
+        classes = {f"class {c}": [c] for c in range(self.partition.num_conditions)} if self.single else {}
         for name, members in (owned | self.asked | classes).items():
             part, same = mine.select(members), against.select(members)
             if min(part.count, same.count) >= 2:  # fewer have no covariance: a small --samples leaves rare classes out

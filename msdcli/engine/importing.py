@@ -11,24 +11,28 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import autoencoder as autoencoders
 from msdcli.engine import checkpoint
 from msdcli.errors import UserError
-from msdcli.nets.diffusers_import import autoencoder_folder, build_diffusers, is_pipeline, read_section
+from msdcli.nets import text_encoder
+from msdcli.nets.diffusers_import import autoencoder_folder, build_diffusers, is_pipeline, read_section, text_part
 from msdcli.nets.edm_import import check_against, complete_arguments, import_edm, open_edm
 from msdcli.recipe import EdmNetworkSettings
 from msdcli.rundir import file_hash, key, read_json
 
+TEXT = "text"  # the folder of a teacher's text encoder
 TOLERANCE = 1e-5  # relative, float32, on the CPU
 
 
 @dataclass(frozen=True)
 class Imported:
     """A teacher that has been read: the denoiser, what model.json says of it beside the network, how far it is from a
-    reference (None without one), and where its autoencoder lies (None in pixel space).
+    reference (None without one), where its autoencoder lies (None in pixel space), and the pipeline that its text
+    encoder is copied from (None where it reads no text).
     """
 
     denoiser: Denoiser
     record: dict[str, Any]
     difference: float | None
     autoencoder: Path | None = None
+    pipeline: Path | None = None
 
     @property
     def agrees(self) -> bool:
@@ -56,13 +60,16 @@ def read(source: Path, *, reference: Path | None = None, autoencoder: Path | Non
     whatever the files may not hold.
     """
     denoiser: Denoiser
+    record: dict[str, Any] = {}
     if is_pipeline(source):
         denoiser, origin = _read_pipeline(source)
+        if denoiser.reads_text:
+            record["text_sha256"] = text_identity(source, denoiser.settings.config)
     else:
         denoiser, description = import_edm(source)
         denoiser.settings, origin = _section(description), description["source"]
     difference = None if reference is None else check_against(denoiser, reference)
-    record: dict[str, Any] = {"source": origin}
+    record["source"] = origin
     if reference is not None and difference is not None:
         record["check"] = {"file": reference.name, "max_relative_difference": _finite(difference)}
     if autoencoder is None:
@@ -71,7 +78,7 @@ def read(source: Path, *, reference: Path | None = None, autoencoder: Path | Non
         autoencoders.check_files(autoencoder)
     if autoencoder is not None and (channels := autoencoders.read_geometry(autoencoder).channels) != denoiser.shape[0]:
         raise UserError(f"{autoencoder} makes latents of {channels} channels, {source} knows {denoiser.shape[0]}")
-    return Imported(denoiser, record, difference, autoencoder)
+    return Imported(denoiser, record, difference, autoencoder, source if denoiser.reads_text else None)
 
 
 def find_autoencoder(source: Path) -> Path | None:
@@ -94,10 +101,13 @@ def inspect(source: Path) -> Denoiser:
 
 
 def write(imported: Imported, folder: Path) -> None:
-    """Write the teacher as model.safetensors and model.json, its autoencoder beside them."""
+    """Write the teacher as model.safetensors and model.json, its autoencoder and its text encoder beside them."""
     record = imported.record
     if imported.autoencoder is not None:
         record = record | {"autoencoder": autoencoders.copy(imported.autoencoder, folder / autoencoders.FOLDER)}
+    if imported.pipeline is not None:
+        part = text_part(imported.pipeline, imported.denoiser.settings.config)
+        text_encoder.copy(imported.pipeline, part, folder / TEXT)
     checkpoint.save_model(folder, imported.denoiser, record)
 
 
@@ -148,4 +158,25 @@ def identity(path: Path) -> str:
     section, weights = read_section(path)
     parts = [section.model_dump(mode="json"), file_hash(weights)]
     autoencoder = find_autoencoder(path)
-    return key("imported", *parts, *([] if autoencoder is None else [autoencoders.identity(autoencoder)]))
+    text = [text_identity(path, section.config)] if section.reads_text else []
+    return key("imported", *parts, *([] if autoencoder is None else [autoencoders.identity(autoencoder)]), *text)
+
+
+def text_identity(pipeline: Path, config: dict[str, Any]) -> str:
+    """Name a pipeline's text encoder by its files."""
+    record = text_part(pipeline, config)
+    return key("text", record, [(str(f), file_hash(pipeline / f)) for f in text_encoder.files_of(pipeline, record)])
+
+
+def shape_of(path: Path) -> tuple[int, ...]:
+    """Return the shape of what a teacher with a text encoder makes, without reading its weights."""
+    if is_pipeline(path):
+        section, _ = read_section(path)
+        if section.reads_text:
+            return section.config["in_channels"], *[section.config["sample_size"]] * 2
+    elif (path / checkpoint.MODEL).is_file() and (path / TEXT).is_dir():
+        return tuple(read_json(path / checkpoint.MODEL)["shape"])
+    raise UserError(
+        f"the data are prompts, and the teacher at {path} reads none",
+        hint="teacher.path names a diffusers pipeline with a text encoder, or its import",
+    )

@@ -7,6 +7,7 @@ run it on one directory at once: each takes the students that nobody else is at.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -16,8 +17,7 @@ from typing import Any
 
 import torch
 
-from msdcli.data import open_data
-from msdcli.data.base import Dataset, fingerprint
+from msdcli.data.base import Dataset, fingerprint, has_images
 from msdcli.data.images import is_there
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
@@ -46,14 +46,14 @@ from msdcli.engine.loggers import logged
 from msdcli.engine.pairs import Pairs
 from msdcli.errors import UserError
 from msdcli.partition import Partition
-from msdcli.recipe import Recipe
+from msdcli.recipe import PromptsSettings, Recipe
 from msdcli.rundir import RunDir, holder_of, lock, read_json, sweep_temporaries, write_json
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `distill` did: the run, its measurement and picture (None where only some students were asked for), what
-    is left.
+    """What `distill` did: the run, its measurement (None for prompts, which have no classifier) and picture, both None
+    where only some students were asked for, and what is left.
     """
 
     run: RunDir
@@ -71,9 +71,13 @@ def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Da
 
     With `planning`, teacher and data that are not here yet are what the recipe says of them.
     """
-    data = open_data(recipe.data, planning=planning)
-    num_classes = len(data.class_names)
-    partition.check(recipe.partition, num_classes)
+    data = dataset.look(recipe, planning=planning)
+    partition.check(recipe.partition, len(data.class_names), prompts=recipe.has_prompts)
+    if needing := [s.objective for s in recipe.stages if s.needs_images and not (planning or has_images(data))]:
+        raise UserError(
+            f"stage {needing[0]} needs real images, and these prompts are alone",
+            hint="data.images names a folder of pictures, data.image_column where the rows name theirs",
+        )
     frozen, student = networks_on_meta(recipe, data, planning=planning)
     with torch.device("meta"):
         goals = [check_stage(stage, student, frozen) for stage in recipe.stages]
@@ -160,7 +164,8 @@ def finish(bench: Bench, left: list[int], report: Report) -> Outcome:
         raise UserError(
             f"not all students are finished: {names}", hint=f"msd status {bench.run.root}; the same command goes on"
         )
-    return Outcome(bench.run, fid.measure(bench.run, report), preview(bench), [])
+    measured = None if bench.recipe.has_prompts else fid.measure(bench.run, report)
+    return Outcome(bench.run, measured, preview(bench), [])
 
 
 def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
@@ -174,7 +179,7 @@ def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
         known["commands"].append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "line": sys.argv})
         known |= {
             "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
-            "class_names": data.class_names,
+            "class_names": [] if recipe.has_prompts else data.class_names,
             "shape": list(data.shape),
         }
         write_json(run.record_file, known)
@@ -248,6 +253,10 @@ def preview(bench: Bench, *, rows: int = 32, columns: int = 16, points: int = 10
     """Draw the teacher's and the students' samples of the first classes, one row a class, to samples/grid.png."""
     path, data = bench.run.samples / "grid.png", bench.data
     classes = list(range(len(data.class_names)))[:rows]
+    if bench.recipe.has_prompts:  # a few of every student
+        rows, columns = 16, 8
+        each = max(1, rows // len(bench.partition.parts))
+        classes = [c for part in bench.partition.parts for c in part[:each]][:rows]
     planar = len(data.shape) == 1
     per_class = points if planar else columns
     asked = [c for c in classes for _ in range(per_class)]
@@ -273,22 +282,39 @@ def plan(recipe: Recipe) -> list[str]:
     frozen, student = networks_on_meta(recipe, data, planning=True)
     sizes = estimate.count(frozen), estimate.count(student)
     steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
+    kinds = "prompts" if recipe.has_prompts else "classes"
+    what = "images" if has_images(data) else "rows"
     return [
-        f"data:      {recipe.data.name}, {len(data):,} images of {list(data.shape)} in {len(data.class_names)} classes",
+        f"data:      {recipe.data.name}, {len(data):,} {what} of {list(data.shape)} in {len(data.class_names)} {kinds}",
         *([] if frozen.shape == tuple(data.shape) else [f"latents:   {list(frozen.shape)} of every picture"]),
         f"teacher:   {recipe.teacher.path or 'trained or reused'}, {sizes[0]:,} parameters",
         f"partition: {recipe.partition.method}, {num} students",
         f"students:  {sizes[1]:,} parameters each; {steps}",
+        *(
+            [f"prompts:   {_embedding_bytes(recipe, frozen, data) / 2**30:,.3g} GiB of embeddings"]
+            if recipe.has_prompts
+            else []
+        ),
         *estimate.lines(estimate.estimate(recipe, data, frozen, student)),
         f"run:       {run.root}{' (exists: would resume)' if run.recipe_file.exists() else ''}",
         *missing(recipe),
     ]
 
 
+def _embedding_bytes(recipe: Recipe, frozen: Denoiser, data: Dataset) -> int:
+    """What the prompts' vectors take on the disk (the pooled ones are a hundredth of them)."""
+    assert isinstance(recipe.data, PromptsSettings)
+    return (
+        len(data.class_names)
+        * math.prod(frozen.settings.prompt_shape)
+        * (2 if recipe.data.embeddings == "float16" else 4)
+    )
+
+
 def missing(recipe: Recipe) -> list[str]:
     """Return a line for everything that must be fetched before the run can start."""
-    sections = [("teacher", recipe.teacher), ("data", recipe.data)]
-    wanted = [(what, getattr(s, "path", None), getattr(s, "source", None)) for what, s in sections]
+    sections = [("teacher", recipe.teacher, "path"), ("data", recipe.data, "path"), ("pictures", recipe.data, "images")]
+    wanted = [(what, getattr(s, name, None), getattr(s, "source", None)) for what, s, name in sections]
     here = {path for _, path, _ in wanted if path is not None and (hub.cached(path) or is_there(path))}
     return [
         f"missing:   {what} {path}: the run downloads it; {hub.by_hand(path)}"

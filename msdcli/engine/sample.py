@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from msdcli.data.images import to_uint8
+from msdcli.data.prompts import read_lines
 from msdcli.diffusion.denoiser import Denoiser, one_step
 from msdcli.diffusion.draws import image_noise
 from msdcli.engine import checkpoint
 from msdcli.engine.autoencoder import find, open_autoencoder
+from msdcli.engine.importing import TEXT
+from msdcli.engine.prompts import Desk, desk_of, give, read_prompts
 from msdcli.errors import UserError
 from msdcli.nets.autoencoder import Autoencoder
 from msdcli.partition import Partition
-from msdcli.rundir import RunDir, read_json, write_json, writing
+from msdcli.rundir import RunDir, key, read_json, write_json, write_text, writing
 
 BUNDLE = "bundle.json"
 
@@ -28,7 +34,8 @@ class Students:
     """K one-step students behind one router; a student's weights are read when it is first asked.
 
     `autoencoder` is the folder of what makes pictures of their samples, where those are latents. At most `max_resident`
-    students stay in memory (all of them if None): the one that was asked least recently goes first.
+    students stay in memory (all of them if None): the one that was asked least recently goes first. Where conditions
+    are prompts, `desk` gives new ones their number and their student.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class Students:
         device: torch.device,
         autoencoder: Path | None = None,
         max_resident: int | None = None,
+        desk: Desk | None = None,
     ) -> None:
         self.folders = list(folders)
         self.partition = partition
@@ -46,18 +54,26 @@ class Students:
         self.device = device
         self.autoencoder = autoencoder
         self.max_resident = max_resident
+        self.desk = desk
         self._decoder: Autoencoder | None = None
         self._loaded: dict[int, tuple[Denoiser, float]] = {}
 
     def sample(
-        self, classes: Sequence[int | str], *, seed: int = 0, first: int = 0, batch: int = 500, latents: bool = False
+        self,
+        classes: Sequence[int | str] = (),
+        *,
+        prompts: Sequence[str] | None = None,
+        seed: int = 0,
+        first: int = 0,
+        batch: int = 500,
+        latents: bool = False,
     ) -> Tensor:
-        """Return one sample per entry of `classes`, float32 [len(classes), *shape] on the CPU, one evaluation each.
+        """Return a sample per entry of `classes` or `prompts`, float32 [entries, *shape] on the CPU, in one evaluation.
 
-        Classes are numbers or names. Sample number `first + i` depends on `seed`, its number and its class alone.
-        Students of a latent teacher give pictures too; with `latents`, what they make before it is decoded.
+        Classes are numbers or names. Sample number `first + i` depends on `seed`, its number and its class or prompt
+        alone. Students of a latent teacher give pictures too; with `latents`, what they make before it is decoded.
         """
-        classes = class_numbers(classes, self.class_names)
+        classes = class_numbers(classes, self.class_names) if prompts is None else self.numbers(prompts)
         samples: Tensor | None = None
         numbers = range(first, first + len(classes))
         for at, y in self.stream(classes, seed=seed, batch=batch, numbers=numbers, latents=latents):
@@ -67,6 +83,25 @@ class Students:
         if samples is None:
             raise UserError("no class was asked for")
         return samples
+
+    def numbers(self, prompts: Sequence[str]) -> list[int]:
+        """Return the condition numbers of prompts. UserError where conditions are classes."""
+        if self.desk is None:
+            raise UserError("these students know classes, not prompts", hint="--classes 3,7 or --all")
+        return self.desk.number(prompts)
+
+    def route(self, conditions: Sequence[int]) -> dict[int, list[int]]:
+        """Return, for every student that is needed, the positions in `conditions` that it serves."""
+        if self.desk is None:
+            return self.partition.route(conditions)
+        positions: dict[int, list[int]] = {}
+        for position, condition in enumerate(conditions):
+            positions.setdefault(self.desk.owner_of(condition), []).append(position)
+        return positions
+
+    def name(self, condition: int) -> str:
+        """Return the name of a class, or the text of a prompt."""
+        return self.class_names[condition] if self.desk is None else self.desk.name(condition, self.class_names)
 
     @torch.no_grad()
     def stream(
@@ -82,9 +117,10 @@ class Students:
         on the device. `numbers` are the samples' own, from 0 on if absent.
         """
         numbers = range(len(classes)) if numbers is None else numbers
-        if unknown := [c for c in classes if not 0 <= c < len(self.class_names)]:
-            raise UserError(f"class {unknown[0]} does not exist: there are 0 to {len(self.class_names) - 1}")
-        for number, positions in self.partition.route(classes).items():
+        known = len(self.class_names) if self.desk is None else len(self.desk)
+        if unknown := [c for c in classes if not 0 <= c < known]:
+            raise UserError(f"class {unknown[0]} does not exist: there are 0 to {known - 1}")
+        for number, positions in self.route(classes).items():
             net, _ = self.student(number)
             for at in (positions[i : i + batch] for i in range(0, len(positions), batch)):
                 z = image_noise(seed, [numbers[i] for i in at], net.shape).to(self.device)
@@ -107,7 +143,7 @@ class Students:
 
     def put(self, number: int, net: Denoiser, sigma_init: float) -> None:
         """Use this network as student `number`, whatever its folder holds."""
-        self._loaded[number] = net.to(self.device), sigma_init
+        self._loaded[number] = give(net.to(self.device), self.desk), sigma_init
 
     def student(self, number: int) -> tuple[Denoiser, float]:
         """Return student `number` and the noise level that it is evaluated at."""
@@ -118,7 +154,7 @@ class Students:
                 sigma_init = float(description["stage"]["sigma_init"])
             except (KeyError, TypeError, ValueError):
                 raise UserError(f"{folder} is not a one-step student: its model.json names no sigma_init") from None
-            self._loaded[number] = net.to(self.device), sigma_init
+            self._loaded[number] = give(net.to(self.device), self.desk), sigma_init
         self._loaded[number] = self._loaded.pop(number)  # the last one asked is the last in line
         while self.max_resident is not None and len(self._loaded) > self.max_resident:
             del self._loaded[next(iter(self._loaded))]
@@ -131,8 +167,11 @@ def load(source: Path | str, device: torch.device | str = "cpu") -> Students:
     if (root / BUNDLE).is_file():
         partition = Partition.load(root / "partition.json")
         folders = [root / "students" / str(k) for k in range(len(partition.parts))]
-        names = list(read_json(root / BUNDLE)["class_names"])
-        return Students(folders, partition, names, device, find(root))
+        record = read_json(root / BUNDLE)
+        desk = None
+        if "embeddings" in record:
+            desk = Desk(root / TEXT, partition, store=None, device=device, dtype=record["embeddings"])
+        return Students(folders, partition, list(record["class_names"]), device, find(root), desk=desk)
     students = of_run(RunDir(root), device)
     if waiting := [str(k) for k, folder in enumerate(students.folders) if not checkpoint.is_complete(folder)]:
         raise UserError(
@@ -147,7 +186,10 @@ def of_run(run: RunDir, device: torch.device) -> Students:
     partition = Partition.load(run.partition)
     number, last = len(recipe.stages) - 1, recipe.stages[-1]
     folders = [run.stage(k, number, last.objective) for k in range(len(partition.parts))]
-    return Students(folders, partition, read_json(run.record_file)["class_names"], device, find(run.teacher))
+    autoencoder = find(run.teacher)
+    if (desk := desk_of(run, partition, device)) is not None:
+        return Students(folders, partition, read_prompts(run.prompts), device, autoencoder, desk=desk)
+    return Students(folders, partition, read_json(run.record_file)["class_names"], device, autoencoder)
 
 
 # Pictures and files.
@@ -184,8 +226,15 @@ def save_grid(
 
 def to_pixels(images: Tensor) -> np.ndarray:
     """Return uint8 RGB pixels [batch, height, width, 3]; grey images are repeated."""
+    if not is_picture(images):  # a look at latents: their first channels
+        images = images[:, : 3 if images.shape[1] > 3 else 1]
     pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def is_picture(images: Tensor) -> bool:
+    """Whether these are pictures [n, 1 or 3, height, width], and not points or latents."""
+    return images.ndim == 4 and images.shape[1] in (1, 3)
 
 
 def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] | None, names: Sequence[str]) -> None:
@@ -207,8 +256,8 @@ def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] |
 
 def save_files(folder: Path, images: Tensor, classes: Sequence[int], *, first: int = 0) -> None:
     """Write one PNG per image, named by its number, and labels.json in EDM's dataset.json form."""
-    if images.ndim != 4:
-        raise UserError("points are no pictures", hint="--format npz")
+    if not is_picture(images):
+        raise UserError(f"{'points' if images.ndim == 2 else 'latents'} are no pictures", hint="--format npz")
     names = [f"{first + i:06d}.png" for i in range(len(images))]
     for name, pixels in zip(names, to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
         with writing(folder / name) as temporary:
@@ -216,11 +265,11 @@ def save_files(folder: Path, images: Tensor, classes: Sequence[int], *, first: i
     write_json(folder / "dataset.json", {"labels": [[n, int(c)] for n, c in zip(names, classes, strict=True)]})
 
 
-def save_npz(path: Path, images: Tensor, classes: Sequence[int], *, pixels: bool = True) -> None:
-    """Write `images` (uint8 NHWC; points, and latents as `latents` NCHW, float32) and `labels` as one .npz."""
+def save_npz(path: Path, images: Tensor, classes: Sequence[int] | Sequence[str], *, pixels: bool = True) -> None:
+    """Write `images` (uint8 NHWC; points, and latents as `latents` NCHW, float32) and `labels` or prompts as .npz."""
     arrays: dict[str, Any] = {"labels": np.asarray(classes)}
     if pixels:
-        arrays["images"] = to_uint8(images).permute(0, 2, 3, 1).numpy() if images.ndim == 4 else images.numpy()
+        arrays["images"] = to_uint8(images).permute(0, 2, 3, 1).numpy() if is_picture(images) else images.numpy()
     else:
         arrays["latents"] = images.numpy()
     with writing(path) as temporary, open(temporary, "wb") as file:
@@ -263,3 +312,35 @@ def save(path: Path, images: Tensor, classes: Sequence[int], class_names: Sequen
         kinds = sorted(set(classes), key=list(classes).index)
         labels = torch.tensor(classes)
         save_grid(path, [images[labels == k] for k in kinds], class_names=[class_names[k] for k in kinds])
+
+
+def texts(given: Sequence[str], file: Path | None, number: int | None) -> list[str]:
+    """Return the prompts to sample: those given and those of a file, once, or in turn until there are `number`."""
+    wanted = [*given, *(read_lines(file) if file else [])]
+    return [wanted[i % len(wanted)] for i in range(number or len(wanted))]
+
+
+def prompts_target(run: Path, format_: str, prompts: Sequence[str], seed: int) -> Path:
+    """Name samples of prompts: a few safe letters to recognise them by, and a hash that tells them apart."""
+    words = re.sub(r"[^a-z0-9]+", "-", unicodedata.normalize("NFKD", prompts[0].lower()))[:40].strip("-") or "prompt"
+    more = f"-and-{len(prompts) - 1}-more" if len(prompts) > 1 else ""
+    name = f"{words}{more}-{key(*prompts)[:8]}-seed{seed}{'-latents' if format_ == 'latents' else ''}"
+    return run / "samples" / (name if format_ == "png" else f"{name}.{'png' if format_ == 'grid' else 'npz'}")
+
+
+def save_prompted(path: Path, images: Tensor, prompts: Sequence[str], owners: Sequence[int], format_: str) -> None:
+    """Write samples of prompts as one picture (a row per prompt), a folder of PNGs with prompts.jsonl, or an .npz."""
+    if format_ in ("npz", "latents"):
+        save_npz(path, images, prompts, pixels=format_ == "npz")
+        return
+    if format_ == "grid":
+        rows = {prompt: [i for i, p in enumerate(prompts) if p == prompt] for prompt in prompts}
+        save_grid(path, [images[at] for at in rows.values()])
+        return
+    save_files(path, images, owners)
+    (path / "dataset.json").unlink()  # of classes, which these have none of
+    lines = [
+        json.dumps({"file_name": f"{i:06d}.png", "prompt": prompt, "student": owner}, ensure_ascii=False) + "\n"
+        for i, (prompt, owner) in enumerate(zip(prompts, owners, strict=True))
+    ]
+    write_text(path / "prompts.jsonl", "".join(lines))

@@ -125,7 +125,9 @@ def _flops(network: NetworkSettings, teacher: Denoiser) -> int:
 
 def _build(network: NetworkSettings, teacher: Denoiser) -> Denoiser:
     shape, classes = teacher.shape, teacher.num_classes
-    return nets.build(network, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+    net = nets.build(network, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+    net.prompts = teacher.prompts
+    return net
 
 
 def _one(teacher: Denoiser, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ def status(run: RunDir) -> dict[str, Any]:
         resumable = running is None and not finished
         students.append({"student": k, "running": running, "resumable": resumable, "stages": stages})
     done = all(stage["state"] == "done" for student in students for stage in student["stages"])
+    complete = done and (recipe.has_prompts or bool(run.results()))  # prompts are measured when somebody asks
     return {
         "run": str(run.root),
         "name": recipe.name,
@@ -32,8 +33,8 @@ def status(run: RunDir) -> dict[str, Any]:
         "partition": "done" if run.partition.is_file() else "waiting",
         "students": students,
         "metrics": [str(path) for path in run.results()],
-        "done": done and bool(run.results()),
-        "resumable": not (done and run.results()) and not any(student["running"] for student in students),
+        "done": complete,
+        "resumable": not complete and not any(student["running"] for student in students),
     }
 
 

@@ -14,7 +14,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source, generator
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine import autoencoder as autoencoders
-from msdcli.engine import checkpoint, hub, importing
+from msdcli.engine import checkpoint, hub, importing, prompts
 from msdcli.engine.distill import Manner, is_finished, peak_memory, train
 from msdcli.engine.distributed import ALONE, Group
 from msdcli.engine.events import Report, silent
@@ -49,6 +49,8 @@ def provide(
                 _train(folder, recipe, data, device, report, group)
     _check_fit(checkpoint.load_model(folder)[0], recipe, data, autoencoders.find(folder))
     group.led(lambda: link(folder, run.teacher))
+    if recipe.has_prompts:
+        group.led(lambda: prompts.provide(run, recipe, data, device, report))
     teacher, sha256 = load(run, recipe)
     return teacher.to(device), sha256
 
@@ -56,14 +58,19 @@ def provide(
 def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
     """Return the run's teacher, guided as the recipe says, and the hash of all its weights and of its guidance."""
     teacher, description = checkpoint.load_model(run.teacher)
+    store = prompts.open_store(run.prompts) if teacher.reads_text else None
+    prompts.give(teacher, store)
     sha256, guidance = description["sha256"], recipe.teacher.guidance
     if autoencoder := autoencoders.find(run.teacher):
         sha256 = key(sha256, description.get("autoencoder") or autoencoders.identity(autoencoder))
+    if teacher.reads_text:
+        sha256 = key(sha256, description["text_sha256"])
     if guidance is None:
         return teacher, sha256
     sha256s, guide = [sha256], None
     if guidance.guide is not None:
         guide, weaker = checkpoint.load_model(located(run, hub.resolve(guidance.guide), silent))
+        prompts.give(guide, store)
         sha256s.append(weaker["sha256"])
     guided = _guided(teacher, recipe, guide)
     said = json.dumps([sha256s, guidance.scale, guidance.interval])
@@ -78,8 +85,9 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
     settings = recipe.teacher
     path = None if settings.path is None else (hub.cached if planning else hub.resolve)(settings.path)
     if path is None:
-        shape = data.shape if settings.latent is None else _planned(settings.latent, data)
-        options = {"shape": shape, "num_classes": len(data.class_names), "sigma_data": settings.sigma_data}
+        shape = data.shape if settings.latent is None or recipe.has_prompts else _planned(settings.latent, data)
+        num_classes = 0 if recipe.has_prompts else len(data.class_names)
+        options = {"shape": shape, "num_classes": num_classes, "sigma_data": settings.sigma_data}
         with torch.device("meta"):
             teacher = nets.build(settings.network, **options)
     else:
@@ -101,9 +109,9 @@ def _guided(teacher: Denoiser, recipe: Recipe, guide: Denoiser | None) -> Denois
     """Wrap the teacher in the recipe's guidance. UserError where there is nothing to move away from."""
     guidance = recipe.teacher.guidance
     assert guidance is not None
-    if guide is not None and (guide.shape, guide.num_classes) != (teacher.shape, teacher.num_classes):
+    if guide is not None and _makes(guide) != _makes(teacher):
         raise UserError(f"the guide at {guidance.guide} makes other images or classes than the teacher")
-    if guide is None and teacher.num_classes == 0:
+    if guide is None and teacher.num_classes == 0 and not teacher.reads_text:
         raise UserError("teacher.guidance: this teacher knows no classes", hint="guidance.guide names a weaker teacher")
     if guide is None and _label_dropout(teacher, recipe) == 0:
         raise UserError(
@@ -111,6 +119,10 @@ def _guided(teacher: Denoiser, recipe: Recipe, guide: Denoiser | None) -> Denois
             hint="guidance.guide names a weaker teacher; teacher.training.label_dropout=0.1 trains one that can",
         )
     return Guided(teacher, scale=guidance.scale, interval=guidance.interval, guide=guide)
+
+
+def _makes(net: Denoiser) -> tuple[tuple[int, ...], int, bool]:
+    return net.shape, net.num_classes, net.reads_text
 
 
 def _label_dropout(teacher: Denoiser, recipe: Recipe) -> float | None:
@@ -173,6 +185,11 @@ def _planned(settings: LatentShapeSettings, data: Dataset) -> tuple[int, ...]:
 def _check_fit(teacher: Denoiser, recipe: Recipe, data: Dataset, autoencoder: Path | None) -> None:
     """Raise UserError unless a teacher from elsewhere makes what the data hold, and is what the recipe expects."""
     where, num_classes = recipe.teacher.path, len(data.class_names)
+    if teacher.reads_text != recipe.has_prompts:
+        kinds = ("prompts, and the data have classes", "classes, and the data are prompts")
+        raise UserError(f"the teacher at {where} is conditioned on {kinds[not teacher.reads_text]}")
+    if teacher.reads_text:
+        num_classes = 1
     shape = autoencoders.shape_seen(data, autoencoder)
     if where is not None and recipe.teacher.latent is not None:
         _check_latent(recipe.teacher.latent, autoencoder, where)

@@ -20,8 +20,12 @@ from msdcli.errors import UserError
 from msdcli.nets import diffusers_taps
 from msdcli.recipe import DiffusersNetworkSettings
 
-PARTS = {"unet": "UNet2DModel", "transformer": "DiTTransformer2DModel"}
+PARTS = {
+    "unet": ("UNet2DModel", "UNet2DConditionModel"),
+    "transformer": ("DiTTransformer2DModel", "SD3Transformer2DModel"),
+}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+TEXT = ("UNet2DConditionModel", "SD3Transformer2DModel")
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
@@ -112,6 +116,10 @@ def build_diffusers(settings: DiffusersNetworkSettings) -> FromDiffusers:
     library = _library()
     if "sample_size" not in settings.config or "in_channels" not in settings.config:
         raise UserError("network kind 'diffusers': config needs sample_size and in_channels")
+    if settings.reads_text:
+        from msdcli.nets import diffusers_text
+
+        diffusers_text.check_section(settings)
     try:
         net = getattr(library, settings.class_name).from_config(settings.config)
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
@@ -119,7 +127,8 @@ def build_diffusers(settings: DiffusersNetworkSettings) -> FromDiffusers:
     for module in net.modules():
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0  # DiT drops classes while training; a one-step student is told its class
-    return FromDiffusers(net, settings, log_sigmas(settings))
+    kind = diffusers_text.TextDenoiser if settings.reads_text else FromDiffusers
+    return kind(net, settings, log_sigmas(settings))
 
 
 def log_sigmas(settings: DiffusersNetworkSettings) -> Tensor:
@@ -139,16 +148,20 @@ def is_pipeline(path: Path) -> bool:
 
 def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, Path]:
     """Return the network section of a saved pipeline and its file of weights. UserError for what is not supported."""
-    index = _json(folder / "model_index.json")
+    index = read_index(folder)
     if "vqvae" in index:
         raise UserError(f"{folder} has a VQ autoencoder, msd knows AutoencoderKL")
-    found = [(part, name) for part, name in PARTS.items() if part in index and index[part][1:] == [name]]
+    found = [(part, name) for part, names in PARTS.items() for name in names if index.get(part, [None])[1:] == [name]]
     if not found:
-        known = ", ".join(f"{part}: {name}" for part, name in PARTS.items())
+        known = ", ".join(f"{part}: {' or '.join(names)}" for part, names in PARTS.items())
         raise UserError(f"{folder} holds no network msd knows; it knows {known}")
     part, class_name = found[0]
     scheduler = _json(folder / "scheduler" / "scheduler_config.json")
     flow = scheduler.get("_class_name") == FLOW_SCHEDULER
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(
+            f"{folder}: its schedule ends without any signal (rescale_betas_zero_snr), which sigma cannot say"
+        )
     config = {k: v for k, v in _json(folder / part / "config.json").items() if not k.startswith("_")}
     try:
         section = DiffusersNetworkSettings(
@@ -156,15 +169,29 @@ def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, Path]:
             config=config,
             prediction="flow" if flow else scheduler.get("prediction_type", "epsilon"),
             schedule={k: scheduler[k] for k in SCHEDULE_KEYS if scheduler.get(k) is not None},
+            tokens=text_part(folder, config)["tokens"] if class_name in TEXT else None,
         )
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
     return section, folder / part / WEIGHTS
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read model_index.json."""
+    return _json(folder / "model_index.json")
+
+
+def text_part(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What text.json will say of a pipeline's text encoders, which must fit its network's configuration."""
+    from msdcli.nets.text_encoder import describe
+
+    width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+    return describe(folder, read_index(folder), width or 1280)
+
+
 def autoencoder_folder(folder: Path) -> Path | None:
     """Return where a saved pipeline keeps its autoencoder; None for a pixel-space pipeline."""
-    return folder / "vae" if "vae" in _json(folder / "model_index.json") else None
+    return folder / "vae" if "vae" in read_index(folder) else None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -72,6 +72,8 @@ class DistributionMatching(Objective):
         error = d.image_mean((self.fake(x, sigma, c) - y).square())
         if self.settings.fake_weight == "none":
             return error
+        if self.settings.fake_weight == "epsilon":
+            return sigma**-2 * error
         return (sigma**-2 + self.teacher.sigma_data**-2) * error
 
     def student_loss(self, draws: Draws) -> Tensor:
