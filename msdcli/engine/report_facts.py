@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msdcli.engine import prompts
 from msdcli.engine.accounting import costs
 from msdcli.engine.history import Training, history
 from msdcli.engine.status import status
@@ -57,6 +58,13 @@ def gather(roots: Sequence[Path]) -> list[Facts]:
     return [_read(RunDir(root), label) for root, label in zip(roots, labels, strict=True)]
 
 
+def _names(run: RunDir, record: dict[str, Any], count: int) -> list[str]:
+    """The names of the conditions: of classes, or the prompts themselves."""
+    if (run.prompts / prompts.RECORD).is_file():
+        return prompts.read_prompts(run.prompts)
+    return [str(name) for name in record.get("class_names", range(count))]
+
+
 def _read(run: RunDir, label: str) -> Facts:
     recipe, missing = run.recipe(), list[str]()
     state = status(run)
@@ -70,7 +78,7 @@ def _read(run: RunDir, label: str) -> Facts:
         recipe=recipe,
         state=state,
         record=record,
-        class_names=[str(name) for name in record.get("class_names", range(count))],
+        class_names=_names(run, record, count),
         partition=partition,
         teacher=_optional(run.teacher / "model.json", "the teacher is not finished", missing),
         students=students,

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from msdcli.data.base import Dataset
+from msdcli.data.base import Dataset, has_images
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import image_noise
 from msdcli.engine import checkpoint, dataset, device, estimate, pairs, sample, watch
@@ -169,7 +169,7 @@ class Studio:
         found = {}
         for i, c in enumerate(classes):
             strips = []
-            if self.data is not None:
+            if self.data is not None and has_images(self.data):
                 strips.append(strip("data", self._real(c, count)))
             if theirs is not None and len(theirs[i]):
                 with self._noting("No samples of the teacher"):

@@ -69,6 +69,8 @@ def test_distilled_sampled_and_exported(place: Path, msd: Msd) -> None:
     made = Partition.load(place / "runs/text/partition.json")
     assert sorted(map(len, made.parts)) == [20, 21]
     assert json.loads((place / "runs/text/run.json").read_text())["class_names"] == []
+    reported = msd("report", "runs/text")
+    assert reported.returncode == 0 and prompts(40)[0] in (place / "runs/text/report.html").read_text(), reported.stderr
 
     trained = prompts(40)[0]
     shutil.move(place / "pipeline", place / "gone")  # the run has its own copy of all that it needs
