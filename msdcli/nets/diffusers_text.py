@@ -53,7 +53,8 @@ class TextDenoiser(FromDiffusers):
         dtype = next(self.net.parameters()).dtype
         x_t, tokens = x_t.to(dtype), tokens.to(dtype)
         more = {"pooled_projections": pooled.to(dtype)} if self.sd3 else {}
-        y: Tensor = self.net(x_t, timestep=t, encoder_hidden_states=tokens, return_dict=False, **more)[0]
+        with self._computing():
+            y: Tensor = self.net(x_t, timestep=t, encoder_hidden_states=tokens, return_dict=False, **more)[0]
         return y[:, : x_t.shape[1]].to(torch.float32)
 
     @property
@@ -85,9 +86,9 @@ class TextDenoiser(FromDiffusers):
         """A block's output as a map of channels: U-Nets give it (with their skips), transformers give patches."""
         if not self.sd3:
             feature: Tensor = output[0] if isinstance(output, tuple) else output
-            return feature
+            return feature.float()
         patch = self.settings.config.get("patch_size", 2)
-        return output[1].transpose(1, 2).unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))
+        return output[1].float().transpose(1, 2).unflatten(2, (x.shape[2] // patch, x.shape[3] // patch))
 
 
 class _Reached(Exception):  # noqa: N818
