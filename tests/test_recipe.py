@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, differences, load, shipped, validate
 from msdcli.recipe_yaml import Document
-from tests.conftest import TINY, Msd
+from tests.conftest import ROOT, TINY, Msd
 
 
 def read(text: str, *overrides: str) -> Recipe:
@@ -49,6 +49,18 @@ def test_shipped_recipes_are_good(path: Path) -> None:
     assert recipe.name == path.stem
     head = path.read_text(encoding="utf-8")
     assert all(f"# {key}:" in head for key in ("Shows", "Costs", "Measured"))
+
+
+def test_editors_find_an_up_to_date_schema(msd: Msd, tmp_path: Path) -> None:
+    """Regenerate with `msd recipes schema > recipes/schema.json`, and `--sweep` for recipes/sweeps/schema.json."""
+    hint = "# yaml-language-server: $schema="
+    for folder, words in (("recipes", ()), ("recipes/sweeps", ("--sweep",))):
+        assert (ROOT / folder / "schema.json").read_text() == msd("recipes", "schema", *words).stdout
+        for path in (ROOT / folder).glob("*.yaml"):
+            assert path.read_text().startswith(f"{hint}schema.json\n"), path
+    assert msd("recipes", "cp", "digits", "my.yaml").returncode == 0
+    first = (tmp_path / "my.yaml").read_text().splitlines()[0]
+    assert first == f"{hint}{(ROOT / 'recipes' / 'schema.json').as_uri()}"
 
 
 def test_overrides_reach_lists_and_new_sections() -> None:

@@ -50,12 +50,14 @@ def copy(
 ) -> None:
     """Copy a shipped recipe to a file of your own."""
     from msdcli.errors import UserError
-    from msdcli.recipe import find
+    from msdcli.recipe import find, recipes_folder
     from msdcli.rundir import write_text
 
     if target.exists():
         raise UserError(f"{target} exists: nothing was written", hint="another name")
-    write_text(target, find(name).read_text(encoding="utf-8"))
+    text = find(name).read_text(encoding="utf-8")
+    # The first line tells editors where the schema is: from the copy's place, in the installed package.
+    write_text(target, text.replace("$schema=schema.json", f"$schema={(recipes_folder() / 'schema.json').as_uri()}", 1))
     console.say(f"{target}: edit it, then msd distill {target}")
 
 
@@ -74,8 +76,9 @@ def validate(recipe: options.Recipe, overrides: options.Overrides = None) -> Non
     console.say(f"{recipe}: a good recipe")
 
 
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
+def schema(sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False) -> None:
+    """Print the JSON Schema of recipes, for editors; recipes/schema.json is its output."""
     from msdcli.recipe import Recipe
+    from msdcli.sweep import SweepSettings
 
-    console.print_json(Recipe.model_json_schema())
+    console.print_json((SweepSettings if sweep else Recipe).model_json_schema())
