@@ -45,16 +45,23 @@ def _header(path: Path) -> list[str]:
 
 
 def copy(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of a shipped recipe, or of a script for Slurm: array.sh, torchrun.sh.")
+    ],
     target: Annotated[Path, typer.Argument(help="The file to make.")],
 ) -> None:
-    """Copy a shipped recipe to a file of your own."""
+    """Copy a shipped recipe, or a script for Slurm, to a file of your own."""
     from msdcli.errors import UserError
     from msdcli.recipe import find, recipes_folder
     from msdcli.rundir import write_text
 
     if target.exists():
         raise UserError(f"{target} exists: nothing was written", hint="another name")
+    script = recipes_folder() / "slurm" / name
+    if script.is_file():
+        write_text(target, script.read_text(encoding="utf-8"))
+        console.say(f"{target}: its first lines say how it is used")
+        return
     text = find(name).read_text(encoding="utf-8")
     # The first line tells editors where the schema is: from the copy's place, in the installed package.
     write_text(target, text.replace("$schema=schema.json", f"$schema={(recipes_folder() / 'schema.json').as_uri()}", 1))
