@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError
 
 from msdcli import recipe_yaml
 from msdcli.errors import UserError
-from msdcli.recipe import Recipe, Section, Seed, find, recipes_folder, validate
+from msdcli.recipe import Recipe, find, recipes_folder, validate
+from msdcli.recipe.section import Section, Seed
 
 
 class RowSettings(Section):

@@ -35,7 +35,7 @@ def test_the_example_objective_trains(tmp_path_factory: pytest.TempPathFactory) 
     shutil.copytree(ROOT / "msdcli", folder / "msdcli")
     objective, keys = re.findall(r"```python\n(.*?)```", pages()["objective"].read_text(encoding="utf-8"), re.DOTALL)
     (folder / "msdcli" / "objectives" / "regress.py").write_text(objective)
-    recipe = folder / "msdcli" / "recipe.py"
+    recipe = folder / "msdcli" / "recipe" / "stages.py"
     before, union, after = recipe.read_text().partition("\nStage = Annotated[")
     assert union
     recipe.write_text(before + "\n" + keys + union + "RegressSettings | " + after)

@@ -92,7 +92,7 @@ def test_starting_loads_no_torch(statement: str) -> None:
 def test_every_objective_has_its_keys_and_every_key_its_objective() -> None:
     from typing import get_args
 
-    from msdcli.recipe import Stage
+    from msdcli.recipe.stages import Stage
 
     named = {member.model_fields["objective"].default for member in get_args(get_args(Stage)[0])}
     files = {p.stem for p in (ROOT / "msdcli" / "objectives").glob("*.py")} - {"__init__", "base"}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from msdcli.data.base import Dataset
 
 if TYPE_CHECKING:
-    from msdcli.recipe import DataSettings
+    from msdcli.recipe.data import DataSettings
 
 
 def open_data(settings: DataSettings, *, planning: bool = False, made: tuple[int, ...] | None = None) -> Dataset:

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from msdcli.recipe import DigitsSettings
+from msdcli.recipe.data import DigitsSettings
 
 
 class Digits:

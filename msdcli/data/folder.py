@@ -20,7 +20,7 @@ from msdcli.data.base import Dataset, to_float
 from msdcli.data.images import ImageArray, ImageFiles, is_there, open_images
 from msdcli.data.webdataset import TarFiles
 from msdcli.errors import UserError
-from msdcli.recipe import FolderSettings
+from msdcli.recipe.data import FolderSettings
 
 FILTERS = {
     "box": Image.Resampling.BOX,

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from msdcli.recipe import GlyphsSettings
+from msdcli.recipe.data import GlyphsSettings
 from msdcli.seeds import derive
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset, to_float
 from msdcli.errors import UserError
-from msdcli.recipe import PromptsSettings
+from msdcli.recipe.data import PromptsSettings
 
 TEXT_KEYS, IMAGE_KEYS = ("caption", "text", "prompt"), ("file_name", "image", "file")
 Row = tuple[str, str | None]  # a text, and the name of a picture

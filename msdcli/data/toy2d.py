@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from msdcli.diffusion.draws import generator
-from msdcli.recipe import Toy2dSettings
+from msdcli.recipe.data import Toy2dSettings
 
 Shape = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (u, v, side) uniform -> x, y in about [-1, 1]
 

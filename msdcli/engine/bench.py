@@ -26,7 +26,8 @@ from msdcli.engine.bench_clock import Clock, peak_flops
 from msdcli.engine.distill import optimizers
 from msdcli.engine.events import Report
 from msdcli.objectives import objective
-from msdcli.recipe import Recipe, StageSettings
+from msdcli.recipe import Recipe
+from msdcli.recipe.stages import StageSettings
 
 EAGER = "float32"
 LAUNCH_BOUND, WELL_USED = 0.75, 0.5

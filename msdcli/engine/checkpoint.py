@@ -21,7 +21,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.ema import EMA
 from msdcli.engine.distributed import like, own_part, whole
 from msdcli.errors import UserError
-from msdcli.recipe import Network, NetworkSettings
+from msdcli.recipe.networks import Network, NetworkSettings
 from msdcli.rundir import file_hash, read_json, write_json, writing
 
 WEIGHTS, MODEL, STATE = "model.safetensors", "model.json", "state.safetensors"

@@ -12,7 +12,8 @@ from msdcli.engine.events import Report
 from msdcli.metrics.inception import FeatureNetwork
 from msdcli.nets.classifier import Classifier
 from msdcli.objectives.classify import Classification
-from msdcli.recipe import Recipe, StageSettings
+from msdcli.recipe import Recipe
+from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir, file_hash, key, link, lock, read_json, write_json
 
 # Part of the metric's definition: to change any of it is to make another metric.

@@ -12,7 +12,9 @@ from msdcli.data.folder import PIXELS, RECORD, SHOWN, Bad, Decoded, Pictures, re
 from msdcli.engine import hub, importing
 from msdcli.engine.events import Progress, Report
 from msdcli.errors import UserError
-from msdcli.recipe import DiffusersNetworkSettings, FolderSettings, PromptsSettings, Recipe
+from msdcli.recipe import Recipe
+from msdcli.recipe.data import FolderSettings, PromptsSettings
+from msdcli.recipe.networks import DiffusersNetworkSettings
 from msdcli.rundir import RunDir, key, lock, read_json, write_json, writing
 
 EVERY = 500  # images between two reports

@@ -27,7 +27,8 @@ from msdcli.engine.log import METRICS, Log
 from msdcli.errors import UserError
 from msdcli.nets.prune import prune
 from msdcli.objectives import Objective, objective
-from msdcli.recipe import Recipe, StageSettings
+from msdcli.recipe import Recipe
+from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import read_json
 from msdcli.seeds import derive
 

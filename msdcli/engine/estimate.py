@@ -16,7 +16,8 @@ from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import num_evaluations
 from msdcli.objectives import objective
-from msdcli.recipe import Recipe, StageSettings
+from msdcli.recipe import Recipe
+from msdcli.recipe.stages import StageSettings
 
 # What hours are stated at: a third of what an A100 multiplies in TF32, as convolutions of U-Nets reach.
 DEVICE, PEAK_FLOPS, UTILISATION = "A100, TF32", 156e12, 0.3

@@ -16,7 +16,7 @@ from msdcli.diffusion.denoiser import Denoiser, one_step
 from msdcli.engine import export
 from msdcli.errors import UserError
 from msdcli.nets.edm2 import bake
-from msdcli.recipe import DiffusersNetworkSettings
+from msdcli.recipe.networks import DiffusersNetworkSettings
 
 if TYPE_CHECKING:
     from msdcli.engine.export import Given, Written

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msdcli.recipe import StageSettings
+from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir, read_lines
 
 METRICS = "metrics.jsonl"

@@ -14,7 +14,7 @@ from msdcli.errors import UserError
 from msdcli.nets import text_encoder
 from msdcli.nets.diffusers_import import autoencoder_folder, build_diffusers, is_pipeline, read_section, text_part
 from msdcli.nets.edm_import import check_against, complete_arguments, import_edm, open_edm
-from msdcli.recipe import EdmNetworkSettings
+from msdcli.recipe.networks import EdmNetworkSettings
 from msdcli.rundir import file_hash, key, read_json
 
 TEXT = "text"  # the folder of a teacher's text encoder

@@ -18,7 +18,7 @@ from msdcli.engine.distributed import Group
 from msdcli.engine.events import Progress, Report
 from msdcli.errors import UserError
 from msdcli.objectives import Objective
-from msdcli.recipe import StageSettings
+from msdcli.recipe.stages import StageSettings
 
 METRICS = "metrics.jsonl"
 REMEMBERED = 1000  # turns whose single losses are at hand when one was not finite

@@ -21,7 +21,8 @@ from msdcli.engine.events import Report, silent
 from msdcli.errors import UserError
 from msdcli.nets.unet_taps import TappedUNet
 from msdcli.partition import Partition
-from msdcli.recipe import PartitionSettings, PromptsSettings, Recipe
+from msdcli.recipe import PartitionSettings, Recipe
+from msdcli.recipe.data import PromptsSettings
 from msdcli.rundir import RunDir
 
 TEXT_METHODS = ("quadrants", "kmeans", "random")

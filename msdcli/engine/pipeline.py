@@ -46,7 +46,8 @@ from msdcli.engine.loggers import logged
 from msdcli.engine.pairs import Pairs
 from msdcli.errors import UserError
 from msdcli.partition import Partition
-from msdcli.recipe import PromptsSettings, Recipe
+from msdcli.recipe import Recipe
+from msdcli.recipe.data import PromptsSettings
 from msdcli.rundir import RunDir, holder_of, lock, read_json, sweep_temporaries, write_json
 
 

@@ -22,7 +22,8 @@ from msdcli.engine import estimate
 from msdcli.engine.events import Report
 from msdcli.nets.diffusers_import import FromDiffusers
 from msdcli.objectives import Objective
-from msdcli.recipe import NetworkSettings, Recipe
+from msdcli.recipe import Recipe
+from msdcli.recipe.networks import NetworkSettings
 from msdcli.rundir import RunDir, lock, read_json, write_json
 
 # Under this many operations per image and evaluation little time goes into arithmetic, and nothing is measured: so a

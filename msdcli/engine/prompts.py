@@ -28,7 +28,8 @@ from msdcli.nets.diffusers_import import read_section, text_part
 from msdcli.nets.prompt_store import PromptStore
 from msdcli.nets.text_encoder import TextEncoder
 from msdcli.partition import Partition
-from msdcli.recipe import PromptsSettings, Recipe
+from msdcli.recipe import Recipe
+from msdcli.recipe.data import PromptsSettings
 from msdcli.rundir import RunDir, key, link, lock, read_json, write_json, write_text
 
 RECORD, PROGRESS, LINES = "prompts.json", "progress.json", "prompts.jsonl"

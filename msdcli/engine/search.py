@@ -19,7 +19,8 @@ from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.events import Report
 from msdcli.errors import UserError
-from msdcli.recipe import Network, NetworkSettings, Recipe, StudentSettings, UNetSettings
+from msdcli.recipe import Recipe, StudentSettings
+from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
 from msdcli.rundir import RunDir, lock, read_json, write_json
 
 WIDTHS = [w / 20 for w in range(20, 2, -1)]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from msdcli.recipe import StageSettings
+from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir, holder_of, read_json
 
 HEADER = 100_000_000  # bytes that safetensors allow for it

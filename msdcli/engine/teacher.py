@@ -21,13 +21,8 @@ from msdcli.engine.events import Report, silent
 from msdcli.errors import UserError
 from msdcli.nets.autoencoder import Geometry
 from msdcli.objectives.edm import DenoisingScoreMatching
-from msdcli.recipe import (
-    DiffusersNetworkSettings,
-    EdmNetworkSettings,
-    LatentShapeSettings,
-    Recipe,
-    TeacherSettings,
-)
+from msdcli.recipe import LatentShapeSettings, Recipe, TeacherSettings
+from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings
 from msdcli.rundir import RunDir, key, link, lock
 
 

@@ -11,10 +11,10 @@ from msdcli.errors import UserError
 from msdcli.nets import diffusers_import, edm_import
 from msdcli.nets.mlp import MLP
 from msdcli.nets.unet import UNet
-from msdcli.recipe import DiffusersNetworkSettings, EdmNetworkSettings, MLPSettings
+from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings, MLPSettings
 
 if TYPE_CHECKING:
-    from msdcli.recipe import NetworkSettings, UNetSettings
+    from msdcli.recipe.networks import NetworkSettings, UNetSettings
 
 
 def build(settings: NetworkSettings, *, shape: tuple[int, ...], num_classes: int, sigma_data: float) -> Denoiser:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from msdcli.diffusion.denoiser import Denoiser, per_image
 from msdcli.errors import UserError
 from msdcli.nets import diffusers_taps
-from msdcli.recipe import DiffusersNetworkSettings
+from msdcli.recipe.networks import DiffusersNetworkSettings
 
 PARTS = {
     "unet": ("UNet2DModel", "UNet2DConditionModel"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from msdcli.diffusion.denoiser import per_image
 from msdcli.errors import UserError
 from msdcli.nets.diffusers_import import FromDiffusers
-from msdcli.recipe import DiffusersNetworkSettings
+from msdcli.recipe.networks import DiffusersNetworkSettings
 
 # Keys of a configuration that ask for more than prompts (SDXL, image prompts, class labels).
 MORE = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds")

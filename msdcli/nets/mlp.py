@@ -12,7 +12,7 @@ from msdcli.nets.embedding import Embedding, tap_number, zeroed
 from msdcli.nets.layers import LayerNorm, Linear, computing_in
 
 if TYPE_CHECKING:
-    from msdcli.recipe import MLPSettings
+    from msdcli.recipe.networks import MLPSettings
 
 
 class Block(nn.Module):

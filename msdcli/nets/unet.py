@@ -19,7 +19,7 @@ from msdcli.nets.layers import Conv2d, GroupNorm, Linear, computing_in
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from msdcli.recipe import UNetSettings
+    from msdcli.recipe.networks import UNetSettings
 
 
 def largest_divisor(number: int, limit: int) -> int:

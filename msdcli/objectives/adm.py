@@ -13,7 +13,7 @@ from msdcli.diffusion.draws import Draws
 from msdcli.nets.discriminator import Discriminator
 from msdcli.objectives.base import Turn
 from msdcli.objectives.dm import DistributionMatching
-from msdcli.recipe import AdmSettings
+from msdcli.recipe.stages import AdmSettings
 
 
 class AdversarialDistributionMatching(DistributionMatching):

@@ -11,7 +11,7 @@ from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import Ask, drawn
 from msdcli.objectives.base import Objective, Turn
-from msdcli.recipe import CdSettings
+from msdcli.recipe.stages import CdSettings
 
 
 class ConsistencyDistillation(Objective):

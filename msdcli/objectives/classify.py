@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from msdcli.diffusion.draws import Draws
 from msdcli.nets.classifier import Classifier
 from msdcli.objectives.base import Objective, Turn
-from msdcli.recipe import StageSettings
+from msdcli.recipe.stages import StageSettings
 
 
 class Classification(Objective):

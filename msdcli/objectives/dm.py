@@ -42,7 +42,7 @@ from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import drawn
 from msdcli.objectives.base import Objective, Turn
-from msdcli.recipe import DmSettings
+from msdcli.recipe.stages import DmSettings
 
 
 class DistributionMatching(Objective):

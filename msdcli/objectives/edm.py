@@ -10,7 +10,7 @@ from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import NO_CLASS
 from msdcli.objectives.base import Objective, Turn
-from msdcli.recipe import EdmSettings
+from msdcli.recipe.stages import EdmSettings
 
 
 class DenoisingScoreMatching(Objective):

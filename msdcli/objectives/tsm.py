@@ -11,7 +11,7 @@ from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import drawn
 from msdcli.objectives.base import Objective, Turn
-from msdcli.recipe import TsmSettings
+from msdcli.recipe.stages import TsmSettings
 
 
 class TeacherScoreMatching(Objective):

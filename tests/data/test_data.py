@@ -5,7 +5,7 @@ import torch
 
 from msdcli.data import open_data
 from msdcli.data.toy2d import SHAPES
-from msdcli.recipe import DigitsSettings, GlyphsSettings, Toy2dSettings
+from msdcli.recipe.data import DigitsSettings, GlyphsSettings, Toy2dSettings
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from msdcli.data.folder import RECORD, Decoded
 from msdcli.diffusion.draws import Draws, Source
 from msdcli.engine import dataset
 from msdcli.errors import UserError
-from msdcli.recipe import FolderSettings, Recipe, load
+from msdcli.recipe import Recipe, load
+from msdcli.recipe.data import FolderSettings
 from msdcli.rundir import RunDir
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}

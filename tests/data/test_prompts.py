@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from msdcli.data import prompts
 from msdcli.data.base import fingerprint
 from msdcli.errors import UserError
-from msdcli.recipe import PromptsSettings
+from msdcli.recipe.data import PromptsSettings
 
 
 def read(path: Path, **keys: object) -> prompts.Captions:

@@ -15,7 +15,7 @@ from msdcli.data import open_data
 from msdcli.data.images import content_hash, open_images
 from msdcli.data.webdataset import expand
 from msdcli.errors import UserError
-from msdcli.recipe import FolderSettings
+from msdcli.recipe.data import FolderSettings
 from tests.data.test_folder import encoded, picture, provided
 
 

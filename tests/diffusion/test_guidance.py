@@ -13,7 +13,9 @@ from msdcli import nets
 from msdcli.data.toy2d import Toy2d
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import NO_CLASS, Guided, drawn
-from msdcli.recipe import EdmNetworkSettings, MLPSettings, Toy2dSettings, UNetSettings, load
+from msdcli.recipe import load
+from msdcli.recipe.data import Toy2dSettings
+from msdcli.recipe.networks import EdmNetworkSettings, MLPSettings, UNetSettings
 from msdcli.rundir import RunDir
 from tests.conftest import TINY, Msd
 from tests.nets.edm_format import shake

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 from msdcli import nets
 from msdcli.diffusion.sampler import dpmpp_2m, heun, solve
 from msdcli.engine import importing
-from msdcli.recipe import UNetSettings
+from msdcli.recipe.networks import UNetSettings
 from tests.nets.edm_format import shake
 
 pytestmark = pytest.mark.filterwarnings("default")

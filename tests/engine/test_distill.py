@@ -214,7 +214,7 @@ def test_state_holds_everything_and_a_truncated_one_is_named(finished: Path, tmp
 
 
 def test_a_stage_inherits_exactly_what_the_stage_before_saved(finished: Path) -> None:
-    from msdcli.recipe import MLPSettings
+    from msdcli.recipe.networks import MLPSettings
 
     def new() -> torch.nn.Module:
         network = MLPSettings(channels=16, blocks=1)

@@ -39,7 +39,7 @@ def test_attention_is_counted_on_the_meta_device_as_on_the_cpu() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from msdcli import nets
-    from msdcli.recipe import EdmNetworkSettings
+    from msdcli.recipe.networks import EdmNetworkSettings
 
     settings = EdmNetworkSettings(arguments={"model_channels": 64, "channel_mult": [1], "attn_resolutions": [8]})
     options = {"shape": (3, 8, 8), "num_classes": 4, "sigma_data": 0.5}

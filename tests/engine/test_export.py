@@ -19,7 +19,8 @@ from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser, one_step
 from msdcli.engine import checkpoint, export, export_onnx, export_torch
 from msdcli.partition import Partition
-from msdcli.recipe import EdmNetworkSettings, MLPSettings, UNetSettings, load
+from msdcli.recipe import load
+from msdcli.recipe.networks import EdmNetworkSettings, MLPSettings, UNetSettings
 from msdcli.rundir import RunDir, read_json, write_json
 from tests.conftest import ROOT, Msd, environment
 from tests.nets.edm_format import shake

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
 import torch
 
 from msdcli.engine import export_onnx, export_torch
-from msdcli.recipe import DiffusersNetworkSettings
+from msdcli.recipe.networks import DiffusersNetworkSettings
 from tests.conftest import Msd, environment
 from tests.engine.test_export import SIGMA, network, of_run, one_step, requests, trained
 from tests.nets.test_diffusers_import import DIT, UNET

@@ -14,7 +14,8 @@ from msdcli.engine import checkpoint, partition
 from msdcli.engine.distill import new_network
 from msdcli.errors import UserError
 from msdcli.nets.edm_import import build_edm
-from msdcli.recipe import EdmNetworkSettings, PartitionSettings, StudentSettings, load
+from msdcli.recipe import PartitionSettings, StudentSettings, load
+from msdcli.recipe.networks import EdmNetworkSettings
 from tests.conftest import Msd
 from tests.nets.edm_format import shake, snapshot, write
 
@@ -150,7 +151,7 @@ def test_students_of_an_imported_teacher_are_scaled(tmp_path: Path) -> None:
 @pytest.mark.parametrize("preconditioning", ["VP", "EDM", "EDM2"])
 def test_class_embeddings_of_an_imported_teacher_can_be_clustered(tmp_path: Path, preconditioning: str) -> None:
     from msdcli.data.digits import Digits
-    from msdcli.recipe import DigitsSettings
+    from msdcli.recipe.data import DigitsSettings
 
     teacher = pickled(tmp_path / "t.pkl", preconditioning)
     settings = PartitionSettings(students=2, method="kmeans")

@@ -17,16 +17,9 @@ from msdcli.diffusion.guidance import Guided
 from msdcli.engine import compiling, precision
 from msdcli.engine.bench import RandomDraws
 from msdcli.objectives import Objective, objective
-from msdcli.recipe import (
-    AdmSettings,
-    CdSettings,
-    DmSettings,
-    EdmNetworkSettings,
-    MLPSettings,
-    StageSettings,
-    TsmSettings,
-)
-from msdcli.recipe import UNetSettings as Net
+from msdcli.recipe.networks import EdmNetworkSettings, MLPSettings
+from msdcli.recipe.networks import UNetSettings as Net
+from msdcli.recipe.stages import AdmSettings, CdSettings, DmSettings, StageSettings, TsmSettings
 from tests.conftest import Msd
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from msdcli.engine.keeper import ages
 from msdcli.errors import UserError
 from msdcli.objectives import Objective
 from msdcli.objectives.base import Turn
-from msdcli.recipe import EdmSettings
+from msdcli.recipe.stages import EdmSettings
 from msdcli.rundir import sweep_temporaries, writing
 from tests.conftest import TINY, Msd, command, environment
 from tests.engine.test_distill import weights

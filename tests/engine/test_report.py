@@ -19,7 +19,7 @@ from msdcli.engine import report_charts, report_words
 from msdcli.engine.report import differences, render
 from msdcli.engine.report_facts import gather
 from msdcli.engine.report_pictures import images, layout, spread
-from msdcli.recipe import DigitsSettings
+from msdcli.recipe.data import DigitsSettings
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import Msd
 

@@ -10,7 +10,8 @@ import pytest
 from msdcli import nets
 from msdcli.engine import search
 from msdcli.errors import UserError
-from msdcli.recipe import StudentSettings, UNetSettings
+from msdcli.recipe import StudentSettings
+from msdcli.recipe.networks import UNetSettings
 from tests.conftest import Msd
 
 

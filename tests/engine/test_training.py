@@ -15,7 +15,9 @@ from msdcli.engine.checkpoint import TrainState, load_tensors
 from msdcli.engine.distill import Manner, set_learning_rates, train
 from msdcli.errors import UserError
 from msdcli.objectives.edm import DenoisingScoreMatching
-from msdcli.recipe import DigitsSettings, EdmSettings, UNetSettings
+from msdcli.recipe.data import DigitsSettings
+from msdcli.recipe.networks import UNetSettings
+from msdcli.recipe.stages import EdmSettings
 
 DIGITS = open_data(DigitsSettings())
 EVERY_STEP = Manner(checkpoint_seconds=0)

@@ -18,7 +18,8 @@ from msdcli.diffusion.guidance import NO_CLASS
 from msdcli.engine import checkpoint, importing, precision
 from msdcli.errors import UserError
 from msdcli.nets.diffusers_import import build_diffusers
-from msdcli.recipe import DiffusersNetworkSettings, StudentSettings
+from msdcli.recipe import StudentSettings
+from msdcli.recipe.networks import DiffusersNetworkSettings
 from tests.conftest import Msd
 
 pytestmark = pytest.mark.filterwarnings("default")

@@ -4,7 +4,7 @@ import torch
 
 from msdcli import nets
 from msdcli.nets.prune import prune
-from msdcli.recipe import MLPSettings, UNetSettings
+from msdcli.recipe.networks import MLPSettings, UNetSettings
 
 
 def unet(**keys: object) -> nets.Denoiser:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from msdcli import nets
 from msdcli.errors import UserError
 from msdcli.nets.unet import group_norm
-from msdcli.recipe import MLPSettings, StudentSettings, UNetSettings
+from msdcli.recipe import StudentSettings
+from msdcli.recipe.networks import MLPSettings, UNetSettings
 
 
 def unet(**keys: object) -> nets.Denoiser:

@@ -13,7 +13,8 @@ from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws, Source
 from msdcli.errors import UserError
 from msdcli.objectives.adm import AdversarialDistributionMatching
-from msdcli.recipe import AdmSettings, UNetSettings
+from msdcli.recipe.networks import UNetSettings
+from msdcli.recipe.stages import AdmSettings
 from tests.gaussians import GaussianDenoiser, Shift
 
 REAL, GENERATED, VAR = torch.tensor([0.5, 0.0]), torch.tensor([-0.3, 0.4]), torch.tensor([0.25, 0.25])

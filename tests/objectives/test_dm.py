@@ -11,7 +11,7 @@ from torch import Tensor
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws, Source
 from msdcli.objectives.dm import DistributionMatching
-from msdcli.recipe import DmSettings
+from msdcli.recipe.stages import DmSettings
 from tests.gaussians import GaussianDenoiser, Shift
 
 MEAN_P, VAR = torch.tensor([0.3, -0.2]), torch.tensor([0.25, 0.5])

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from msdcli.diffusion.denoiser import per_image
 from msdcli.diffusion.draws import Draws, Source
 from msdcli.objectives.tsm import TeacherScoreMatching
-from msdcli.recipe import TsmSettings
+from msdcli.recipe.stages import TsmSettings
 from tests.gaussians import GaussianDenoiser
 
 

@@ -1,0 +1,369 @@
+"""The recipe: everything a run depends on, as one checked YAML file.
+
+`load` reads YAML, applies `key=value` overrides and reports every mistake at once, each with its line. All keys of all
+objectives, data sets and networks are in this folder, so that a recipe is checked, completed and documented without
+importing torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from msdcli import recipe_yaml
+from msdcli.errors import UserError
+from msdcli.recipe.data import Data, PromptsSettings
+from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
+from msdcli.recipe.section import Count, NoiseLevel, Positive, Scale, Section, Seed
+from msdcli.recipe.stages import EdmSettings, Stage
+
+
+class SolverSettings(Section):
+    """The teacher's deterministic sampler."""
+
+    name: Literal["heun", "dpmpp_2m"] = Field(
+        "heun", description="heun (EDM's Algorithm 1), or dpmpp_2m (DPM-Solver++(2M), arXiv 2211.01095)"
+    )
+    steps: int = Field(
+        18, ge=2, le=10_000, description="noise levels; heun takes 2 x steps - 1 evaluations, dpmpp_2m takes steps"
+    )
+    sigma_min: NoiseLevel = Field(0.002, description="last noise level")
+    sigma_max: NoiseLevel = Field(80.0, description="first noise level")
+    rho: Positive = Field(7.0, description="spacing of the levels")
+
+
+class GuidanceSettings(Section):
+    """Guidance of the teacher wherever it is asked: in pairs, samples and losses."""
+
+    scale: Scale | list[Scale] = Field(
+        description="1 is no guidance; more moves away from the worse prediction; [low, high]: drawn for every image"
+    )
+    interval: list[Annotated[float, Field(ge=0, le=10_000)]] = Field(
+        [0.0, 10_000.0], min_length=2, max_length=2, description="noise levels that are guided: above, and up to"
+    )
+    guide: str | None = Field(
+        None, description="a weaker teacher (folder or pickle) to move away from; absent: the teacher without class"
+    )
+
+    @model_validator(mode="after")
+    def _a_range_ascends(self) -> GuidanceSettings:
+        if isinstance(self.scale, list) and (len(self.scale) != 2 or self.scale[0] > self.scale[1]):
+            raise ValueError(f"`scale` is a number or two, [low, high], not {self.scale}")
+        return self
+
+
+class LatentShapeSettings(Section):
+    """What the autoencoder of a latent teacher makes of pictures."""
+
+    channels: int = Field(4, ge=1, le=4096, description="channels of the latents")
+    factor: int = Field(8, ge=1, le=1024, description="pixels, in each direction, that become one position")
+
+
+class TeacherSettings(Section):
+    """The diffusion model to distil: trained here, or loaded."""
+
+    path: str | None = Field(
+        None,
+        description="folder with model.safetensors and model.json, EDM or EDM2 pickle, folder of diffusers, or "
+        "hub:owner/name[@revision]; absent: train one",
+    )
+    source: str | None = Field(None, description="where `path` can be downloaded: for whoever reads or plans the run")
+    network: Network = Field(
+        default_factory=UNetSettings,
+        description="the network to train; with `path`: what is expected there (kind edm is checked)",
+    )
+    latent: LatentShapeSettings | None = Field(
+        None,
+        description="of a latent teacher at `path`: what its autoencoder is expected to make of pictures; a run can "
+        "then be planned before the teacher is here",
+    )
+    sigma_data: NoiseLevel = Field(0.5, description="standard deviation of the data (EDM)")
+    seed: Seed = Field(0, description="seed of the teacher's training")
+    training: EdmSettings = Field(default_factory=EdmSettings, description="how it is trained: objective `edm`")
+    solver: SolverSettings = Field(default_factory=SolverSettings, description="how it is sampled")
+    guidance: GuidanceSettings | None = Field(None, description="how it is guided; absent: not at all")
+
+    @model_validator(mode="after")
+    def _latents_come_with_a_teacher(self) -> TeacherSettings:
+        if self.latent is not None and self.path is None:
+            raise ValueError("`latent` describes a teacher at `path`; the teachers trained here work on pictures")
+        return self
+
+
+class LatentSettings(Section):
+    """The data encoded once, where the teacher is a latent model."""
+
+    posterior: Literal["sample", "mean"] = Field(
+        "sample", description="a latent drawn once for every image, as the teacher saw them in training, or its mean"
+    )
+    seed: Seed = Field(0, description="seed of `sample`")
+    dtype: Literal["float16", "float32"] = Field("float16", description="how mean and standard deviation are kept")
+    batch: Count = Field(32, description="images encoded at once")
+
+
+class PartitionSettings(Section):
+    """Which student owns which condition."""
+
+    students: int = Field(1, ge=1, le=100_000, description="number of students, K")
+    method: Literal["consecutive", "random", "kmeans", "explicit", "quadrants"] = Field(
+        "consecutive",
+        description="how the conditions are divided; prompts: quadrants or kmeans (of pooled embeddings), or random",
+    )
+    features: Literal["embedding", "images"] = Field(
+        "embedding", description="kmeans: cluster the teacher's class embeddings or the mean image of each class"
+    )
+    seed: Seed = Field(0, description="seed of `random` and `kmeans`")
+    parts: list[list[Annotated[int, Field(ge=0)]]] | None = Field(
+        None, description="explicit: the classes of each student, e.g. [[0, 1], [2, 3]]"
+    )
+
+    @model_validator(mode="after")
+    def _parts_go_with_explicit(self) -> PartitionSettings:
+        if (self.method == "explicit") != (self.parts is not None):
+            raise ValueError("`parts` and `method: explicit` go together")
+        if self.parts is not None and len(self.parts) != self.students:
+            raise ValueError(f"`parts` lists {len(self.parts)} students, `students` says {self.students}")
+        return self
+
+
+class PairSettings(Section):
+    """Noise and image pairs of the teacher, for the regression loss."""
+
+    count: Count = Field(2048, description="number of pairs, made once per teacher")
+    seed: Seed = Field(0, description="seed of the noise")
+    shard: Count = Field(1024, description="pairs per file: what an interruption can cost")
+
+
+class StudentSettings(Section):
+    """The students' network; the teacher's own unless told otherwise."""
+
+    width: float = Field(1.0, gt=0, le=16, description="channels, as a multiple of the teacher's")
+    depth: float = Field(1.0, gt=0, le=16, description="blocks, as a multiple of the teacher's (at least one stays)")
+    network: Network | None = Field(None, description="a full network section instead of `width` and `depth`")
+    parameters: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="a target instead: this share of the teacher's parameters, as fast as can be found",
+    )
+    latency: float | None = Field(
+        None, gt=0, lt=1, description="a target instead: this share of the teacher's latency on this device"
+    )
+    init: Literal["auto", "teacher", "pruned", "random"] = Field(
+        "auto",
+        description="first weights: the teacher's, those of its leading channels (for a smaller network), or random; "
+        "auto: the teacher's where the networks are equal, else random",
+    )
+
+    @model_validator(mode="after")
+    def _one_way_only(self) -> StudentSettings:
+        scaled = (self.width, self.depth) != (1.0, 1.0)
+        ways = [scaled, self.network is not None, self.parameters is not None, self.latency is not None]
+        if sum(ways) > 1:
+            raise ValueError("give one of `width` and `depth`, `network`, `parameters`, `latency`")
+        return self
+
+    def network_for(self, teacher: NetworkSettings) -> NetworkSettings:
+        """Return the student's network, scaled from the teacher's."""
+        if self.network is not None:
+            return self.network
+        return teacher.scaled(self.width, self.depth)
+
+
+class EvaluationSettings(Section):
+    """What is measured when a run ends."""
+
+    samples: int = Field(5000, ge=2, le=10**8, description="samples of the students and of the teacher")
+    batch: Count = Field(500, description="images per forward pass")
+    seed: Seed = Field(0, description="seed of the measured samples")
+
+
+class Recipe(Section):
+    """One run: a teacher, a partition, and the stages that make each student."""
+
+    name: str | None = Field(None, pattern=r"^[\w][\w.-]*$", max_length=100, description="name of the run")
+    run: str | None = Field(None, description="the run directory; runs/NAME if absent")
+    seed: Seed = Field(0, description="seed of the students")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 or mps")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of a process; a fixed number makes CPU runs repeatable to the bit"
+    )
+    workers: int | None = Field(
+        None, ge=1, le=1024, description="students trained at once on this machine; absent: one per core (CPU) or GPU"
+    )
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto",
+        description="what networks compute in while students train; auto: bf16 where a short measurement finds it "
+        "faster on this device, float32 for tiny networks",
+    )
+    compile: Literal["auto"] | bool = Field(
+        "auto", description="torch.compile of the networks; auto: on a GPU, where a stage is long enough to pay for it"
+    )
+    checkpoint_seconds: float = Field(30.0, ge=0, description="time between two checkpoints")
+    keep: int = Field(2, ge=1, le=1000, description="checkpoints kept of each stage: a damaged one costs only itself")
+    max_skipped: int = Field(
+        10, ge=1, le=10**9, description="updates in a row that may be skipped as not finite before training stops"
+    )
+    micro_batch: Count | None = Field(
+        None, description="images a device takes at once; larger batches go through in parts. Absent: all at once"
+    )
+    fsdp: bool = Field(
+        False, description="under torchrun, share out the weights too (FSDP2): for networks that fit no single device"
+    )
+    loggers: list[Literal["tensorboard", "wandb"]] = Field(
+        [], max_length=2, description="where else the figures of metrics.jsonl go: tensorboard, wandb (in RUN/logs)"
+    )
+    data: Data = Field(description="the training data")
+    teacher: TeacherSettings = Field(default_factory=TeacherSettings, description="the diffusion model to distil")
+    latents: LatentSettings = Field(default_factory=LatentSettings, description="the encoded data of a latent teacher")
+    partition: PartitionSettings = Field(default_factory=PartitionSettings, description="who owns which condition")
+    pairs: PairSettings = Field(default_factory=PairSettings, description="the teacher's noise and image pairs")
+    student: StudentSettings = Field(default_factory=StudentSettings, description="the students' network")
+    stages: list[Stage] = Field(min_length=1, max_length=16, description="the stages, one after the other")
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="what is measured")
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the conditions are texts."""
+        return isinstance(self.data, PromptsSettings)
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run lives."""
+        return Path(self.run or f"runs/{self.name}")
+
+    def dump(self) -> dict[str, Any]:
+        """Return every key with its value, as plain data."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return the complete recipe as YAML."""
+        text: str = yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True, width=120)
+        return text
+
+
+# Keys that may change when a run resumes: nothing that is trained depends on them.
+FREE_KEYS = (
+    *("name", "run", "workers", "checkpoint_seconds", "evaluation", "device"),
+    *("keep", "max_skipped", "micro_batch", "fsdp", "loggers", "compile"),
+)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return the dotted keys in which two dumped recipes differ and a resumed run may not."""
+    found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
+    last = f"stages.{len(new['stages']) - 1}.steps"
+    if last in found and len(old["stages"]) == len(new["stages"]) and _at(new, last) > _at(old, last):
+        found.remove(last)
+    return found
+
+
+def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differing(old.get(k), new.get(k), f"{prefix}{k}.")]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differing(a, b, f"{prefix}{i}.")]
+    return [] if old == new else [prefix.rstrip(".")]
+
+
+def _at(tree: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
+    return tree
+
+
+def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe (a file, a run directory's, or a shipped one by name) and apply `key=value` overrides.
+
+    Raises UserError that lists every mistake with file, line, dotted key, value, what is allowed and the nearest name.
+    """
+    path = find(source)
+    document = recipe_yaml.Document.read(path)
+    for override in overrides or []:
+        document.override(override)
+    return _named(validate(document), path, source)
+
+
+def load_any(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Mapping[str, Any]) -> Recipe:
+    """Return the recipe meant by a file, a run, a name, a dictionary or a Recipe, with overrides given as values.
+
+    An override that is a dictionary is merged into its section; keys may be dotted. Errors are those of `load`.
+    """
+    path: Path | None = None
+    if isinstance(source, Recipe):
+        document = recipe_yaml.Document(source.dump(), "the recipe", {})
+    elif isinstance(source, Mapping):
+        document = recipe_yaml.Document(copy.deepcopy(dict(source)), "the recipe", {})
+    else:
+        source = os.fspath(source)
+        path = find(source)
+        document = recipe_yaml.Document.read(path)
+    for keys, value in _flat(overrides, ()):
+        document.set(keys, value, f"override '{'.'.join(keys)}={value}'")
+    recipe = validate(document)
+    if recipe.name is None and path is None:
+        raise UserError("the recipe has no name", hint='a key "name" names the run')
+    return recipe if path is None else _named(recipe, path, str(source))
+
+
+def _flat(overrides: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tuple[list[str], Any]]:
+    for key, value in overrides.items():
+        keys = (*prefix, *str(key).split("."))
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, keys)
+        else:
+            yield list(keys), copy.deepcopy(value)
+
+
+def _named(recipe: Recipe, path: Path, source: str | Path) -> Recipe:
+    """Fill in what the place of a recipe says: its name, and where a run directory has been moved to."""
+    if recipe.name is None:
+        recipe = recipe.model_copy(update={"name": path.stem})
+    if path.name == "recipe.yaml" and Path(source).is_dir():
+        recipe = recipe.model_copy(update={"run": str(source)})
+    return recipe
+
+
+def validate(document: recipe_yaml.Document) -> Recipe:
+    """Check a parsed recipe; raise one UserError with all that is wrong."""
+    try:
+        return Recipe.model_validate(document.tree)
+    except ValidationError as error:
+        lines = [recipe_yaml.explain(document, Recipe, dict(e)) for e in error.errors(include_url=False)]
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise UserError(f"{count} in the recipe\n" + "\n".join(lines)) from None
+
+
+def find(source: str | Path) -> Path:
+    """Return the recipe file meant by a path, a run directory or the name of a shipped recipe."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if (path / "recipe.yaml").is_file():
+        return path / "recipe.yaml"
+    names = {p.stem: p for p in shipped()}
+    if str(source) in names:
+        return names[str(source)]
+    hint = recipe_yaml.nearest(path.stem, list(names))
+    raise UserError(
+        f"no recipe at {path}: neither a file, nor a run directory, nor a shipped recipe",
+        hint=f"did you mean `{hint}`?" if hint else "`msd recipes` lists what ships",
+    )
+
+
+def recipes_folder() -> Path:
+    """Return the folder of the recipes that travel with the package (in a checkout: the one beside it)."""
+    package = Path(__file__).parent.parent
+    return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
+
+
+def shipped() -> list[Path]:
+    """Return the recipes that ship with msd."""
+    return sorted(recipes_folder().glob("*.yaml"))

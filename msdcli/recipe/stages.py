@@ -1,0 +1,117 @@
+"""The stages of a recipe: `objective` is a file in objectives/."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from msdcli.recipe.section import Count, Fraction, NoiseLevel, Positive, Section, Span
+
+# The stages: `objective` is a file in objectives/.
+
+
+class StageSettings(Section):
+    """One stage of training: what every objective has in common."""
+
+    needs_images: ClassVar[bool] = True  # of the data, beside their conditions
+
+    objective: str = Field(description="what is minimised")
+    steps: int = Field(1000, ge=1, le=10**9, description="training steps (updates of the student)")
+    batch: int = Field(64, ge=1, le=10**6, description="images per update")
+    lr: Positive = Field(1e-3, description="learning rate, for every network that `lr_of` does not name")
+    lr_of: dict[str, Positive] = Field({}, description="learning rates of single networks, e.g. {fake: 1e-3}")
+    lr_hold: Fraction = Field(0.5, description="part of the steps at full learning rate; then linear to `lr_end`")
+    lr_end: Fraction = Field(0.02, description="last learning rate, as a part of the first")
+    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="the optimizer")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.999], min_length=2, max_length=2, description="Adam's betas"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (adamw)")
+    clip: Positive | None = Field(None, description="largest norm of a network's gradient; absent: no clipping")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="decay of the average that samples are drawn from"
+    )
+    log_every: Count = Field(20, description="steps between two lines of metrics.jsonl")
+
+
+class EdmSettings(StageSettings):
+    """Denoising score matching on the data: how a teacher is trained (Karras et al. 2022, arXiv 2206.00364)."""
+
+    objective: Literal["edm"] = Field("edm", description="denoising score matching")
+    P_mean: float = Field(-1.2, description="mean of ln(sigma)")
+    P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
+    label_dropout: Fraction = Field(0.0, description="part of the images trained without their class, for guidance")
+
+
+class TsmSettings(StageSettings):
+    """Teacher score matching: a student with another network learns the teacher's denoiser (MSD, arXiv 2410.23274)."""
+
+    objective: Literal["tsm"] = Field("tsm", description="teacher score matching")
+    P_mean: float = Field(-1.2, description="mean of ln(sigma)")
+    P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
+
+
+class DmSettings(StageSettings):
+    """Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
+
+    needs_images: ClassVar[bool] = False
+
+    objective: Literal["dm"] = Field("dm", description="distribution matching")
+    sigma_init: NoiseLevel = Field(2.5, description="noise level at which the student is evaluated, once")
+    fake_updates: int = Field(5, ge=1, le=1000, description="updates of the fake network per update of the student")
+    fake_batch: Literal["fresh", "shared"] = Field(
+        "fresh", description="new samples for every update, or one batch for all updates of a step (cheaper)"
+    )
+    sigma_span: Span = Field(
+        [0.0, 0.5], min_length=2, max_length=2, description="noise levels of the loss, as parts of the Karras schedule"
+    )
+    fake_weight: Literal["dmd2", "epsilon", "none"] = Field(
+        "dmd2",
+        description="weight of the fake network's loss: sigma^-2 + sigma_data^-2 (DMD2), sigma^-2, which is the error "
+        "of the predicted noise (DMD2 on SD 1.5), or none (FastGen)",
+    )
+    labels: Literal["uniform", "data"] = Field("uniform", description="how the student's conditions are drawn")
+    pairs: Literal["shared", "filtered", "none"] = Field(
+        "shared",
+        description="regression on the teacher's pairs: on all of them, on those of the student's part, or none",
+    )
+    pair_weight: float = Field(0.25, ge=0, description="weight of the regression loss (DMD)")
+    pair_batch: Count | None = Field(None, description="pairs per update; `batch` if absent")
+
+
+class AdmSettings(DmSettings):
+    """Adversarial distribution matching: `dm` continued with a GAN loss (DMD2, arXiv 2405.14867)."""
+
+    needs_images: ClassVar[bool] = True
+
+    objective: Literal["adm"] = Field("adm", description="adversarial distribution matching")  # type: ignore[assignment]
+    features: Literal["fake", "teacher"] = Field(
+        "fake", description="where the heads look: the trainable fake network (DMD2) or the frozen teacher (FastGen)"
+    )
+    taps: list[str] | None = Field(
+        None, min_length=1, description="encoder blocks that get a head each, by name; the last one if absent"
+    )
+    gan_weight: float = Field(3e-3, ge=0, description="weight of the student's GAN loss (DMD2: 3e-3)")
+    head_weight: float = Field(1e-2, ge=0, description="weight of the heads' loss (DMD2: 1e-2; FastGen: 1)")
+    gan_noise: Literal["own", "shared"] = Field(
+        "own", description="noise of the samples the heads see: their own draw (DMD2) or that of the dm loss (FastGen)"
+    )
+    gan_span: Span = Field(
+        [0.0, 1.0],
+        min_length=2,
+        max_length=2,
+        description="noise levels the heads see, as parts of the Karras schedule",
+    )
+
+
+class CdSettings(StageSettings):
+    """Consistency distillation (Song et al. 2023, arXiv 2303.01469; improved as in arXiv 2310.14189)."""
+
+    objective: Literal["cd"] = Field("cd", description="consistency distillation")
+    sigma_init: NoiseLevel = Field(80.0, description="noise level at which the student is evaluated, once")
+    levels: int = Field(18, ge=2, le=10_000, description="noise levels of the schedule")
+
+
+Stage = Annotated[EdmSettings | TsmSettings | DmSettings | AdmSettings | CdSettings, Field(discriminator="objective")]
