@@ -19,6 +19,8 @@ from typing import IO, Any
 from msdcli.errors import LockedError, UserError
 from msdcli.recipe import Recipe, differences, load
 
+TEMPORARY, WRITER = ".tmp", ".writer"  # of folders that something is written in, and of the lock in them
+
 
 class RunDir:
     """The run directory at `root`; nothing is created until something is written."""
@@ -97,48 +99,55 @@ def file_hash(path: Path) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; at the end it is synced and takes the name, or is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = _temporary(path)
-    try:
+    """Give a temporary file for `path` to write to; at the end it is synced and takes the name, or is removed."""
+    with _place_beside(path) as place:
+        temporary = place / path.name
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)
         os.replace(temporary, path)
         _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-        os.close(handle)
-
-
-def _temporary(path: Path) -> tuple[int, Path]:
-    """Create a file beside `path` and hold its lock: as long as the writer lives, nobody takes it for a leftover."""
-    while True:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.fstat(handle).st_nlink:  # not swept between the two lines
-            return handle, Path(name)
-        os.close(handle)
 
 
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder` to fill; at the end it takes the place of `folder`, or is removed."""
+    """Give a temporary folder for `folder` to fill; at the end it takes the place of `folder`, or is removed."""
     folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    with _place_beside(folder) as place:
+        temporary = place / folder.name
+        temporary.mkdir()
+        yield temporary
+        os.chmod(temporary, 0o777 & ~_UMASK)
+        if folder.exists():
+            os.replace(folder, place / ".before")
+        os.replace(temporary, folder)
+        _sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def _place_beside(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path` with a lock in it: as long as the writer lives, nobody takes it for a
+    leftover. The lock is a file of its own, for a library may put a new file in the place of the one it was given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, place = _locked_folder(path)
     try:
         yield place
-        os.chmod(place, 0o777 & ~_umask())
-        before = place.with_suffix(".old")
-        if folder.exists():
-            os.replace(folder, before)
-        os.replace(place, folder)
-        _sync_folder(folder.parent)
-        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked_folder(path: Path) -> tuple[int, Path]:
+    while True:
+        place = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent))
+        with contextlib.suppress(FileNotFoundError):  # swept before it was locked
+            handle = os.open(place / WRITER, os.O_CREAT | os.O_RDWR)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if (place / WRITER).exists():
+                return handle, place
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -192,10 +201,14 @@ def _sync_folder(folder: Path) -> None:
 
 def sweep_temporaries(folder: Path) -> None:
     """Remove what killed processes left half written, and nothing that a living one is writing."""
-    for leftover in folder.glob(".*.tmp"):
-        with contextlib.suppress(OSError), open(leftover, "rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            leftover.unlink(missing_ok=True)
+    for leftover in folder.glob(f".*{TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            if leftover.is_dir() and not (leftover / WRITER).exists():
+                leftover.rmdir()  # only if empty: killed, or about to lock it
+                continue
+            with open(leftover / WRITER if leftover.is_dir() else leftover, "rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

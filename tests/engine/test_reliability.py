@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,11 +151,16 @@ def _full(*_: object, **__: object) -> None:
 
 def test_leftovers_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path: Path) -> None:
     (tmp_path / ".a.dead.tmp").write_text("half")
+    (tmp_path / ".c.dead.tmp").mkdir()
+    killed = "import os; from msdcli.rundir import *\nwith writing(Path('d')) as t: t.write_text('half'); os._exit(1)"
+    subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, env=environment())
+    assert list(tmp_path.glob(".d.*.tmp/d"))
     with writing(tmp_path / "b") as temporary:
-        temporary.write_text("whole")
+        (tmp_path / "other").write_text("whole")
+        os.replace(tmp_path / "other", temporary)  # as a library may: the file is another now
         sweep_temporaries(tmp_path)
-        assert [p.name for p in tmp_path.iterdir()] == [temporary.name]
-    assert (tmp_path / "b").read_text() == "whole"
+        assert list(tmp_path.iterdir()) == [temporary.parent]
+    assert list(tmp_path.iterdir()) == [tmp_path / "b"] and (tmp_path / "b").read_text() == "whole"
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
