@@ -15,6 +15,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import num_evaluations
+from msdcli.engine.distributed import ALONE, slices
 from msdcli.objectives import objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
@@ -55,10 +56,10 @@ class Estimate:
 
 
 class MetaDraws(Draws):
-    """Draws of the right shapes and of no numbers."""
+    """Draws of the right shapes and of no numbers: those of one of `passes` equal passes over a batch."""
 
-    def __init__(self, shape: tuple[int, ...], batch: int) -> None:
-        self.shape, self.batch, self.part = shape, batch, (0, 1)
+    def __init__(self, shape: tuple[int, ...], batch: int, passes: int = 1) -> None:
+        self.shape, self.batch, self.part = shape, batch // passes, (0, passes)
 
     def of_step(self) -> Draws:
         return self
@@ -76,6 +77,7 @@ class MetaDraws(Draws):
         return torch.empty(count or self.batch, dtype=torch.int64, device="meta")
 
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        count = count and count // self.part[1]
         z = torch.empty(count or self.batch, *self.shape, device="meta")
         return z, z.clone(), self.labels("data", count)
 
@@ -89,32 +91,43 @@ def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser
     samples = recipe.evaluation.samples
     more = max(0, samples - (recipe.pairs.count if needs_pairs else 0))
     return Estimate(
-        teacher_flops=stage_cost(training, teacher, None).flops if recipe.teacher.path is None else 0.0,
+        teacher_flops=stage_cost(training, teacher, None, recipe.micro_batch).flops
+        if recipe.teacher.path is None
+        else 0.0,
         pairs_flops=float(recipe.pairs.count * solver * forward_teacher) if needs_pairs else 0.0,
-        stages=[stage_cost(stage, student, teacher) for stage in recipe.stages],
+        stages=[stage_cost(stage, student, teacher, recipe.micro_batch) for stage in recipe.stages],
         evaluation_flops=float(samples * forward_student + more * solver * forward_teacher),
         students=recipe.partition.students,
     )
 
 
-def stage_cost(stage: StageSettings, student: Denoiser, teacher: Denoiser | None) -> StageCost:
-    """Run one step of a stage's turns on the meta device and count it."""
+def stage_cost(
+    stage: StageSettings, student: Denoiser, teacher: Denoiser | None, micro_batch: int | None = None
+) -> StageCost:
+    """Run one step of a stage's turns on the meta device, in passes of at most `micro_batch` images, and count it."""
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    draws, peak = MetaDraws(student.shape, stage.batch), 0
+    passes = len(slices(stage.batch, getattr(stage, "pair_batch", None), ALONE, micro_batch))
+    draws, peak = MetaDraws(student.shape, stage.batch, passes), 0
     with torch.device("meta"):
         goal = objective(stage.objective)(stage, student, teacher)
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        for names, loss in goal.turns(0):
-            for name, net in goal.nets.items():
-                net.requires_grad_(name in names)
+    counted: dict[tuple[Any, ...], list[int]] = {}
+    for names, loss in goal.turns(0):
+        known = counted.setdefault((names, loss.__name__), [])
+        if len(known) > 1:  # the first may make what later ones share; from the second on they are alike
+            known.append(known[-1])
+            continue
+        for name, net in goal.nets.items():
+            net.requires_grad_(name in names)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
             with saved_bytes() as saved:
                 value = loss(draws)
             value.mean().backward()
-            peak = max(peak, sum(saved.values()))
+        known.append(counter.get_total_flops())
+        peak = max(peak, sum(saved.values()))
     return StageCost(
         objective=stage.objective,
-        flops=float(counter.get_total_flops() * stage.steps),
+        flops=float(sum(map(sum, counted.values())) * passes * stage.steps),
         state_bytes=_state_bytes(goal.nets, goal.product, teacher),
         activation_bytes=peak,
     )
@@ -180,6 +193,6 @@ def lines(cost: Estimate) -> Sequence[str]:
         f"cost:      counted from one step of every stage; hours at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:g} TFLOP/s "
         f"({DEVICE})",
         *(f"           {line}" for line in told),
-        "memory:    of one student's training, on one device, in float32",
+        "memory:    of one student's training, on one device, in float32; micro_batch cuts the activations",
         *(f"           {line}" for line in memory),
     ]
