@@ -44,6 +44,11 @@ def print_json(value: Any, *, compact: bool = False) -> None:
     sys.stdout.flush()
 
 
+def sheet() -> Console:
+    """Return where tables go: the terminal, or paper of a fixed width."""
+    return out if out.is_terminal else Console(highlight=False, width=120)
+
+
 def page(text: str) -> None:
     """Show Markdown: rendered on a terminal, as it is elsewhere."""
     if not out.is_terminal:

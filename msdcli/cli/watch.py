@@ -41,7 +41,7 @@ def watch(
     watcher = Watcher(RunDir(run))
     frame = watcher.frame()
     if once:
-        console.out.print(render(frame, height=10_000, width=console.out.width), soft_wrap=False)
+        _print(frame)
         return
     try:
         if not console.out.is_terminal:
@@ -58,13 +58,18 @@ def watch(
         return
 
 
+def _print(frame: Frame) -> None:
+    sheet = console.sheet()
+    sheet.print(render(frame, height=10_000, width=sheet.width), soft_wrap=False)
+
+
 def _log(watcher: Watcher, every: float) -> None:
     """Print a frame whenever something has changed: for a file or a pipe."""
     before = None
     while True:
         frame = watcher.frame()
         if before is None or frame.parts != before.parts or frame.distances != before.distances or frame.done:
-            console.out.print(render(frame, height=10_000, width=console.out.width), soft_wrap=False)
+            _print(frame)
         if frame.done:
             return
         before = frame
@@ -145,6 +150,7 @@ def _health(figures: dict[str, float]) -> Text:
     if skipped:
         text.append(f"{skipped:.0f} skipped  ", style="bold red")
     others = [(name, value) for name, value in figures.items() if "skipped" not in name.split(".")]
+    others.sort(key=lambda item: item[0].startswith("gradient"))  # the least telling last, where there is room
     text.append("  ".join(f"{name.replace('_', ' ').replace('.', ' ')} {value:.3g}" for name, value in others[:4]))
     return text
 

@@ -86,6 +86,7 @@ def check(folder: Path, wanted: dict[str, bytes]) -> None:
 
 def main(folder: Path, kills: int, seed: int) -> dict[str, int]:
     rng, did = random.Random(seed), Counter[str]()
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.yaml").write_text(RECIPE)
     begun = time.monotonic()
     assert ended(start(folder, "reference"), 250) == 0, (folder / "reference.log").read_text()
