@@ -46,7 +46,7 @@ def print_json(value: Any, *, compact: bool = False) -> None:
 
 def sheet() -> Console:
     """Return where tables go: the terminal, or paper of a fixed width."""
-    return out if out.is_terminal else Console(highlight=False, width=120)
+    return out if out.is_terminal else Console(highlight=False, width=120, emoji=False)
 
 
 def page(text: str) -> None:
@@ -66,7 +66,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
         grid.add_column(escape(name), justify="left" if i < text_columns else "right", overflow="fold")
     for row in rows:
         grid.add_row(*map(escape, row))
-    (out if out.is_terminal else Console(highlight=False, width=120, emoji=False)).print(grid)
+    sheet().print(grid)
 
 
 class Monitor:

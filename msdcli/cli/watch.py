@@ -123,7 +123,7 @@ def _table(parts: list[Part], *, narrow: bool) -> Table:
     for name in ("step", "left") if narrow else ("step", "images/s", "left"):
         grid.add_column(name, justify="right", no_wrap=True)
     for name in ("losses", "health") if health else ("losses",):
-        grid.add_column(name)
+        grid.add_column(name, no_wrap=name == "losses")  # where there is no room, health gives way
     for part in parts:
         losses = "  ".join(f"{name} {value:.4g}" for name, value in part.losses.items())
         cells: list[RenderableType] = [
