@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from msdcli.seeds import derive
 
 
 class Dataset(Protocol):
@@ -40,6 +43,23 @@ def to_float(stored: Tensor) -> Tensor:
     if stored.dtype == torch.uint8:
         return stored.to(torch.float32) / 127.5 - 1
     return stored.to(torch.float32) if stored.dtype == torch.float16 else stored
+
+
+def in_turn(data: Dataset, numbers: Sequence[int]) -> list[int]:
+    """Return the images that stand for sample `numbers`: all of the data in turn, however many are asked for.
+
+    Files are often sorted by class, and their first few would be of one class: so the turn is shuffled, always in the
+    same way. Data drawn by code are `mixed` as they are.
+    """
+    if getattr(data, "mixed", False):
+        return [i % len(data) for i in numbers]
+    order = _order(len(data))
+    return [int(order[i % len(data)]) for i in numbers]
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(derive("order", count)))
 
 
 def user_cache() -> Path:

@@ -15,6 +15,7 @@ class Digits:
     """[1, 8, 8] in [-1, 1]; the 17 grey levels are kept exactly."""
 
     shape = (1, 8, 8)
+    mixed = True
 
     def __init__(self, settings: DigitsSettings) -> None:
         pixels, labels = load_digits(return_X_y=True)

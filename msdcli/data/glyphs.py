@@ -49,6 +49,8 @@ def _font(path: Path, pixels: int) -> ImageFont.FreeTypeFont:
 class Glyphs:
     """[1 or 3, size, size] in [-1, 1]; image i shows character i mod 62."""
 
+    mixed = True
+
     def __init__(self, settings: GlyphsSettings) -> None:
         self.settings = settings
         self.shape = (settings.channels, settings.size, settings.size)

@@ -71,6 +71,7 @@ class Toy2d:
     """Points [2] with standard deviation about 0.5; point i has class i mod 8."""
 
     shape = (2,)
+    mixed = True
     thickness = 0.015
 
     def __init__(self, settings: Toy2dSettings) -> None:

@@ -49,11 +49,11 @@ class Measuring:
         return images if self.network.floats else to_uint8(images)
 
     def key(self, *parts: object) -> str:
-        return key("features", 1, self.network.record(), self.keep, *parts)
+        return key("features", 2, self.network.record(), self.keep, *parts)
 
 
-def of_data(data: Dataset, numbers: range, how: Measuring) -> FeatureSet:
-    """Features of the data's images."""
+def of_data(data: Dataset, numbers: Sequence[int], how: Measuring) -> FeatureSet:
+    """Features of the data's images with these numbers."""
     return how.collect(
         (how.as_fed(data.images(part)), data.labels(part).numpy())
         for part in (numbers[i : i + STEP] for i in range(0, len(numbers), STEP))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdcli.data.base import Dataset, fingerprint, has_images
+from msdcli.data.base import Dataset, fingerprint, has_images, in_turn
 from msdcli.data.images import content_hash
 from msdcli.engine import autoencoder as autoencoders
 from msdcli.engine import checkpoint, classifier, dataset, device, features, groups, pairs, sample
@@ -214,7 +214,7 @@ class Scene:
             options = {"batch": self.batch, "workers": self.options.workers, "report": self.report}
             return features.of_reference(self.options.reference, self.judge.network, **options)
         largest = max(self.count, MAX_REFERENCE) if self.planar else MAX_REFERENCE
-        numbers = range(min(len(self.data), largest))
+        numbers = in_turn(self.data, range(min(len(self.data), largest)))
         if not has_images(self.data):
             raise UserError("these prompts have no pictures to compare with", hint="--reference a folder of pictures")
         depends = fingerprint(self.data), len(numbers)

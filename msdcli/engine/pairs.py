@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msdcli.data.base import Dataset, fingerprint
+from msdcli.data.base import Dataset, fingerprint, in_turn
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import generator, image_noise
 from msdcli.diffusion.guidance import drawn
@@ -25,7 +25,7 @@ RECORD = "pairs.json"
 
 def labels_for(data: Dataset, numbers: range) -> Tensor:
     """Return the classes of samples: those of the data's images in turn, so that classes are as frequent."""
-    return data.labels([i % len(data) for i in numbers])
+    return data.labels(in_turn(data, numbers))
 
 
 def sample_teacher(
@@ -56,6 +56,7 @@ class Pairs:
             self.solver.model_dump(),
             settings.seed,
             settings.shard,
+            getattr(data, "mixed", False),
         )
         self.folder = run.shared / f"pairs-{key('pairs', *parts)}"
         self.teacher_hash = teacher_hash

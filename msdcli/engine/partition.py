@@ -13,7 +13,7 @@ from torch import nn
 
 from msdcli import partition as p
 from msdcli import routing
-from msdcli.data.base import Dataset, Texts, has_images
+from msdcli.data.base import Dataset, Texts, has_images, in_turn
 from msdcli.data.prompts import clean
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import checkpoint, dataset, device, prompts, sample
@@ -90,10 +90,16 @@ def _embeddings(teacher: Denoiser | None) -> np.ndarray:
 
 
 def _mean_images(data: Dataset) -> np.ndarray:
-    """The mean image of every class [classes, numbers], over at most 10,000 images."""
-    numbers = range(min(len(data), 10_000))
-    images, labels = data.images(numbers).flatten(1).double(), data.labels(numbers)
-    return torch.stack([images[labels == k].mean(0) for k in range(len(data.class_names))]).numpy()
+    """The mean image of every class [classes, numbers], over about 10,000 images."""
+    each = _of_classes(data, max(1, 10_000 // len(data.class_names)))
+    return torch.stack([data.images(numbers).flatten(1).double().mean(0) for numbers in each]).numpy()
+
+
+def _of_classes(data: Dataset, count: int, *, most: int = 200_000) -> list[list[int]]:
+    """Return the numbers of up to `count` images of every class, among the first `most` in turn."""
+    numbers = torch.tensor(in_turn(data, range(min(len(data), most))))
+    labels = data.labels(numbers.tolist())
+    return [numbers[labels == k][:count].tolist() for k in range(len(data.class_names))]
 
 
 def preview(recipe: Recipe, report: Report = silent) -> tuple[Partition, Dataset]:
@@ -234,11 +240,11 @@ def draw(path: Path, partition: Partition, data: Dataset, *, columns: int = 16) 
     """Write a PNG with one row of data per student (points: one scatter plot per student)."""
     if not has_images(data):
         raise UserError("these prompts have no pictures to draw", hint="data.images names a folder of pictures")
-    labels = data.labels(range(min(len(data), 10_000)))
     wanted = 4000 if len(data.shape) == 1 else columns
+    each = _of_classes(data, wanted)
     rows = []
     for part in partition.parts:
         per_class = -(-wanted // len(part))
-        numbers = [n for c in part for n in (labels == c).nonzero().flatten()[:per_class].tolist()]
+        numbers = [n for c in part for n in each[c][:per_class]]
         rows.append(data.images(numbers[:wanted]))
     sample.save_grid(path, rows, class_names=[f"student {k}" for k in range(len(rows))])

@@ -1,11 +1,16 @@
 """Data sets are addressed by image number, and the number is the image."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from msdcli.data import open_data
+from msdcli.data.base import in_turn
 from msdcli.data.toy2d import SHAPES
-from msdcli.recipe.data import DigitsSettings, GlyphsSettings, Toy2dSettings
+from msdcli.recipe.data import DigitsSettings, FolderSettings, GlyphsSettings, Toy2dSettings
 
 
 @pytest.mark.parametrize(
@@ -61,3 +66,16 @@ def test_glyphs_come_in_many_typefaces() -> None:
 
     assert len(typefaces()) >= 15
     assert CHARACTERS[10] == "A"
+
+
+def test_files_sorted_by_class_are_sampled_from_all_classes(tmp_path: Path) -> None:
+    for c in "abcd":
+        (tmp_path / c).mkdir()
+        for i in range(50):
+            Image.fromarray(np.full((4, 4, 3), i, np.uint8)).save(tmp_path / c / f"{i}.png")
+    data = open_data(FolderSettings(name="folder", path=str(tmp_path)))
+    assert len(set(data.labels(range(40)).tolist())) == 1, "the files themselves are sorted"
+    few = data.labels(in_turn(data, range(40))).bincount(minlength=4)
+    assert few.min() >= 4 and few.sum() == 40
+    assert data.labels(in_turn(data, range(200))).bincount().tolist() == [50] * 4, "a whole turn is all of the data"
+    assert in_turn(data, range(200, 210)) == in_turn(data, range(10))

@@ -95,7 +95,7 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, int]:
     while did["kills"] < kills:
         kind = rng.choices(["kill", "truncate", "full"], [8, 1, 1])[0]
         largest = rng.randrange(500, 60_000) if kind == "full" else None
-        code = ended(start(folder, "runs", largest=largest), 250 if largest else rng.uniform(0, undisturbed / 8))
+        code = ended(start(folder, "runs", largest=largest), 250 if largest else rng.uniform(0, undisturbed / 3))
         did["kills"] += code is None
         did["full disks"] += code == 1
         assert code in (None, 0, 1), (folder / "runs.log").read_text()
