@@ -7,7 +7,7 @@ In a loop of your own, with your network (called as `net(c_in * x, c_noise, cond
 >>> from msdcli.diffusion.denoiser import Denoiser, one_step
 >>> from msdcli.diffusion.draws import Batch
 >>> from msdcli.objectives.dm import DistributionMatching
->>> from msdcli.recipe import DmSettings
+>>> from msdcli.recipe.stages import DmSettings
 >>> class Net(torch.nn.Module):
 ...     def __init__(self):
 ...         super().__init__()

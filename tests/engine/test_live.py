@@ -70,11 +70,22 @@ def test_the_pace_is_what_was_seen(begun: Path) -> None:
 def test_ctrl_c_leaves_quietly(begun: Path, tmp_path: Path) -> None:
     words = command("watch", str(begun), "--every", "0.1")
     env = environment(PYTHONUNBUFFERED="1")
-    process = subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     assert process.stdout is not None
     assert "steps" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, said) == (0, "")
 
 
