@@ -53,8 +53,9 @@ def in_turn(data: Dataset, numbers: Sequence[int]) -> list[int]:
     """
     if getattr(data, "mixed", False):
         return [i % len(data) for i in numbers]
-    order = _order(len(data))
-    return [int(order[i % len(data)]) for i in numbers]
+    places = torch.tensor(list(numbers), dtype=torch.int64) % len(data)
+    found: list[int] = _order(len(data))[places].tolist()
+    return found
 
 
 @functools.lru_cache(maxsize=4)

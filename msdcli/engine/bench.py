@@ -40,18 +40,14 @@ class RandomDraws(estimate.MetaDraws):
         super().__init__(net.shape, batch)
         self.num_classes, self.on = max(net.num_classes, 1), on
 
-    def normal(self, purpose: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-        return torch.randn(self.batch, *(self.shape if shape is None else shape), device=self.on)
-
     def uniform(self, purpose: str) -> torch.Tensor:
         return torch.rand(self.batch, device=self.on)
 
     def labels(self, how: str, count: int | None = None) -> torch.Tensor:
         return torch.randint(self.num_classes, (count or self.batch,), device=self.on)
 
-    def pairs(self, only_part: bool, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        z = torch.randn(count or self.batch, *self.shape, device=self.on)
-        return z, z.clone(), self.labels("data", count)
+    def numbers(self, count: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(count, *shape, device=self.on)
 
 
 @dataclass(frozen=True)

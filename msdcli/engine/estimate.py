@@ -65,7 +65,7 @@ class MetaDraws(Draws):
         return self
 
     def normal(self, purpose: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        return torch.empty(self.batch, *(self.shape if shape is None else shape), device="meta")
+        return self.numbers(self.batch, self.shape if shape is None else shape)
 
     def uniform(self, purpose: str) -> Tensor:
         return torch.empty(self.batch, device="meta")
@@ -77,9 +77,13 @@ class MetaDraws(Draws):
         return torch.empty(count or self.batch, dtype=torch.int64, device="meta")
 
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        count = count and count // self.part[1]
-        z = torch.empty(count or self.batch, *self.shape, device="meta")
+        count = count // self.part[1] if count else self.batch
+        z = self.numbers(count, self.shape)
         return z, z.clone(), self.labels("data", count)
+
+    def numbers(self, count: int, shape: tuple[int, ...]) -> Tensor:
+        """Return what stands for unit normal numbers [count, *shape]."""
+        return torch.empty(count, *shape, device="meta")
 
 
 def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser) -> Estimate:

@@ -127,6 +127,7 @@ class Studio:
         self.recipe, self.run = facts.recipe, facts.run
         self.device = torch.device("cpu")
         self.data: Dataset | None = None
+        self.labels: Tensor | None = None  # of all data, asked for once
         self.teacher: Denoiser | None = None
         self.pairs: pairs.Pairs | None = None
         with self._noting("The run's device is not here, so the CPU draws"):
@@ -232,8 +233,9 @@ class Studio:
 
     def _real(self, c: int, count: int) -> Tensor:
         assert self.data is not None
-        labels = self.data.labels(range(len(self.data)))
-        return self.data.images((labels == c).nonzero().flatten()[:count].tolist())
+        if self.labels is None:
+            self.labels = self.data.labels(range(len(self.data)))
+        return self.data.images((self.labels == c).nonzero().flatten()[:count].tolist())
 
     def _of_teacher(self, classes: list[int], count: int) -> list[Tensor] | None:
         """Samples that the run keeps as pairs, or new ones where that is cheap."""

@@ -156,13 +156,13 @@ def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, Path]:
         known = ", ".join(f"{part}: {' or '.join(names)}" for part, names in PARTS.items())
         raise UserError(f"{folder} holds no network msd knows; it knows {known}")
     part, class_name = found[0]
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_object(folder / "scheduler" / "scheduler_config.json")
     flow = scheduler.get("_class_name") == FLOW_SCHEDULER
     if scheduler.get("rescale_betas_zero_snr"):
         raise UserError(
             f"{folder}: its schedule ends without any signal (rescale_betas_zero_snr), which sigma cannot say"
         )
-    config = {k: v for k, v in _json(folder / part / "config.json").items() if not k.startswith("_")}
+    config = {k: v for k, v in read_object(folder / part / "config.json").items() if not k.startswith("_")}
     try:
         section = DiffusersNetworkSettings(
             class_name=class_name,  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, Path]:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """Read model_index.json."""
-    return _json(folder / "model_index.json")
+    return read_object(folder / "model_index.json")
 
 
 def text_part(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -194,8 +194,8 @@ def autoencoder_folder(folder: Path) -> Path | None:
     return folder / "vae" if "vae" in read_index(folder) else None
 
 
-def _json(path: Path) -> dict[str, Any]:
-
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a pipeline. UserError if it is missing, damaged or something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from msdcli.errors import UserError
+from msdcli.nets.diffusers_import import read_object
 
 RECORD = "text.json"
 # What each part of a pipeline may be, and what is copied of it.
@@ -109,7 +110,7 @@ def describe(pipeline: Path, index: dict[str, Any], width: int) -> dict[str, Any
             raise UserError(
                 f"{pipeline}: text_encoder{number} is {name[1]} with {words[1]}; msd knows {', '.join(ENCODERS)}"
             )
-        config = _json(pipeline / f"text_encoder{number}" / "config.json")
+        config = read_object(pipeline / f"text_encoder{number}" / "config.json")
         length = T5_LENGTH if name[1] == "T5EncoderModel" else int(config.get("max_position_embeddings", 77))
         files = {"encoder": f"text_encoder{number}", "tokenizer": f"tokenizer{number}"}
         parts.append({"class_name": name[1], "length": length} | files)
@@ -151,14 +152,6 @@ def copy(pipeline: Path, record: dict[str, Any], target: Path, *, link: bool = F
     temporary = target / f".{RECORD}.tmp"
     temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
     temporary.replace(target / RECORD)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return content
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def _library() -> Any:
