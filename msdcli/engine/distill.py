@@ -87,7 +87,7 @@ def train(
                     for name, net in goal.nets.items():
                         net.requires_grad_(name in names)
                     draws = [Draws(source, stage.batch, (*key, state.step), turn, part) for part in parts]
-                    update(state, names, gradients(goal, names, loss, draws, log), stage.clip, group, log)
+                    update(state, names, gradients(goal, names, loss, draws, group, log), stage.clip, log)
             state.ema.update(goal.nets[goal.product], state.step)
             state.step += 1
             log.tick(count, goal)
@@ -103,33 +103,39 @@ def train(
 
 
 def gradients(
-    goal: Objective, names: tuple[str, ...], loss: Callable[[Draws], Tensor], draws: Sequence[Draws], log: Log
+    goal: Objective,
+    names: tuple[str, ...],
+    loss: Callable[[Draws], Tensor],
+    draws: Sequence[Draws],
+    group: Group,
+    log: Log,
 ) -> Tensor:
-    """Leave the gradient of the mean loss in the networks, one pass per slice of the batch; return that mean."""
-    total: Tensor | None = None
+    """Leave the gradient of the mean loss in the named networks, one pass per slice of the batch; return that mean.
+
+    Both are of the whole batch, that of all processes.
+    """
+    params = [p for name in names for p in goal.nets[name].parameters()]
+    means: list[Tensor] = []
     for own in draws:
         per_image = loss(own)
-        mean = per_image.mean()
-        (mean / len(draws) if len(draws) > 1 else mean).backward()
+        mean = per_image.mean() / len(draws)
+        means.append(mean.detach())
         log.images(names[0], per_image.detach(), goal.sigma)
-        total = mean.detach() if total is None else total + mean.detach()
-    assert total is not None
-    return total / len(draws) if len(draws) > 1 else total
+        if len(means) < len(draws):
+            mean.backward()
+    total = torch.stack(means).sum()
+    with group.averaging(params, total):
+        mean.backward()
+    return total
 
 
 def update(
-    state: checkpoint.TrainState,
-    names: tuple[str, ...],
-    loss: Tensor,
-    clip: float | None,
-    group: Group,
-    log: Log,
+    state: checkpoint.TrainState, names: tuple[str, ...], loss: Tensor, clip: float | None, log: Log
 ) -> None:
     """Let the named networks take a step, or none of them where a loss or a gradient is not finite.
 
     The optimizers' kernels skip the step themselves (`found_inf`), so the host never waits for the device.
     """
-    group.average([p for name in names for p in state.nets[name].parameters()], loss)
     norms = torch.stack([gradient_norm(state.nets[name], clip) for name in names])
     skipped = (norms.sum() + loss).isfinite().logical_not().float()
     for name in names:

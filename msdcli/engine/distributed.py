@@ -112,26 +112,80 @@ class Group:
             self._vote = None
         return max((int(result) for result, _ in votes), default=0)
 
-    def average(self, params: Sequence[Tensor], loss: Tensor) -> None:
+    @contextmanager
+    def averaging(self, params: Sequence[Tensor], loss: Tensor) -> Iterator[None]:
         """Average the gradients of `params`, and the `loss`, over all processes, in place.
 
-        Not torch's DDP, which counts on one forward pass per backward pass through one module: objectives call a
-        network several times, in parts (its features), and in turns in which it does not learn. Sharded gradients
-        are averages already.
+        The backward pass belongs inside: a bucket of gradients travels as soon as it is complete, while the pass
+        computes the others. Not torch's DDP, which counts on one forward pass per backward pass through one module:
+        objectives call a network several times, in parts (its features), and in turns in which it does not learn.
+        Sharded gradients are averages already.
         """
         if self.size == 1:
+            yield
             return
-        grads = [loss, *(p.grad for p in params if p.grad is not None and not is_sharded(p.grad))]
+        messages = _Messages([p for p in params if not is_sharded(p)], self.size)
+        messages.send([loss])
+        with messages.sent_when_complete():
+            yield
+        messages.receive()
+
+
+class _Messages:
+    """Gradients on their way to their averages, in buckets that every process sends in the same order.
+
+    The last parameters' gradients come first in a backward pass, so the buckets begin with them, as DDP's do.
+    """
+
+    def __init__(self, params: Sequence[Tensor], size: int) -> None:
+        self.size = size
+        self._buckets = list(_buckets(params[::-1]))
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._next = 0
+        self._travelling: list[tuple[list[Tensor], Tensor, Any]] = []
+
+    @contextmanager
+    def sent_when_complete(self) -> Iterator[None]:
+        """Send each bucket as soon as the backward pass has finished its gradients, and the others at the end."""
+        hooks = [
+            param.register_post_accumulate_grad_hook(lambda _, number=number: self._note(number))
+            for number, bucket in enumerate(self._buckets)
+            for param in bucket
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._send_until(len(self._buckets))
+
+    def send(self, tensors: list[Tensor]) -> None:
+        """Let `tensors` travel in one message."""
+        flat = torch.cat([x.flatten() for x in tensors]) if len(tensors) > 1 else tensors[0].flatten()
         with _somebody_may_die():
-            sent = []
-            for bucket in _buckets(grads):
-                flat = torch.cat([g.flatten() for g in bucket]) if len(bucket) > 1 else bucket[0].flatten()
-                sent.append((bucket, flat, distributed.all_reduce(flat, async_op=True)))
-            for bucket, flat, handle in sent:
+            self._travelling.append((tensors, flat, distributed.all_reduce(flat, async_op=True)))
+
+    def receive(self) -> None:
+        """Wait for all that was sent and put the averages in its place."""
+        for tensors, flat, handle in self._travelling:
+            with _somebody_may_die():
                 handle.wait()
-                flat /= self.size
-                parts = flat.split([g.numel() for g in bucket])
-                torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket, strict=True)])
+            flat /= self.size
+            parts = flat.split([x.numel() for x in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(x) for part, x in zip(parts, tensors, strict=True)])
+
+    def _note(self, number: int) -> None:
+        self._missing[number] -= 1
+        complete = self._next
+        while complete < len(self._buckets) and self._missing[complete] == 0:
+            complete += 1
+        self._send_until(complete)
+
+    def _send_until(self, end: int) -> None:
+        for bucket in self._buckets[self._next : end]:
+            if grads := [p.grad for p in bucket if p.grad is not None]:
+                self.send(grads)
+        self._next = end
 
 
 ALONE = Group()
@@ -191,17 +245,18 @@ def like(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
 
 
-def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _buckets(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Split into lists of one type and of at most about `BUCKET` bytes."""
     bucket: list[Tensor] = []
     size = 0
-    for grad in grads:
-        if bucket and (size > BUCKET or grad.dtype != bucket[0].dtype):
+    for param in params:
+        if bucket and (size > BUCKET or param.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(grad)
-        size += grad.numel() * grad.element_size()
-    yield bucket
+        bucket.append(param)
+        size += param.numel() * param.element_size()
+    if bucket:
+        yield bucket
 
 
 @contextmanager
