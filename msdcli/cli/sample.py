@@ -68,9 +68,8 @@ def sample(
         console.say(f"would draw {number} samples from students {', '.join(map(str, serving))} and write {target}")
         return
     begun = time.perf_counter()
-    images = students.sample(asked, seed=seed, batch=batch, latents=format_ == "latents")
+    engine.draw(students, target, asked, format_, seed=seed, batch=batch)
     seconds = time.perf_counter() - begun
-    engine.save(target, images, asked, students.class_names, format_)
     if json_:
         console.print_json(
             {"file": str(target), "classes": asked, "seed": seed, "students": serving, "seconds": seconds}
@@ -104,9 +103,8 @@ def _of_prompts(
         console.say(f"would draw {len(asked)} samples from students {serving} and write {target}")
         return
     begun = time.perf_counter()
-    images = students.sample(asked, seed=seed, batch=batch, latents=format_ == "latents")
+    engine.draw(students, target, asked, format_, seed=seed, batch=batch)
     seconds = time.perf_counter() - begun
-    engine.save_prompted(target, images, names, owners, format_)
     encoder, routing = students.desk.encoder_seconds, students.desk.routing_seconds
     if json_:
         times = {"seconds": seconds, "encoder_seconds": encoder, "routing_seconds": routing}
@@ -120,6 +118,6 @@ def _of_prompts(
     console.say(f"{len(asked)} samples of {len(different)} prompts from students {serving}: {target}")
     console.say(
         f"text encoder {1e3 * encoder / len(different):.3g} ms and routing {1e3 * routing / len(different):.3g} ms a "
-        f"prompt, students {1e3 * seconds / len(asked):.3g} ms a sample (their weights read on the way): routing is "
-        f"{share:.2%} of it"
+        f"prompt, students {1e3 * seconds / len(asked):.3g} ms a sample (weights read and files written on the way): "
+        f"routing is {share:.2%} of it"
     )

@@ -218,7 +218,7 @@ def decode(content: bytes, name: str) -> np.ndarray:
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] to 8 bits, by the rounding with which EDM and its successors save PNGs."""
-    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    return (x * 127.5).add_(128).clamp_(0, 255).to(torch.uint8)
 
 
 def content_hash(path: str | Path) -> str:

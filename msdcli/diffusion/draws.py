@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,8 @@ from msdcli.seeds import derive
 if TYPE_CHECKING:
     from msdcli.data.base import Dataset
 
+WORTH_A_THREAD = 2**18  # normal numbers that take about a millisecond to draw
+
 
 def generator(*parts: int | str, device: torch.device | str = "cpu") -> Generator:
     """Return a torch generator seeded with `derive(*parts)`."""
@@ -23,7 +26,31 @@ def generator(*parts: int | str, device: torch.device | str = "cpu") -> Generato
 
 def image_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Return unit noise [len(numbers), *shape] on the CPU; image i's depends on `seed` and i alone."""
-    return torch.stack([torch.randn(shape, generator=generator("image", seed, number)) for number in numbers])
+    z = torch.empty(len(numbers), *shape)
+
+    def draw(places: range) -> None:
+        for place in places:
+            torch.randn(shape, generator=generator("image", seed, numbers[place]), out=z[place])
+
+    threads = min(torch.get_num_threads(), z.numel() // WORTH_A_THREAD) or 1
+    shares = [range(i, len(numbers), threads) for i in range(threads)]
+    if threads == 1:
+        draw(shares[0])
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(draw, shares))
+    return z
+
+
+def noise_ahead(seed: int, batches: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Yield the `image_noise` of every batch; while one is used, the next is drawn."""
+    with ThreadPoolExecutor(1) as background:
+        z = image_noise(seed, batches[0], shape)
+        for numbers in batches[1:]:
+            following = background.submit(image_noise, seed, numbers, shape)
+            yield z
+            z = following.result()
+        yield z
 
 
 class Source:

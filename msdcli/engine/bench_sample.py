@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine.pictures import save_pngs
 from msdcli.engine.precision import timed
-from msdcli.engine.sample import Students, save_files
+from msdcli.engine.sample import Students
 from msdcli.partition import Partition
 
 SIGMA_INIT = 80.0
@@ -35,7 +36,7 @@ def measure(student: Denoiser, on: torch.device, *, batch: int, repeats: int = 5
 
     def written() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            save_files(Path(folder), students.sample(classes, batch=batch), classes)
+            save_pngs(Path(folder) / "images", students.stream(classes, batch=batch), {})
 
     calls: dict[str, Callable[[], Any]] = {
         "bare": lambda: student(x, sigma, condition),

@@ -129,9 +129,7 @@ def gradients(
     return total
 
 
-def update(
-    state: checkpoint.TrainState, names: tuple[str, ...], loss: Tensor, clip: float | None, log: Log
-) -> None:
+def update(state: checkpoint.TrainState, names: tuple[str, ...], loss: Tensor, clip: float | None, log: Log) -> None:
     """Let the named networks take a step, or none of them where a loss or a gradient is not finite.
 
     The optimizers' kernels skip the step themselves (`found_inf`), so the host never waits for the device.

@@ -16,10 +16,11 @@ from torch import Tensor
 from msdcli.data.base import Dataset, user_cache
 from msdcli.data.images import to_uint8
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine import checkpoint, sample
+from msdcli.engine import checkpoint
 from msdcli.engine.autoencoder import Decode
 from msdcli.engine.events import Progress, Report
 from msdcli.engine.pairs import Pairs, labels_for, sample_teacher
+from msdcli.engine.pictures import labels_file, save_pngs
 from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet, ImageBatch, cache_key, collect
 from msdcli.metrics.inception import FeatureNetwork
@@ -113,7 +114,8 @@ def saving(drawn: Drawn, classes: Sequence[int], first: int, folder: Path) -> Dr
         yield positions, images
     order = sorted(kept)
     if order:
-        sample.save_files(folder, torch.stack([kept[i] for i in order]), [classes[i] for i in order])
+        images = torch.stack([kept[i] for i in order])
+        save_pngs(folder, [(range(len(order)), images)], labels_file([classes[i] for i in order]))
 
 
 # What is kept on disk.

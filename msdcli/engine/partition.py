@@ -16,7 +16,7 @@ from msdcli import routing
 from msdcli.data.base import Dataset, Texts, has_images, in_turn
 from msdcli.data.prompts import clean
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine import checkpoint, dataset, device, prompts, sample
+from msdcli.engine import checkpoint, dataset, device, pictures, prompts, sample
 from msdcli.engine.events import Report, silent
 from msdcli.errors import UserError
 from msdcli.nets.unet_taps import TappedUNet
@@ -247,4 +247,4 @@ def draw(path: Path, partition: Partition, data: Dataset, *, columns: int = 16) 
         per_class = -(-wanted // len(part))
         numbers = [n for c in part for n in each[c][:per_class]]
         rows.append(data.images(numbers[:wanted]))
-    sample.save_grid(path, rows, class_names=[f"student {k}" for k in range(len(rows))])
+    pictures.save_grid(path, rows, class_names=[f"student {k}" for k in range(len(rows))])

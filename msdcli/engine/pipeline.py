@@ -32,6 +32,7 @@ from msdcli.engine import (
     hub,
     latents,
     partition,
+    pictures,
     precision,
     sample,
     search,
@@ -266,7 +267,7 @@ def preview(bench: Bench, *, rows: int = 32, columns: int = 16, points: int = 10
     if theirs is not None:
         decode = autoencoder.decoder(bench.run.teacher, bench.device)
         theirs = [decode(y).cpu() for y in theirs]
-    sample.save_grid(path, mine, beside=theirs, class_names=[data.class_names[c] for c in classes])
+    pictures.save_grid(path, mine, beside=theirs, class_names=[data.class_names[c] for c in classes])
     return path
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from msdcli.data.base import Dataset, has_images
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import image_noise
-from msdcli.engine import checkpoint, dataset, device, estimate, pairs, sample, watch
+from msdcli.engine import checkpoint, dataset, device, estimate, pairs, pictures, sample, watch
 from msdcli.engine import teacher as teachers
 from msdcli.engine.distill import new_network
 from msdcli.engine.events import silent
@@ -283,7 +283,7 @@ def images(what: str, samples: Tensor) -> Strip:
         scale = SIDE / max(samples.shape[-2:])
         size = [max(1, round(s * scale)) for s in samples.shape[-2:]]
         samples = torch.nn.functional.interpolate(samples, size=size, mode="area")
-    pixels = sample.to_pixels(samples.cpu())
+    pixels = pictures.to_pixels(samples.cpu())
     count, height, width, _ = pixels.shape
     gap = max(1, width // 16)
     canvas = np.zeros((height, count * (width + gap) - gap, 4), np.uint8)

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from msdcli.data.images import to_uint8
 from msdcli.data.prompts import read_lines
 from msdcli.diffusion.denoiser import Denoiser, one_step
-from msdcli.diffusion.draws import image_noise
+from msdcli.diffusion.draws import noise_ahead
 from msdcli.engine import checkpoint
 from msdcli.engine.autoencoder import find, open_autoencoder
 from msdcli.engine.importing import TEXT
+from msdcli.engine.pictures import labels_file, prompts_file, save_grid, save_npz, save_pngs
 from msdcli.engine.prompts import Desk, desk_of, give, read_prompts
 from msdcli.errors import UserError
 from msdcli.nets.autoencoder import Autoencoder
 from msdcli.partition import Partition
-from msdcli.rundir import RunDir, key, read_json, write_json, write_text, writing
+from msdcli.rundir import RunDir, key, read_json
 
 BUNDLE = "bundle.json"
 
@@ -120,13 +116,19 @@ class Students:
         known = len(self.class_names) if self.desk is None else len(self.desk)
         if unknown := [c for c in classes if not 0 <= c < known]:
             raise UserError(f"class {unknown[0]} does not exist: there are 0 to {known - 1}")
-        for number, positions in self.route(classes).items():
-            net, _ = self.student(number)
-            for at in (positions[i : i + batch] for i in range(0, len(positions), batch)):
-                z = image_noise(seed, [numbers[i] for i in at], net.shape).to(self.device)
-                c = torch.tensor([classes[i] for i in at], device=self.device)
-                y = self.generate(number, z, c)
-                yield at, y if latents else self.decode(y)
+        turns = [
+            (student, positions[i : i + batch])
+            for student, positions in self.route(classes).items()
+            for i in range(0, len(positions), batch)
+        ]
+        if not turns:
+            return
+        shape = self.student(turns[0][0])[0].shape
+        noise = noise_ahead(seed, [[numbers[i] for i in at] for _, at in turns], shape)
+        for (student, at), z in zip(turns, noise, strict=True):
+            c = torch.tensor([classes[i] for i in at], device=self.device)
+            y = self.generate(student, z.to(self.device), c)
+            yield at, y if latents else self.decode(y)
 
     def generate(self, number: int, z: Tensor, c: Tensor) -> Tensor:
         """Return what student `number` makes of unit noise `z` and class numbers `c`, float32; it may be latents."""
@@ -192,88 +194,7 @@ def of_run(run: RunDir, device: torch.device) -> Students:
     return Students(folders, partition, read_json(run.record_file)["class_names"], device, autoencoder)
 
 
-# Pictures and files.
-
-
-def save_grid(
-    path: Path,
-    rows: Sequence[Tensor],
-    *,
-    beside: Sequence[Tensor] | None = None,
-    class_names: Sequence[str] | None = None,
-) -> None:
-    """Write one PNG with a row of images per entry of `rows`, to the left of them, after a gap, those of `beside`.
-
-    Points in the plane become one scatter plot per entry, those of `beside` in grey behind.
-    """
-    if rows[0].ndim == 2:
-        _save_scatter(path, rows, beside, class_names or [""] * len(rows))
-        return
-    height, width = rows[0].shape[-2:]
-    scale, gap = max(1, 32 // height), 2
-    lead = max(len(row) for row in beside) + 1 if beside else 0
-    columns = lead + max(len(row) for row in rows)
-    canvas = np.full((len(rows) * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 32, np.uint8)
-    for start, side in ((0, beside or []), (lead, rows)):
-        for r, row in enumerate(side):
-            for i, image in enumerate(to_pixels(row)):
-                top, left = gap + r * (height * scale + gap), gap + (start + i) * (width * scale + gap)
-                big = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
-                canvas[top : top + height * scale, left : left + width * scale] = big
-    with writing(path) as temporary:
-        Image.fromarray(canvas).save(temporary, format="PNG")
-
-
-def to_pixels(images: Tensor) -> np.ndarray:
-    """Return uint8 RGB pixels [batch, height, width, 3]; grey images are repeated."""
-    if not is_picture(images):  # a look at latents: their first channels
-        images = images[:, : 3 if images.shape[1] > 3 else 1]
-    pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
-    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
-
-
-def is_picture(images: Tensor) -> bool:
-    """Whether these are pictures [n, 1 or 3, height, width], and not points or latents."""
-    return images.ndim == 4 and images.shape[1] in (1, 3)
-
-
-def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] | None, names: Sequence[str]) -> None:
-    from matplotlib.figure import Figure
-
-    columns = min(4, len(rows))
-    lines = -(-len(rows) // columns)
-    figure = Figure(figsize=(2.4 * columns, 2.5 * lines), layout="constrained")
-    for i, (points, name) in enumerate(zip(rows, names, strict=True)):
-        axes = figure.add_subplot(lines, columns, i + 1, aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
-        if beside is not None:
-            axes.scatter(beside[i][:, 0], beside[i][:, 1], s=2, linewidths=0, alpha=0.5, color="tab:gray")
-        axes.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, alpha=0.7, color="tab:blue")
-        axes.set_title(name, fontsize=9)
-        axes.tick_params(labelsize=6)
-    with writing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
-
-
-def save_files(folder: Path, images: Tensor, classes: Sequence[int], *, first: int = 0) -> None:
-    """Write one PNG per image, named by its number, and labels.json in EDM's dataset.json form."""
-    if not is_picture(images):
-        raise UserError(f"{'points' if images.ndim == 2 else 'latents'} are no pictures", hint="--format npz")
-    names = [f"{first + i:06d}.png" for i in range(len(images))]
-    for name, pixels in zip(names, to_uint8(images).permute(0, 2, 3, 1).numpy(), strict=True):
-        with writing(folder / name) as temporary:
-            Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(temporary, format="PNG")
-    write_json(folder / "dataset.json", {"labels": [[n, int(c)] for n, c in zip(names, classes, strict=True)]})
-
-
-def save_npz(path: Path, images: Tensor, classes: Sequence[int] | Sequence[str], *, pixels: bool = True) -> None:
-    """Write `images` (uint8 NHWC; points, and latents as `latents` NCHW, float32) and `labels` or prompts as .npz."""
-    arrays: dict[str, Any] = {"labels": np.asarray(classes)}
-    if pixels:
-        arrays["images"] = to_uint8(images).permute(0, 2, 3, 1).numpy() if is_picture(images) else images.numpy()
-    else:
-        arrays["latents"] = images.numpy()
-    with writing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+# What is asked for, and where it is written.
 
 
 def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
@@ -302,22 +223,31 @@ def default_target(run: Path, format_: str, classes: Sequence[int], seed: int, *
     return run / "samples" / f"{name}{suffix}"
 
 
-def save(path: Path, images: Tensor, classes: Sequence[int], class_names: Sequence[str], format_: str) -> None:
-    """Write samples as one picture (a row per class), a folder of PNGs, or an .npz of pixels or of latents."""
-    if format_ in ("npz", "latents"):
-        save_npz(path, images, classes, pixels=format_ == "npz")
-    elif format_ == "png":
-        save_files(path, images, classes)
-    else:
-        kinds = sorted(set(classes), key=list(classes).index)
-        labels = torch.tensor(classes)
-        save_grid(path, [images[labels == k] for k in kinds], class_names=[class_names[k] for k in kinds])
-
-
 def texts(given: Sequence[str], file: Path | None, number: int | None) -> list[str]:
     """Return the prompts to sample: those given and those of a file, once, or in turn until there are `number`."""
     wanted = [*given, *(read_lines(file) if file else [])]
     return [wanted[i % len(wanted)] for i in range(number or len(wanted))]
+
+
+def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, seed: int, batch: int) -> None:
+    """Sample the conditions `asked` into a file: one picture (a row per condition), a folder of PNGs with labels or
+    prompts, or an .npz of pixels or of latents.
+    """
+    desk = students.desk
+    names = [students.name(c) for c in asked]
+    if format_ == "png":
+        drawn = students.stream(asked, seed=seed, batch=batch)
+        owners = [] if desk is None else [desk.owner_of(c) for c in asked]
+        save_pngs(path, drawn, labels_file(asked) if desk is None else prompts_file(names, owners))
+        return
+    images = students.sample(asked, seed=seed, batch=batch, latents=format_ == "latents")
+    if format_ == "grid":
+        rows: dict[int, list[int]] = {}
+        for position, condition in enumerate(asked):
+            rows.setdefault(condition, []).append(position)
+        save_grid(path, [images[at] for at in rows.values()], class_names=[students.name(c) for c in rows])
+    else:
+        save_npz(path, images, asked if desk is None else names, pixels=format_ == "npz")
 
 
 def prompts_target(run: Path, format_: str, prompts: Sequence[str], seed: int) -> Path:
@@ -326,21 +256,3 @@ def prompts_target(run: Path, format_: str, prompts: Sequence[str], seed: int) -
     more = f"-and-{len(prompts) - 1}-more" if len(prompts) > 1 else ""
     name = f"{words}{more}-{key(*prompts)[:8]}-seed{seed}{'-latents' if format_ == 'latents' else ''}"
     return run / "samples" / (name if format_ == "png" else f"{name}.{'png' if format_ == 'grid' else 'npz'}")
-
-
-def save_prompted(path: Path, images: Tensor, prompts: Sequence[str], owners: Sequence[int], format_: str) -> None:
-    """Write samples of prompts as one picture (a row per prompt), a folder of PNGs with prompts.jsonl, or an .npz."""
-    if format_ in ("npz", "latents"):
-        save_npz(path, images, prompts, pixels=format_ == "npz")
-        return
-    if format_ == "grid":
-        rows = {prompt: [i for i, p in enumerate(prompts) if p == prompt] for prompt in prompts}
-        save_grid(path, [images[at] for at in rows.values()])
-        return
-    save_files(path, images, owners)
-    (path / "dataset.json").unlink()  # of classes, which these have none of
-    lines = [
-        json.dumps({"file_name": f"{i:06d}.png", "prompt": prompt, "student": owner}, ensure_ascii=False) + "\n"
-        for i, (prompt, owner) in enumerate(zip(prompts, owners, strict=True))
-    ]
-    write_text(path / "prompts.jsonl", "".join(lines))

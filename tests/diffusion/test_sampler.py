@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msdcli.data.toy2d import Toy2d
-from msdcli.diffusion.draws import Draws, Source, image_noise
+from msdcli.diffusion.draws import Draws, Source, generator, image_noise, noise_ahead
 from msdcli.diffusion.ema import EMA
 from msdcli.diffusion.sampler import num_evaluations, solve
 from msdcli.recipe.data import Toy2dSettings
@@ -44,6 +44,19 @@ def test_noise_of_an_image_depends_on_seed_and_number_alone() -> None:
     together = image_noise(0, range(10), (1, 4, 4))
     torch.testing.assert_close(image_noise(0, [7], (1, 4, 4))[0], together[7], rtol=0, atol=0)
     assert not torch.equal(image_noise(1, [7], (1, 4, 4))[0], together[7])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_noise_is_that_of_one_generator_per_image_in_any_number_of_threads(threads: int) -> None:
+    shape, batches = (3, 256, 256), [[4, 0, 9, 9], [2], [7, 1, 3]]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = torch.cat(list(noise_ahead(5, batches, shape)))
+    finally:
+        torch.set_num_threads(before)
+    wanted = [torch.randn(shape, generator=generator("image", 5, i)) for batch in batches for i in batch]
+    assert torch.equal(found, torch.stack(wanted))
 
 
 def test_draws_do_not_depend_on_the_order_they_are_asked_in() -> None:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import msdcli
-from msdcli.engine import pipeline, sample
+from msdcli.data.images import to_uint8
+from msdcli.engine import pipeline
 from msdcli.engine import prompts as engine
 from msdcli.errors import UserError
 from msdcli.partition import Partition
@@ -87,7 +88,7 @@ def test_distilled_sampled_and_exported(place: Path, msd: Msd) -> None:
     students = msdcli.load(place / "runs/text")
     again = students.sample(prompts=["a blue house", trained] * 2)
     assert torch.equal(msdcli.load(place / "runs/text").sample(prompts=["a blue house", trained] * 2), again)
-    assert (sample.to_uint8(again).permute(0, 2, 3, 1).numpy() == first).all()
+    assert (to_uint8(again).permute(0, 2, 3, 1).numpy() == first).all()
     torch.testing.assert_close(students.sample([0], first=1)[0], again[1], rtol=1e-4, atol=1e-4)
     assert not torch.equal(again[0], again[2]), "number 2 is another sample"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 
 import msdcli
-from msdcli.engine import sample
+from msdcli.data.images import to_uint8
+from msdcli.engine import pictures
 from msdcli.errors import UserError
 from tests.conftest import Msd, command, environment
 
@@ -84,12 +86,34 @@ def test_sample_writes_what_it_says(finished: Path, msd: Msd, tmp_path: Path) ->
 
 def test_pictures_are_saved_with_edms_rounding(tmp_path: Path) -> None:
     images = torch.tensor([-1.2, -1.0, 0.0, 0.999, 1.0, 0.0039]).reshape(6, 1, 1, 1)
-    assert sample.to_uint8(images).flatten().tolist() == [0, 0, 128, 255, 255, 128]
-    sample.save_files(tmp_path / "p", images.expand(6, 1, 4, 4), [0] * 6)
-    assert pixels(tmp_path / "p/000003.png").tolist() == [[255] * 4] * 4
-    assert len(json.loads((tmp_path / "p/dataset.json").read_text())["labels"]) == 6
-    sample.save_grid(tmp_path / "g.png", [images.expand(6, 3, 4, 4)] * 2)
+    assert to_uint8(images).flatten().tolist() == [0, 0, 128, 255, 255, 128]
+    folder, drawn = tmp_path / "p", [((5, 3), images[[5, 3]].expand(2, 1, 4, 4)), ((0,), images[:1].expand(1, 3, 4, 4))]
+    pictures.save_pngs(folder, drawn, pictures.labels_file([0] * 6))
+    assert pixels(folder / "000003.png").tolist() == [[255] * 4] * 4
+    assert sorted(p.name for p in folder.iterdir()) == ["000000.png", "000003.png", "000005.png", "dataset.json"]
+    assert len(json.loads((folder / "dataset.json").read_text())["labels"]) == 6
+    pictures.save_grid(tmp_path / "g.png", [images.expand(6, 3, 4, 4)] * 2)
     assert pixels(tmp_path / "g.png").shape == (2 + 2 * 34, 2 + 6 * 34, 3)
+
+
+def test_a_folder_of_samples_replaces_older_samples_and_nothing_else(tmp_path: Path) -> None:
+    folder, two = tmp_path / "p", torch.zeros(2, 3, 4, 4)
+    pictures.save_pngs(folder, [(range(2), two)], {})
+    before = (folder / "000001.png").read_bytes()
+
+    def dies() -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        yield range(2), two + 1
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        pictures.save_pngs(folder, dies(), {})
+    assert (folder / "000001.png").read_bytes() == before
+    pictures.save_pngs(folder, [(range(1), two[:1])], {})
+    assert [p.name for p in tmp_path.rglob("*.png")] == ["000000.png"]  # an older, larger set leaves nothing behind
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match=r"thesis\.tex, which is no sample"):
+        pictures.save_pngs(folder, [(range(1), two[:1])], {})
+    assert (folder / "thesis.tex").read_text() == "precious"
 
 
 def test_measurement_names_protocol_counts_and_weights(finished: Path) -> None:

@@ -1,0 +1,148 @@
+"""Samples as files: one picture of many, a folder of PNGs, an .npz."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from msdcli.data.images import to_uint8
+from msdcli.errors import UserError
+from msdcli.rundir import building, writing
+
+WAITING = 2000  # images that are drawn and not yet on the disk, at most
+
+Drawn = Iterable[tuple[Sequence[int], Tensor]]  # numbers, and samples [as many, *shape] on any device
+
+
+def save_grid(
+    path: Path,
+    rows: Sequence[Tensor],
+    *,
+    beside: Sequence[Tensor] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write one PNG with a row of images per entry of `rows`, to the left of them, after a gap, those of `beside`.
+
+    Points in the plane become one scatter plot per entry, those of `beside` in grey behind.
+    """
+    if rows[0].ndim == 2:
+        _save_scatter(path, rows, beside, class_names or [""] * len(rows))
+        return
+    height, width = rows[0].shape[-2:]
+    scale, gap = max(1, 32 // height), 2
+    lead = max(len(row) for row in beside) + 1 if beside else 0
+    columns = lead + max(len(row) for row in rows)
+    canvas = np.full((len(rows) * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 32, np.uint8)
+    for start, side in ((0, beside or []), (lead, rows)):
+        for r, row in enumerate(side):
+            for i, image in enumerate(to_pixels(row)):
+                top, left = gap + r * (height * scale + gap), gap + (start + i) * (width * scale + gap)
+                big = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
+                canvas[top : top + height * scale, left : left + width * scale] = big
+    with writing(path) as temporary:
+        Image.fromarray(canvas).save(temporary, format="PNG")
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """Return uint8 RGB pixels [batch, height, width, 3]; grey images are repeated."""
+    if not is_picture(images):  # a look at latents: their first channels
+        images = images[:, : 3 if images.shape[1] > 3 else 1]
+    pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
+    return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
+
+
+def is_picture(images: Tensor) -> bool:
+    """Whether these are pictures [n, 1 or 3, height, width], and not points or latents."""
+    return images.ndim == 4 and images.shape[1] in (1, 3)
+
+
+def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] | None, names: Sequence[str]) -> None:
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(rows))
+    lines = -(-len(rows) // columns)
+    figure = Figure(figsize=(2.4 * columns, 2.5 * lines), layout="constrained")
+    for i, (points, name) in enumerate(zip(rows, names, strict=True)):
+        axes = figure.add_subplot(lines, columns, i + 1, aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
+        if beside is not None:
+            axes.scatter(beside[i][:, 0], beside[i][:, 1], s=2, linewidths=0, alpha=0.5, color="tab:gray")
+        axes.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, alpha=0.7, color="tab:blue")
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=6)
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+
+
+def save_pngs(folder: Path, drawn: Drawn, beside: Mapping[str, str]) -> None:
+    """Make a folder with one PNG per image, named by its number, and text files `beside` them, by name.
+
+    Images are encoded in as many threads as torch uses, while others are still drawn. The folder appears when it is
+    complete, in the place of samples that were there before. UserError where something else is there, or for points.
+    """
+    _check_replaceable(folder)
+    waiting: deque[Future[None]] = deque()
+    with building(folder) as place, ThreadPoolExecutor(torch.get_num_threads()) as encoders:
+        for numbers, images in drawn:
+            if not is_picture(images):
+                raise UserError(f"{'points' if images.ndim == 2 else 'latents'} are no pictures", hint="--format npz")
+            pixels = to_uint8(images).cpu().permute(0, 2, 3, 1).numpy()
+            waiting += [
+                encoders.submit(_write_png, place / f"{i:06d}.png", p) for i, p in zip(numbers, pixels, strict=True)
+            ]
+            while len(waiting) > WAITING:
+                waiting.popleft().result()
+        while waiting:
+            waiting.popleft().result()
+        for name, text in beside.items():
+            (place / name).write_text(text, encoding="utf-8")
+
+
+def _write_png(path: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path, format="PNG")
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", hint="--out names a folder for the PNGs")
+    ours = re.compile(r"\d{6,}\.png|dataset\.json|prompts\.jsonl")
+    others = sorted(f.name for f in folder.iterdir() if not ours.fullmatch(f.name)) if folder.is_dir() else []
+    if others:
+        raise UserError(
+            f"{folder} holds {others[0]}, which is no sample and would be lost", hint="--out names a new folder"
+        )
+
+
+def labels_file(classes: Sequence[int]) -> dict[str, str]:
+    """Return dataset.json in EDM's form: the class of every PNG."""
+    labels = [[f"{i:06d}.png", int(c)] for i, c in enumerate(classes)]
+    return {"dataset.json": json.dumps({"labels": labels}, indent=1) + "\n"}
+
+
+def prompts_file(prompts: Sequence[str], owners: Sequence[int]) -> dict[str, str]:
+    """Return prompts.jsonl: the prompt of every PNG, and the student that drew it."""
+    lines = [
+        json.dumps({"file_name": f"{i:06d}.png", "prompt": prompt, "student": owner}, ensure_ascii=False) + "\n"
+        for i, (prompt, owner) in enumerate(zip(prompts, owners, strict=True))
+    ]
+    return {"prompts.jsonl": "".join(lines)}
+
+
+def save_npz(path: Path, images: Tensor, classes: Sequence[int] | Sequence[str], *, pixels: bool = True) -> None:
+    """Write `images` (uint8 NHWC; points, and latents as `latents` NCHW, float32) and `labels` or prompts as .npz."""
+    arrays: dict[str, Any] = {"labels": np.asarray(classes)}
+    if pixels:
+        arrays["images"] = to_uint8(images).permute(0, 2, 3, 1).numpy() if is_picture(images) else images.numpy()
+    else:
+        arrays["latents"] = images.numpy()
+    with writing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
