@@ -42,8 +42,13 @@ def image_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Te
     return z
 
 
-def noise_ahead(seed: int, batches: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """Yield the `image_noise` of every batch; while one is used, the next is drawn."""
+def noises(
+    seed: int, batches: Sequence[Sequence[int]], shape: tuple[int, ...], *, ahead: bool = False
+) -> Iterator[Tensor]:
+    """Yield the `image_noise` of every batch; with `ahead` the next one is drawn while one is used, by a GPU say."""
+    if not ahead:
+        yield from (image_noise(seed, numbers, shape) for numbers in batches)
+        return
     with ThreadPoolExecutor(1) as background:
         z = image_noise(seed, batches[0], shape)
         for numbers in batches[1:]:

@@ -30,6 +30,7 @@ from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
 
 EAGER = "float32"
+HOPELESS = 0.5  # of plain float32's speed, where bfloat16 is emulated: an update would take minutes
 LAUNCH_BOUND, WELL_USED = 0.75, 0.5
 
 
@@ -143,7 +144,7 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
     on = device.prepare(recipe)
     data = open_data(recipe.data, planning=True)
     teacher, student = (build(net, on) for net in pipeline.networks_on_meta(recipe, data, planning=True))
-    chosen, reason = settle(recipe, teacher, on)
+    chosen, reason, others = settle(recipe, teacher, on)
     report(reason)
     result: dict[str, Any] = {
         "recipe": recipe.name,
@@ -152,14 +153,14 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
         "torch": torch.__version__,
         "precision": chosen,
         "parameters": {"teacher": estimate.count(teacher), "student": estimate.count(student)},
-        "peak_flops": {name: peak_flops(name, on) for name in dict.fromkeys(["float32", chosen, "bf16"])},
+        "peak_flops": {name: peak_flops(name, on) for name in dict.fromkeys([chosen, *others])},
         "stages": [],
     }
     for stage in recipe.stages:
         size = batch or fitting_batch(stage, student, on)
         report(f"{stage.objective}: {repeats} repeats at batch {size}")
         rig = Rig(resized(stage, size), teacher, student, on)
-        compared = modes(recipe, chosen, on)
+        compared = modes(recipe, chosen, on, others)
         figures = bench_stage(rig, compared, RandomDraws(student, size, on), repeats=repeats, report=report)
         flops = estimate.stage_cost(rig.stage, meta(student), meta(teacher)).flops
         for figure in figures.values():
@@ -175,12 +176,13 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
     return result
 
 
-def settle(recipe: Recipe, teacher: Denoiser, on: torch.device) -> tuple[str, str]:
-    """Return the precision that a run of the recipe would take here, and why."""
+def settle(recipe: Recipe, teacher: Denoiser, on: torch.device) -> tuple[str, str, list[str]]:
+    """Return the precision that a run of the recipe would take here, why, and what is worth comparing it with."""
     if recipe.precision != "auto":
-        return recipe.precision, f"precision: {recipe.precision} (the recipe's)"
+        return recipe.precision, f"precision: {recipe.precision} (the recipe's)", [EAGER, "bf16"]
     choice = precision.choose(recipe, teacher, on)
-    return choice["chosen"], precision.said(choice)
+    hopeless = choice.get("ratio", 1.0) < HOPELESS
+    return choice["chosen"], precision.said(choice), [EAGER] if hopeless else [EAGER, "bf16"]
 
 
 def build(described: Denoiser, on: torch.device) -> Denoiser:
@@ -209,10 +211,12 @@ def resized(stage: StageSettings, batch: int) -> StageSettings:
     return stage.model_copy(update={"batch": batch, "steps": 1} | pairs)
 
 
-def modes(recipe: Recipe, chosen: str, on: torch.device) -> list[Mode]:
-    """Return what is compared: plain float32, bf16, and the recipe's own, compiled on a GPU or where it asks for it."""
+def modes(recipe: Recipe, chosen: str, on: torch.device, plain: list[str]) -> list[Mode]:
+    """Return what is compared: the precisions as they are, and the recipe's own, compiled on a GPU or where it asks
+    for it.
+    """
     compiled = recipe.compile is True or (on.type == "cuda" and recipe.compile == "auto")
-    return [Mode(EAGER), Mode("bf16"), *([Mode(chosen, compiled=True)] if compiled else [])]
+    return [*map(Mode, plain), *([Mode(chosen, compiled=True)] if compiled else [])]
 
 
 def bench_stage(rig: Rig, compared: list[Mode], draws: Draws, *, repeats: int, report: Report) -> dict[str, Any]:

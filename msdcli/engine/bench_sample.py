@@ -17,14 +17,15 @@ from msdcli.engine.sample import Students
 from msdcli.partition import Partition
 
 SIGMA_INIT = 80.0
+MOST_BATCHES = 100
 
 
 @torch.no_grad()
 def measure(student: Denoiser, on: torch.device, *, batch: int, repeats: int = 5) -> dict[str, Any]:
     """Return seconds of one image, images per second of a batch, and the share that is left of the bare network's.
 
-    `routed` is a request as `msd sample` serves it, with noise, routing and the copy to the host; `written` also
-    makes the PNGs (None for points).
+    `routed` is a request as `msd sample` serves it, with noise, routing and the copy to the host; `written` makes the
+    folder of PNGs of about a second's batches, for a folder has a cost of its own (absent for points).
     """
     num_classes = max(student.num_classes, 1)
     names = [str(k) for k in range(num_classes)]
@@ -34,18 +35,25 @@ def measure(student: Denoiser, on: torch.device, *, batch: int, repeats: int = 5
     x, sigma = torch.randn(batch, *student.shape, device=on), torch.full((batch,), SIGMA_INIT, device=on)
     condition = torch.tensor(classes, device=on)
 
+    def bare() -> None:
+        student(x, sigma, condition)
+
+    many = max(1, min(MOST_BATCHES, round(1 / min(timed(bare, on) for _ in range(2)))))
+
     def written() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            save_pngs(Path(folder) / "images", students.stream(classes, batch=batch), {})
+            save_pngs(Path(folder) / "images", students.stream(classes * many, batch=batch), {})
 
     calls: dict[str, Callable[[], Any]] = {
-        "bare": lambda: student(x, sigma, condition),
+        "bare": bare,
         "routed": lambda: students.sample(classes, batch=batch),
         "one": lambda: students.sample(classes[:1]),
     }
     if len(student.shape) == 3:
         calls["written"] = written
     seconds = in_turn(calls, on, repeats)
+    if "written" in seconds:
+        seconds["written"] = [s / many for s in seconds["written"]]
     shares = {name: _share(seconds["bare"], seconds[name]) for name in ("routed", "written") if name in calls}
     return {
         "batch": batch,

@@ -19,7 +19,7 @@ from msdcli.data.images import to_uint8
 from msdcli.errors import UserError
 from msdcli.rundir import building, writing
 
-WAITING = 2000  # images that are drawn and not yet on the disk, at most
+WAITING = 2000  # images of a GPU that are drawn and not yet on the disk, at most
 
 Drawn = Iterable[tuple[Sequence[int], Tensor]]  # numbers, and samples [as many, *shape] on any device
 
@@ -86,7 +86,7 @@ def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] |
 def save_pngs(folder: Path, drawn: Drawn, beside: Mapping[str, str]) -> None:
     """Make a folder with one PNG per image, named by its number, and text files `beside` them, by name.
 
-    Images are encoded in as many threads as torch uses, while others are still drawn. The folder appears when it is
+    Images are encoded in as many threads as torch uses, while a GPU draws others. The folder appears when it is
     complete, in the place of samples that were there before. UserError where something else is there, or for points.
     """
     _check_replaceable(folder)
@@ -99,7 +99,8 @@ def save_pngs(folder: Path, drawn: Drawn, beside: Mapping[str, str]) -> None:
             waiting += [
                 encoders.submit(_write_png, place / f"{i:06d}.png", p) for i, p in zip(numbers, pixels, strict=True)
             ]
-            while len(waiting) > WAITING:
+            most = 0 if images.device.type == "cpu" else WAITING  # a CPU's threads would only be in each other's way
+            while len(waiting) > most:
                 waiting.popleft().result()
         while waiting:
             waiting.popleft().result()

@@ -78,15 +78,14 @@ def measure(net: Denoiser, batch: int, device: torch.device, *, repeats: int = 5
     times: dict[str, list[float]] = {"float32": [], "bf16": []}
     end = time.perf_counter() + SECONDS.get(device.type, SECONDS["cpu"])
     with torch.random.fork_rng():
-        for repeat in range(-1, repeats):  # the first warms up
-            if repeat > 0 and time.perf_counter() > end:
-                break
+        for _ in range(1 + repeats):
             for name, seconds in times.items():
                 net.compute_in(dtype(name))
-                took = timed(once, device)
-                if repeat >= 0:
-                    seconds.append(took)
-    return {name: min(seconds) for name, seconds in times.items()}
+                seconds.append(timed(once, device))
+            if time.perf_counter() > end:
+                break
+    # The first round warms up; where it alone took all the time, as where bfloat16 is emulated, it has to do.
+    return {name: min(seconds[1:] or seconds) for name, seconds in times.items()}
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from msdcli.data.prompts import read_lines
 from msdcli.diffusion.denoiser import Denoiser, one_step
-from msdcli.diffusion.draws import noise_ahead
+from msdcli.diffusion.draws import noises
 from msdcli.engine import checkpoint
 from msdcli.engine.autoencoder import find, open_autoencoder
 from msdcli.engine.importing import TEXT
@@ -124,7 +124,7 @@ class Students:
         if not turns:
             return
         shape = self.student(turns[0][0])[0].shape
-        noise = noise_ahead(seed, [[numbers[i] for i in at] for _, at in turns], shape)
+        noise = noises(seed, [[numbers[i] for i in at] for _, at in turns], shape, ahead=self.device.type != "cpu")
         for (student, at), z in zip(turns, noise, strict=True):
             c = torch.tensor([classes[i] for i in at], device=self.device)
             y = self.generate(student, z.to(self.device), c)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msdcli.data.toy2d import Toy2d
-from msdcli.diffusion.draws import Draws, Source, generator, image_noise, noise_ahead
+from msdcli.diffusion.draws import Draws, Source, generator, image_noise, noises
 from msdcli.diffusion.ema import EMA
 from msdcli.diffusion.sampler import num_evaluations, solve
 from msdcli.recipe.data import Toy2dSettings
@@ -46,13 +46,13 @@ def test_noise_of_an_image_depends_on_seed_and_number_alone() -> None:
     assert not torch.equal(image_noise(1, [7], (1, 4, 4))[0], together[7])
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_noise_is_that_of_one_generator_per_image_in_any_number_of_threads(threads: int) -> None:
+@pytest.mark.parametrize(("threads", "ahead"), [(1, False), (3, True)])
+def test_noise_is_that_of_one_generator_per_image_in_any_number_of_threads(threads: int, ahead: bool) -> None:
     shape, batches = (3, 256, 256), [[4, 0, 9, 9], [2], [7, 1, 3]]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = torch.cat(list(noise_ahead(5, batches, shape)))
+        found = torch.cat(list(noises(5, batches, shape, ahead=ahead)))
     finally:
         torch.set_num_threads(before)
     wanted = [torch.randn(shape, generator=generator("image", 5, i)) for batch in batches for i in batch]
