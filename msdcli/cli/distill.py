@@ -10,6 +10,7 @@ import typer
 
 from msdcli import console
 from msdcli.cli import options
+from msdcli.errors import UserError
 
 if TYPE_CHECKING:
     from msdcli.engine.distributed import Group
@@ -26,6 +27,10 @@ def distill(
     recipe: options.Recipe,
     overrides: options.Overrides = None,
     student: Annotated[int | None, typer.Option(help="Train this student only: one Slurm array task or GPU.")] = None,
+    students_per_device: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Train this many students at once on each device, a process each."),
+    ] = None,
     json_: options.Json = False,
     dry_run: options.DryRun = False,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
@@ -34,13 +39,27 @@ def distill(
 
     Run the same command again to resume, also while other processes or hosts work on the same run.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dry_run:
+    torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if students_per_device is not None:
+        _check_alone(overrides, {"--student": student is not None, "--worker": worker, "torchrun": torchrun})
+    if torchrun and not dry_run:
         from msdcli.engine import distributed
 
         with distributed.together() as group:
             _distill(recipe, overrides, student, json_, worker=False, group=group)
         return
-    _distill(recipe, overrides, student, json_, dry_run=dry_run, worker=worker)
+    _distill(recipe, overrides, student, json_, dry_run=dry_run, worker=worker, per_device=students_per_device)
+
+
+def _check_alone(overrides: list[str] | None, others: dict[str, bool]) -> None:
+    """Raise UserError where something else says, too, which students this process trains."""
+    others["workers=..."] = any(override.partition("=")[0].strip() == "workers" for override in overrides or [])
+    for name, given in others.items():
+        if given:
+            raise UserError(
+                f"--students-per-device and {name} do not go together: each says who trains which students",
+                hint=f"leave out one of the two{'; start it without torchrun' if name == 'torchrun' else ''}",
+            )
 
 
 def _distill(
@@ -51,11 +70,16 @@ def _distill(
     *,
     worker: bool,
     dry_run: bool = False,
+    per_device: int | None = None,
     group: Group | None = None,
 ) -> None:
     from msdcli.recipe import load
 
     loaded = load(recipe, overrides)
+    if per_device is not None:
+        from msdcli.engine.device import with_students_per_device
+
+        loaded = with_students_per_device(loaded, per_device)
     if dry_run:
         _plan(loaded)
         return

@@ -29,12 +29,31 @@ def resolve(name: str) -> torch.device:
     return device
 
 
+def num_devices(device: torch.device) -> int:
+    """How many devices of this machine a run may take: all GPUs unless it names one; a CPU counts as one."""
+    return torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+
+
+def with_students_per_device(recipe: Recipe, count: int) -> Recipe:
+    """Return the recipe with as many `workers` as make `count` students on each device."""
+    return recipe.model_copy(update={"workers": count * num_devices(resolve(recipe.device))})
+
+
+def share_of_threads(recipe: Recipe, device: torch.device, count: int) -> int | None:
+    """Return the CPU threads for each of `count` workers that make as many as one process takes; None where the recipe
+    or OMP_NUM_THREADS says how many each has, or a GPU computes.
+    """
+    if device.type != "cpu" or recipe.threads is not None or "OMP_NUM_THREADS" in os.environ:
+        return None
+    return max(1, torch.get_num_threads() // count)
+
+
 def num_workers(recipe: Recipe, device: torch.device) -> int:
     """How many students to train at once on this machine: one per GPU, or one per core that a process does not use."""
     if recipe.workers is not None:
         wanted = recipe.workers
     elif device.type == "cuda":
-        wanted = torch.cuda.device_count()
+        wanted = num_devices(device)
     elif device.type == "cpu":
         wanted = len(os.sched_getaffinity(0)) // (recipe.threads or 2**30) if hasattr(os, "sched_getaffinity") else 1
     else:

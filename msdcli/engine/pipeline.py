@@ -129,7 +129,8 @@ def distill(
         alone = worker or student is not None or group.size > 1
         num_workers = 1 if alone else device.num_workers(recipe, bench.device)
         if num_workers > 1 and bench.unfinished(everyone):
-            workers.run(bench.run, num_workers, bench.device, report)
+            threads = device.share_of_threads(recipe, bench.device, num_workers)
+            workers.run(bench.run, num_workers, bench.device, report, threads=threads)
         else:
             bench.train(everyone if student is None else [student], report, skip_held=student is None)
         done = Outcome(bench.run, None, None, group.say(bench.unfinished(everyone)))

@@ -66,15 +66,21 @@ class Worker:
         return WorkerError(f"a worker ended with code {code}:\n{said}")
 
 
-def run(run_dir: RunDir, count: int, device: torch.device, report: Report) -> None:
+def run(run_dir: RunDir, count: int, device: torch.device, report: Report, *, threads: int | None = None) -> None:
     """Start `count` workers on a run, pass on what they report and wait for them all.
 
-    Raises the worst that one of them ended with: Interrupted, UserError, or WorkerError for a bug or a killed process.
-    A signal to stop is passed on to them.
+    `threads` is each one's share of the CPU where nothing else says how many: it is told, for sums of floating-point
+    numbers depend on how many threads add them. Raises the worst that one of the workers ended with: Interrupted,
+    UserError, or WorkerError for a bug or a killed process. A signal to stop is passed on to them.
     """
     events: Events = queue.Queue()
+    if threads is not None:
+        each = "one thread" if threads == 1 else f"{threads} threads"
+        report(
+            f"{count} processes of {each} each share the CPU; `threads: {threads}` makes a run repeatable to the bit"
+        )
     with interruptible() as stop:
-        workers = [Worker(run_dir, _environment(i, device), events) for i in range(count)]
+        workers = [Worker(run_dir, _environment(i, device, threads), events) for i in range(count)]
         ended: list[Worker] = []
         told = False
         while len(ended) < count:
@@ -101,9 +107,11 @@ def run(run_dir: RunDir, count: int, device: torch.device, report: Report) -> No
         raise stop.error("all workers")
 
 
-def _environment(number: int, device: torch.device) -> dict[str, str]:
-    """Give each worker one GPU where there are several."""
+def _environment(number: int, device: torch.device, threads: int | None = None) -> dict[str, str]:
+    """Give each worker one GPU where there are several, and its share of the CPU."""
     environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
