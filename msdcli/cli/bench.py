@@ -37,14 +37,28 @@ def recipe(
     overrides: options.Overrides = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often everything is timed, after a round to warm up.")] = 5,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per update, instead of the recipe's.")] = None,
+    students: Annotated[
+        int | None,
+        typer.Option(min=2, help="Instead: this many students on one device, in processes and in one process."),
+    ] = None,
     json_: options.Json = False,
 ) -> None:
     """Time a student's update by turn and network, and one-step samples; weights and images are random.
 
     Needs neither teacher nor data, and writes nothing. On a CPU the batch is cut so that an update takes seconds.
     """
-    from msdcli.engine.bench import bench
     from msdcli.recipe import load
+
+    if students is not None:
+        from msdcli.engine import bench_students
+
+        with console.Monitor(quiet=json_) as monitor:
+            result = bench_students.measure(
+                load(recipe, overrides), monitor, students=students, repeats=repeats, batch=batch
+            )
+        _show_students(result, json_)
+        return
+    from msdcli.engine.bench import bench
 
     with console.Monitor(quiet=json_) as monitor:
         result = bench(load(recipe, overrides), monitor, repeats=repeats, batch=batch)
@@ -77,6 +91,29 @@ def _show_stage(stage: dict[str, Any], peaks: dict[str, float]) -> None:
     title = f"{stage['objective']}: one update of the student, batch {stage['batch']}"
     console.table(f"{title}, {stage['flops_per_update'] / 1e9:.3g} GFLOP", ["", *columns], rows)
     console.say(f"bound by {stage['bound_by']}")
+
+
+def _show_students(result: dict[str, Any], json_: bool) -> None:
+    if json_:
+        console.print_json(result)
+        return
+    for stage in result["stages"]:
+        per_cpu = result["device"] == "cpu"
+        columns = ["images/s, all together", "times one at a time", *(["per CPU second"] if per_cpu else []), "GiB"]
+        rows = [_way(name, way, per_cpu) for name, way in stage["ways"].items()]
+        title = f"{stage['objective']}: {result['students']} students on one device, batch {stage['batch']} each"
+        console.table(title, ["", *columns], rows)
+        console.say(
+            f"one process is {_spread(stage['one_process_to_processes'])} times as fast as a process each; what it "
+            f"shares, the teacher's forward pass, is {stage['teacher_share']:.1%} of an update"
+        )
+
+
+def _way(name: str, way: dict[str, Any], per_cpu: bool) -> list[str]:
+    threads = f" ({way['threads']} thread{'s' if way['threads'] > 1 else ''} each)" if per_cpu else ""
+    memory = "" if way["memory_bytes"] is None else f"{way['memory_bytes'] / 2**30:.2f}"
+    cpu = [_spread(way["images_per_cpu_second"])] if per_cpu else []
+    return [f"{name}{threads}", _spread(way["images_per_second"]), _spread(way["ratio"]), *cpu, memory]
 
 
 def _row(name: str, modes: dict[str, Any], section: str, key: str) -> list[str]:

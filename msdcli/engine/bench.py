@@ -98,10 +98,10 @@ class Rig:
         took, cpu = dict[str, float](), 0.0
         for names, losses in self._kinds().items():
             begun = time.process_time()
-            seconds = precision.timed(lambda names=names, loss=losses[0]: self._turn(names, loss, draws), self.on)
+            seconds = precision.timed(lambda names=names, loss=losses[0]: self.turn(names, loss, draws), self.on)
             cpu += len(losses) * (time.process_time() - begun)
             took["+".join(names)] = len(losses) * seconds
-        took["EMA"] = precision.timed(self._average, self.on)
+        took["EMA"] = precision.timed(self.average, self.on)
         return took | {"update": sum(took.values())} | ({"CPU time": cpu} if self.on.type == "cpu" else {})
 
     def parts(self, draws: Draws) -> dict[str, float]:
@@ -110,10 +110,10 @@ class Rig:
         with self.clock.watching(self.goal):
             for names, losses in self._kinds().items():
                 self.clock.seconds.clear()
-                self._turn(names, losses[0], draws)
+                self.turn(names, losses[0], draws)
                 for part, seconds in self.clock.seconds.items():
                     took[part] = took.get(part, 0.0) + len(losses) * seconds
-        return took | {"EMA": precision.timed(self._average, self.on)}
+        return took | {"EMA": precision.timed(self.average, self.on)}
 
     def _kinds(self) -> dict[tuple[str, ...], list[Any]]:
         kinds: dict[tuple[str, ...], list[Any]] = {}
@@ -121,7 +121,8 @@ class Rig:
             kinds.setdefault(names, []).append(loss)
         return kinds
 
-    def _turn(self, names: tuple[str, ...], loss: Any, draws: Draws) -> None:
+    def turn(self, names: tuple[str, ...], loss: Any, draws: Draws) -> torch.Tensor:
+        """Let the named networks learn from a loss; return its mean."""
         compiling.learn(self.goal, names)
         value = loss(draws).mean()
         with self.clock.part("backward"):
@@ -132,8 +133,11 @@ class Rig:
                     nn.utils.clip_grad_norm_(self.goal.nets[name].parameters(), self.stage.clip)
                 self.optimizers[name].step()
                 self.optimizers[name].zero_grad()
+        mean: torch.Tensor = value.detach()
+        return mean
 
-    def _average(self) -> None:
+    def average(self) -> None:
+        """Let the moving average follow."""
         self.ema.update(self.goal.nets[self.goal.product], 0)
 
 

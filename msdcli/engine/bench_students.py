@@ -1,0 +1,288 @@
+"""N students on one device, measured: one at a time, a process for each, or all in one process with one teacher.
+
+Weights and images are random. All ways are alive at once and take their turns in every repeat, each in processes of its
+own, so that what else the machine does meets all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from msdcli.data import open_data
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine import bench, device, estimate, pipeline
+from msdcli.engine.bench_together import Crew, SeededDraws
+from msdcli.engine.events import Report
+from msdcli.errors import WorkerError
+from msdcli.recipe import Recipe
+from msdcli.seeds import derive
+
+ALONE, ALL_CORES, PROCESSES, TOGETHER = "one at a time", "one at a time, all cores", "a process each", "one process"
+ROUND_SECONDS = 2.0  # what a student's updates in one repeat should take at least
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process is to train: students of one stage, and with how many threads each."""
+
+    recipe: Recipe
+    stage: int
+    batch: int
+    precision: str
+    students: tuple[int, ...]
+    threads: int
+
+    def crew(self) -> Crew:
+        """Build the students; their weights depend on the recipe's seed and their numbers only."""
+        on = device.prepare(self.recipe)
+        torch.set_num_threads(self.threads)
+        data = open_data(self.recipe.data, planning=True)
+        torch.manual_seed(self.recipe.seed)
+        teacher, student = (
+            filled(bench.build(net, on)) for net in pipeline.networks_on_meta(self.recipe, data, planning=True)
+        )
+        stage, rigs = bench.resized(self.recipe.stages[self.stage], self.batch), dict[int, bench.Rig]()
+        for number in self.students:
+            torch.manual_seed(derive(self.recipe.seed, number))
+            rigs[number] = bench.Rig(stage, teacher, student, on)
+            rigs[number].enter(bench.Mode(self.precision))
+        return Crew(rigs, on, threads=self.threads, key=(self.recipe.seed,))
+
+
+def filled(net: Denoiser) -> Denoiser:
+    """Give what begins at zero small random weights: a network that answers zero would agree with anything."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                parameter.normal_(0, 0.02)
+    return net
+
+
+def measure(
+    recipe: Recipe, report: Report, *, students: int, repeats: int = 5, batch: int | None = None
+) -> dict[str, Any]:
+    """Compare the ways to train `students` at once on one device, for every stage of a recipe."""
+    cores = torch.get_num_threads()
+    on = device.prepare(recipe)
+    data = open_data(recipe.data, planning=True)
+    teacher, student = pipeline.networks_on_meta(recipe, data, planning=True)
+    chosen, reason = bench.settle(recipe, bench.build(teacher, on), on)
+    report(reason)
+    each = recipe.threads or max(1, cores // students)
+    stages = []
+    for number, stage in enumerate(recipe.stages):
+        size = batch or bench.fitting_batch(stage, student, on)
+        report(f"{stage.objective}: {repeats} repeats at batch {size}, {students} students")
+        jobs = ways(
+            Job(recipe, number, size, chosen, tuple(range(students)), each), cores if on.type == "cpu" else each
+        )
+        stages.append({"objective": stage.objective, "batch": size} | compare(jobs, on, repeats=repeats))
+    return {
+        "recipe": recipe.name,
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else on.type,
+        "cores": cores,
+        "torch": torch.__version__,
+        "precision": chosen,
+        "parameters": {"teacher": estimate.count(teacher), "student": estimate.count(student)},
+        "students": students,
+        "stages": stages,
+    }
+
+
+def ways(together: Job, cores: int) -> dict[str, list[Job]]:
+    """Return the jobs of every way to train the students of one process, with `cores` for all of them."""
+    each = [replace(together, students=(number,)) for number in together.students]
+    more = min(cores, together.threads * len(each))
+    alone = {ALONE: each[:1]} | ({ALL_CORES: [replace(each[0], threads=more)]} if more > together.threads else {})
+    return alone | {PROCESSES: each, TOGETHER: [together]}
+
+
+def compare(jobs: dict[str, list[Job]], on: torch.device, *, repeats: int) -> dict[str, Any]:
+    """Return the figures of every way, and how they compare; `on` tells what memory each holds."""
+    with contextlib.ExitStack() as stack:
+        crews, memory, losses = dict[str, Way](), dict[str, int | None](), dict[str, dict[int, list[float]]]()
+        for name, mine in jobs.items():
+            free = free_bytes(on)
+            crews[name] = stack.enter_context(Way(mine))
+            losses[name] = crews[name].check()
+            memory[name] = free - free_bytes(on) if on.type == "cuda" else crews[name].host_bytes()
+        updates = {name: max(1, math.ceil(ROUND_SECONDS / way.run(1).wall)) for name, way in crews.items()}
+        share = statistics.median(crews[ALONE].ask("teacher_share")[0] for _ in range(3))
+        rounds = [{name: way.run(updates[name]) for name, way in crews.items()} for _ in range(repeats)]
+    images = {name: mine[0].batch * updates[name] * sum(len(j.students) for j in mine) for name, mine in jobs.items()}
+    rates = {name: [images[name] / each[name].wall for each in rounds] for name in jobs}
+    per_cpu = {name: [images[name] / each[name].cpu for each in rounds] for name in jobs}
+    figures = {
+        name: {
+            "processes": len(mine),
+            "threads": mine[0].threads,
+            "updates": updates[name],
+            "images_per_second": spread(rates[name]),
+            "images_per_cpu_second": spread(per_cpu[name]) if on.type == "cpu" else None,
+            "ratio": ratios(rates[name], rates[ALONE]),
+            "memory_bytes": memory[name],
+        }
+        for name, mine in jobs.items()
+    }
+    return {
+        "ways": figures,
+        "one_process_to_processes": ratios(rates[TOGETHER], rates[PROCESSES]),
+        "one_process_to_processes_cpu": ratios(per_cpu[TOGETHER], per_cpu[PROCESSES]) if on.type == "cpu" else None,
+        "teacher_share": share,
+        "losses_apart": apart(losses),
+    }
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds of one round: of the clock, and of all processors together."""
+
+    wall: float
+    cpu: float
+
+
+class Way:
+    """The processes of one way to train students; they wait for work, and end with the `with` block."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for job in jobs:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, job), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.terminate()
+            process.join()
+
+    def ask(self, what: str, *given: Any) -> list[Any]:
+        """Let every process do one thing at once; return the answers. Raises what one of them failed with."""
+        with contextlib.suppress(OSError):  # one that has ended is found out below
+            for pipe in self._pipes:
+                pipe.send((what, given))
+        return [self._answer(pipe, process) for pipe, process in zip(self._pipes, self._processes, strict=True)]
+
+    def _answer(self, pipe: Connection, process: Any) -> Any:
+        try:
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            process.join(10)
+            raise WorkerError(f"a process of the comparison ended with code {process.exitcode}") from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def check(self) -> dict[int, list[float]]:
+        """Return the losses of every student's first update, turn by turn."""
+        return {number: losses for answer in self.ask("check") for number, losses in answer.items()}
+
+    def run(self, updates: int) -> Took:
+        """Let every student take `updates` updates, all processes at once, after one that is not counted."""
+        self.ask("run", 1)
+        begun = time.perf_counter()
+        cpu = self.ask("run", updates)
+        took = Took(time.perf_counter() - begun, sum(cpu))
+        self.ask("rest")
+        return took
+
+    def host_bytes(self) -> int | None:
+        found = self.ask("host_bytes")
+        return None if None in found else sum(found)
+
+
+def _serve(pipe: Connection, job: Job) -> None:
+    """Do what the pipe asks for until it closes: the process's side of a Way."""
+    crew: Crew | None = None
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # who asks has gone
+        try:
+            while True:
+                what, given = pipe.recv()
+                crew = crew or job.crew()
+                pipe.send(_ORDERS[what](crew, *given))
+        except Exception as error:  # is raised there
+            pipe.send(error)
+    os._exit(0)  # threads that wait for work would be waited for
+
+
+def _rest(crew: Crew) -> None:
+    """Leave the device's memory to the others until the next turn."""
+    if crew.on.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _teacher_share(crew: Crew) -> float:
+    """Return which part of an update the teacher's forward pass takes, where the device is waited for each time."""
+    rig = next(iter(crew.rigs.values()))
+    net = rig.goal.nets[rig.goal.product]
+    assert isinstance(net, Denoiser)
+    parts = rig.parts(SeededDraws(net, rig.stage.batch, crew.on, ("parts",)))
+    return parts.get("teacher forward", 0.0) / sum(parts.values())
+
+
+def _host_bytes(_: Crew) -> int | None:
+    """Return this process's share of the memory, at its peak; None where the system does not tell."""
+    try:
+        shares, status = (Path(f"/proc/self/{name}").read_text() for name in ("smaps_rollup", "status"))
+    except OSError:
+        return None
+    found = re.findall(r"^(Pss|VmHWM|VmRSS):\s+(\d+) kB", shares + status, re.MULTILINE)
+    kilobytes = {name: int(value) for name, value in found}
+    return (kilobytes["Pss"] + kilobytes["VmHWM"] - kilobytes["VmRSS"]) * 1024
+
+
+_ORDERS: dict[str, Callable[..., Any]] = {
+    "check": Crew.check,
+    "run": Crew.run,
+    "rest": _rest,
+    "teacher_share": _teacher_share,
+    "host_bytes": _host_bytes,
+}
+
+
+def free_bytes(on: torch.device) -> int:
+    """Return what is free on a CUDA device, whoever holds the rest; elsewhere 0."""
+    return torch.cuda.mem_get_info(on)[0] if on.type == "cuda" else 0
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Return how many times faster something is: of the repeats, which were taken in turn."""
+    return spread([a / b for a, b in zip(mine, others, strict=True)])
+
+
+def apart(losses: dict[str, dict[int, list[float]]]) -> float:
+    """Return the largest relative difference of a student's losses between two ways."""
+    pairs = [
+        (a, b)
+        for found in losses.values()
+        for number, mine in found.items()
+        for a, b in zip(mine, losses[PROCESSES][number], strict=True)
+    ]
+    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)

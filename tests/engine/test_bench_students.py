@@ -1,0 +1,179 @@
+"""Several students on one device: in one process they learn what each learns alone; `msd bench` compares the ways."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.guidance import Guided
+from msdcli.engine import bench_students
+from msdcli.engine.bench import Mode, Rig
+from msdcli.engine.bench_together import Crew
+from msdcli.recipe.stages import AdmSettings, StageSettings
+from tests.conftest import Msd
+from tests.engine.test_precision import CPU, STAGES, build, goal_of
+
+UPDATES = 3
+
+
+def rigs(stage: StageSettings, teacher: Denoiser, numbers: tuple[int, ...], precision: str = "float32") -> dict:
+    student = goal_of(stage, teacher).nets["student"]
+    made = {}
+    for number in numbers:
+        torch.manual_seed(number)
+        made[number] = Rig(stage, teacher, student, CPU)
+        made[number].enter(Mode(precision))
+    return made
+
+
+def train(made: dict) -> tuple[dict[int, list[float]], Crew]:
+    crew = Crew(made, CPU, threads=1, key=("test",))
+    losses = crew.check()
+    crew.run(UPDATES - 2)
+    last = crew.check()
+    crew.close()
+    return {number: losses[number] + last[number] for number in made}, crew
+
+
+def teacher_of(kind: str) -> Denoiser:
+    plain = build("unet")
+    if kind == "plain":
+        return plain
+    guide = build("unet") if kind == "guided by another" else None
+    return Guided(plain, scale=[1.0, 3.0], interval=[0.0, 10.0], guide=guide).requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "asked"),
+    [  # how often the teacher is asked in an update, by all students together
+        ("dm", "plain", 1),
+        ("dm", "guided", 1),  # with and without the class in one call
+        ("dm", "guided by another", 2),
+        ("adm fake", "plain", 1),
+        ("adm teacher", "plain", 2),  # its features of samples carry a gradient back, and are each student's own
+        ("tsm", "plain", 1),
+        ("cd", "plain", 2),
+    ],
+)
+def test_students_in_one_process_learn_what_each_learns_alone(stage: str, kind: str, asked: int) -> None:
+    settings, numbers = STAGES[stage].model_copy(update={"lr": 1e-4}), (0, 1, 2)
+    together, crew = train(rigs(settings, teacher_of(kind), numbers))
+    assert crew.meeting.evaluations == asked * UPDATES
+    for number in numbers:
+        mine = rigs(settings, teacher_of(kind), (number,))
+        alone, lone = train(mine)
+        assert lone.meeting.evaluations == 0
+        assert together[number] == pytest.approx(alone[number], rel=1e-5)
+        theirs = crew.rigs[number].goal.nets
+        for name, net in mine[number].goal.nets.items():
+            a, b = (torch.cat([p.detach().flatten() for p in n.parameters()]) for n in (theirs[name], net))
+            # Adam gives a step of the learning rate to gradients of any size, rounding errors among them.
+            assert (a - b).norm() / len(a) ** 0.5 < 0.05 * settings.lr
+    assert len({losses[0] for losses in together.values()}) == len(numbers), "every student has draws of its own"
+
+
+def test_a_student_that_fails_is_not_waited_for() -> None:
+    made = rigs(STAGES["dm"], build("unet"), (0, 1))
+
+    def broken(draws: object) -> torch.Tensor:
+        raise ValueError("the second student fails")
+
+    made[1].goal.student_loss = broken
+    crew = Crew(made, CPU, threads=1, key=("test",))
+    with pytest.raises(ValueError, match="the second student fails"):
+        crew.run(1)
+    crew.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("features", ["fake", "teacher"])
+def test_streams_of_one_device_wait_for_each_other(features: str) -> None:
+    cuda = torch.device("cuda")
+    stage = AdmSettings(batch=8, fake_updates=2, features=features, lr=1e-4)
+    found = []
+    for numbers in ((0, 1, 2), (0,), (1,), (2,)):
+        teacher = build("unet").to(cuda)
+        student, made = goal_of(stage, teacher).nets["student"], {}
+        for number in numbers:
+            torch.manual_seed(number)
+            made[number] = Rig(stage, teacher, student, cuda)
+        crew = Crew(made, cuda, threads=1, key=("test",))
+        crew.run(20)
+        found.append(crew.check())
+        crew.close()
+    for alone in found[1:]:
+        for number, losses in alone.items():
+            assert found[0][number] == pytest.approx(losses, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    from typer.testing import CliRunner
+
+    from msdcli.cli import app
+    from tests.conftest import TINY
+
+    recipe = tmp_path_factory.mktemp("students") / "tiny.yaml"
+    recipe.write_text(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_students, "ROUND_SECONDS", 0.05)
+        words = ["bench", str(recipe), "--students", "2", "--repeats", "2", "--batch", "8", "--json"]
+        done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    assert list(recipe.parent.iterdir()) == [recipe], "it writes nothing"
+    return json.loads(done.stdout)
+
+
+def test_bench_compares_processes_with_one_process(figures: dict) -> None:
+    assert (figures["students"], figures["device"], figures["precision"]) == (2, "cpu", "float32")
+    (stage,) = figures["stages"]
+    assert (stage["objective"], stage["batch"]) == ("dm", 8)
+    assert [(name, way["processes"], way["threads"]) for name, way in stage["ways"].items()] == [
+        ("one at a time", 1, 1),
+        ("a process each", 2, 1),
+        ("one process", 1, 1),
+    ]
+    for way in stage["ways"].values():
+        for spread in (way["images_per_second"], way["images_per_cpu_second"], way["ratio"]):
+            assert 0 < spread["min"] <= spread["median"] <= spread["max"]
+        assert way["updates"] >= 1
+        assert way["memory_bytes"] is None or way["memory_bytes"] > 2**24
+    assert stage["ways"]["one at a time"]["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert 0 < stage["teacher_share"] < 0.5, "five evaluations and three backward passes are others'"
+    assert stage["one_process_to_processes"]["min"] > 0
+
+
+def test_bench_says_that_all_ways_compute_the_same(figures: dict) -> None:
+    assert figures["stages"][0]["losses_apart"] < 1e-5
+    same = {0: [1.0, 2.0], 1: [3.0, 4.0]}
+    other = {0: [1.0, 2.0], 1: [3.0, 4.4]}
+    assert bench_students.apart({"one at a time": {0: [1.0, 2.0]}, "a process each": same, "one process": same}) == 0
+    found = bench_students.apart({"a process each": same, "one process": other})
+    assert found == pytest.approx(0.1)
+
+
+def test_cores_are_the_same_for_every_way() -> None:
+    from msdcli.recipe import load
+
+    one = bench_students.Job(load("digits"), 0, 8, "float32", (0, 1, 2), 2)
+    threads = {n: [job.threads for job in jobs] for n, jobs in bench_students.ways(one, 8).items()}
+    assert threads == {
+        "one at a time": [2],
+        "one at a time, all cores": [6],
+        "a process each": [2, 2, 2],
+        "one process": [2],
+    }
+    assert bench_students.ways(one, 4)["one at a time, all cores"][0].threads == 4
+
+
+def test_a_process_that_fails_is_told(msd: Msd) -> None:
+    from msdcli.recipe import load
+
+    one = bench_students.Job(load("digits"), 1, 8, "float32", (0,), 1)  # there is one stage only
+    with bench_students.Way([one]) as way, pytest.raises(IndexError):
+        way.check()
+    alone = msd("bench", "digits", "--students", "1")
+    assert alone.returncode == 2 and "--students" in alone.stderr
