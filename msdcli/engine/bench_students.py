@@ -30,7 +30,8 @@ from msdcli.errors import WorkerError
 from msdcli.recipe import Recipe
 from msdcli.seeds import derive
 
-ALONE, ALL_CORES, PROCESSES, TOGETHER = "one at a time", "one at a time, all cores", "a process each", "one process"
+ALONE, PROCESSES, TOGETHER = "one at a time", "a process each", "one process"
+ALL_THREADS = "one at a time, all threads"  # as many as the students of the other ways have together
 ROUND_SECONDS = 2.0  # what a student's updates in one repeat should take at least
 
 
@@ -86,9 +87,8 @@ def measure(
     for number, stage in enumerate(recipe.stages):
         size = batch or bench.fitting_batch(stage, student, on)
         report(f"{stage.objective}: {repeats} repeats at batch {size}, {students} students")
-        jobs = ways(
-            Job(recipe, number, size, chosen, tuple(range(students)), each), cores if on.type == "cpu" else each
-        )
+        together = Job(recipe, number, size, chosen, tuple(range(students)), each)
+        jobs = ways(together, cores if on.type == "cpu" else each)
         stages.append({"objective": stage.objective, "batch": size} | compare(jobs, on, repeats=repeats))
     return {
         "recipe": recipe.name,
@@ -106,7 +106,7 @@ def ways(together: Job, cores: int) -> dict[str, list[Job]]:
     """Return the jobs of every way to train the students of one process, with `cores` for all of them."""
     each = [replace(together, students=(number,)) for number in together.students]
     more = min(cores, together.threads * len(each))
-    alone = {ALONE: each[:1]} | ({ALL_CORES: [replace(each[0], threads=more)]} if more > together.threads else {})
+    alone = {ALONE: each[:1]} | ({ALL_THREADS: [replace(each[0], threads=more)]} if more > together.threads else {})
     return alone | {PROCESSES: each, TOGETHER: [together]}
 
 
@@ -119,30 +119,38 @@ def compare(jobs: dict[str, list[Job]], on: torch.device, *, repeats: int) -> di
             crews[name] = stack.enter_context(Way(mine))
             losses[name] = crews[name].check()
             memory[name] = free - free_bytes(on) if on.type == "cuda" else crews[name].host_bytes()
+            crews[name].ask("rest")
         updates = {name: max(1, math.ceil(ROUND_SECONDS / way.run(1).wall)) for name, way in crews.items()}
         share = statistics.median(crews[ALONE].ask("teacher_share")[0] for _ in range(3))
         rounds = [{name: way.run(updates[name]) for name, way in crews.items()} for _ in range(repeats)]
+    summed = summary(jobs, updates, rounds, clocked=on.type == "cpu")
+    for name, figures in summed["ways"].items():
+        figures["memory_bytes"] = memory[name]
+    return summed | {"teacher_share": share, "losses_apart": apart(losses)}
+
+
+def summary(
+    jobs: dict[str, list[Job]], updates: dict[str, int], rounds: list[dict[str, Took]], *, clocked: bool
+) -> dict[str, Any]:
+    """Return speeds and their ratios from the seconds of all rounds; `clocked`: per second of the processors too."""
     images = {name: mine[0].batch * updates[name] * sum(len(j.students) for j in mine) for name, mine in jobs.items()}
-    rates = {name: [images[name] / each[name].wall for each in rounds] for name in jobs}
-    per_cpu = {name: [images[name] / each[name].cpu for each in rounds] for name in jobs}
+    rates = {name: [images[name] / took[name].wall for took in rounds] for name in jobs}
+    per_cpu = {name: [images[name] / took[name].cpu for took in rounds] for name in jobs} if clocked else {}
     figures = {
         name: {
             "processes": len(mine),
             "threads": mine[0].threads,
             "updates": updates[name],
             "images_per_second": spread(rates[name]),
-            "images_per_cpu_second": spread(per_cpu[name]) if on.type == "cpu" else None,
+            "images_per_cpu_second": spread(per_cpu[name]) if clocked else None,
             "ratio": ratios(rates[name], rates[ALONE]),
-            "memory_bytes": memory[name],
         }
         for name, mine in jobs.items()
     }
     return {
         "ways": figures,
         "one_process_to_processes": ratios(rates[TOGETHER], rates[PROCESSES]),
-        "one_process_to_processes_cpu": ratios(per_cpu[TOGETHER], per_cpu[PROCESSES]) if on.type == "cpu" else None,
-        "teacher_share": share,
-        "losses_apart": apart(losses),
+        "one_process_to_processes_cpu": ratios(per_cpu[TOGETHER], per_cpu[PROCESSES]) if clocked else None,
     }
 
 

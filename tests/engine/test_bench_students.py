@@ -155,6 +155,19 @@ def test_bench_says_that_all_ways_compute_the_same(figures: dict) -> None:
     assert found == pytest.approx(0.1)
 
 
+def test_speeds_are_of_all_students_together() -> None:
+    from msdcli.recipe import load
+
+    jobs = bench_students.ways(bench_students.Job(load("digits"), 0, 8, "float32", (0, 1), 1), 1)
+    took = {"one at a time": (1.0, 1.0), "a process each": (2.0, 4.0), "one process": (1.0, 2.0)}
+    rounds = [{name: bench_students.Took(*seconds) for name, seconds in took.items()}] * 2
+    found = bench_students.summary(jobs, dict.fromkeys(jobs, 3), rounds, clocked=True)
+    speeds = {name: way["images_per_second"]["median"] for name, way in found["ways"].items()}
+    assert speeds == {"one at a time": 24.0, "a process each": 24.0, "one process": 48.0}  # 3 updates of 8 images
+    assert found["ways"]["one process"]["ratio"]["median"] == found["one_process_to_processes"]["median"] == 2.0
+    assert found["ways"]["a process each"]["images_per_cpu_second"]["median"] == 12.0
+
+
 def test_cores_are_the_same_for_every_way() -> None:
     from msdcli.recipe import load
 
@@ -162,11 +175,11 @@ def test_cores_are_the_same_for_every_way() -> None:
     threads = {n: [job.threads for job in jobs] for n, jobs in bench_students.ways(one, 8).items()}
     assert threads == {
         "one at a time": [2],
-        "one at a time, all cores": [6],
+        "one at a time, all threads": [6],
         "a process each": [2, 2, 2],
         "one process": [2],
     }
-    assert bench_students.ways(one, 4)["one at a time, all cores"][0].threads == 4
+    assert bench_students.ways(one, 4)["one at a time, all threads"][0].threads == 4
 
 
 def test_a_process_that_fails_is_told(msd: Msd) -> None:
