@@ -80,7 +80,7 @@ def measure(
     on = device.prepare(recipe)
     data = open_data(recipe.data, planning=True)
     teacher, student = pipeline.networks_on_meta(recipe, data, planning=True)
-    chosen, reason = bench.settle(recipe, bench.build(teacher, on), on)
+    chosen, reason, _ = bench.settle(recipe, bench.build(teacher, on), on)
     report(reason)
     each = recipe.threads or max(1, cores // students)
     stages = []
