@@ -195,7 +195,11 @@ class Recipe(Section):
         None, ge=1, le=1024, description="CPU threads of a process; a fixed number makes CPU runs repeatable to the bit"
     )
     workers: int | None = Field(
-        None, ge=1, le=1024, description="students trained at once on this machine; absent: one per core (CPU) or GPU"
+        None,
+        ge=1,
+        le=1024,
+        description="students trained at once on this machine, a process each; absent: one per GPU, or per `threads` "
+        "cores of a CPU (without `threads` one, on all cores)",
     )
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto",
