@@ -74,8 +74,8 @@ class MPFourier(ExactBuffers):
 class MPConv(nn.Module):
     """A linear layer (`kernel` 0) or convolution whose filters have unit magnitude (Eq. 47).
 
-    In training the weight itself is kept at unit magnitude too (forced normalisation, Eq. 66). `frozen` makes the
-    weight a buffer that nothing trains.
+    In training the weight itself is kept at unit magnitude too (forced normalisation, Eq. 66), by whoever calls the
+    network: `settle`. `frozen` makes the weight a buffer that nothing trains.
     """
 
     weight: Tensor
@@ -87,25 +87,26 @@ class MPConv(nn.Module):
             self.register_buffer("weight", weight)
         else:
             self.weight = nn.Parameter(weight)
-        self.normalized_at = -1
+        self.normalized_at = (-1, -1)
 
+    @torch.no_grad()
     def force_normalization(self) -> None:
-        """Normalise the weight in place, once after each change of it.
+        """Normalise the weight in place, once after each change of it; of a sharded one this process' filters.
 
         Not in every call: a second call before the backward pass would change what the first one saved for it.
         """
-        if self.training and self.weight.requires_grad and self.weight._version != self.normalized_at:
-            with torch.no_grad():
-                self.weight.copy_(normalize(self.weight.to(torch.float32), self.over))
-            self.normalized_at = self.weight._version
+        if not (self.training and self.weight.requires_grad):
+            return
+        weight: Tensor = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
+        if (self.weight._version, weight._version) != self.normalized_at:  # an optimizer may count in either
+            weight.copy_(normalize(weight.to(torch.float32), self.over))
+            self.normalized_at = (self.weight._version, weight._version)
 
     @property
     def over(self) -> tuple[int, ...]:
         return tuple(range(1, self.weight.ndim))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        if not torch.compiler.is_compiling():  # else the caller of the compiled network has done it: `settle`
-            self.force_normalization()
         w = normalize(self.weight.to(torch.float32), self.over)
         w = (w * (gain / math.sqrt(w[0].numel()))).to(x.dtype)
         return F.linear(x, w) if w.ndim == 2 else F.conv2d(x, w, padding=w.shape[-1] // 2)

@@ -94,7 +94,7 @@ class TappedUNet(nn.Module):
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Do in place what the weights need before a call: nothing here."""
+        """Do in place what the weights need before a call from outside, which makes it: nothing here."""
 
     def forward(
         self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, taps: Sequence[str] | None = None
