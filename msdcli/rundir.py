@@ -110,6 +110,15 @@ def writing(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
 
 
+def discard(path: Path) -> None:
+    """Remove a file, or a folder in one piece: nobody ever finds half of it there."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    with _place_beside(path) as place:
+        os.replace(path, place / path.name)
+
+
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[Path]:
     """Give a temporary folder for `folder` to fill; at the end it takes the place of `folder`, or is removed."""
@@ -119,6 +128,7 @@ def building(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         os.chmod(temporary, 0o777 & ~_UMASK)
+        _sync_folder(temporary)
         if folder.exists():
             os.replace(folder, place / ".before")
         os.replace(temporary, folder)
@@ -281,7 +291,7 @@ def link(source: Path, target: Path) -> None:
         if (source / part).is_dir():
             link(source / part, target / part)
     for file in sorted(source.iterdir(), key=lambda f: f.name == "model.json"):  # the sign of completeness comes last
-        if file.name.startswith((".", "state.")):
+        if file.name.startswith((".", "state.")) or file.name == "state":  # checkpoints
             continue
         if file.is_dir():
             link(file, target / file.name)

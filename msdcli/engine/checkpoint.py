@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -19,18 +19,20 @@ from torch import Tensor, nn
 from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.ema import EMA
-from msdcli.engine.distributed import like, own_part, whole
+from msdcli.engine.distributed import Group
+from msdcli.engine.sharding import is_sharded, own_part
+from msdcli.engine.states import damaged
 from msdcli.errors import UserError
 from msdcli.recipe.networks import Network, NetworkSettings
 from msdcli.rundir import file_hash, read_json, write_json, writing
 
-WEIGHTS, MODEL, STATE = "model.safetensors", "model.json", "state.safetensors"
+if TYPE_CHECKING:
+    from msdcli.engine.storage import Stored
+
+WEIGHTS, MODEL = "model.safetensors", "model.json"
 FORMAT = 1
 HASH = "sha256"  # in a file's metadata
-
-
-class DamagedError(UserError):
-    """A file is not what was written."""
+WRONG = "its content does not have its hash"
 
 
 def save_tensors(
@@ -44,7 +46,7 @@ def save_tensors(
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str], *, hashed: bool) -> None:
     """Write named tensors to a file that nobody reads yet."""
     if hashed:
-        metadata = metadata | {HASH: digest(tensors, metadata)}
+        metadata = metadata | {HASH: digest(sorted(tensors.items()), metadata)}
     try:
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, path, metadata=metadata or None)
     except SafetensorError as error:
@@ -59,24 +61,36 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read named tensors and the file's metadata. UserError if the file is missing, DamagedError if it is damaged."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    again = f"remove {path.parent}, and the same command makes it again"
     try:
         with safe_open(path, framework="pt") as file:
             # Clones: memory of our own, aligned as a fresh tensor's is, so that a resumed run takes the same kernels.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedError(f"{path} is damaged or truncated: {error}", hint=again) from None
+        raise damaged(path, error) from None
     wanted = metadata.pop(HASH, None)
-    if wanted is not None and digest(tensors, metadata) != wanted:
-        raise DamagedError(f"{path} is damaged or truncated: its content does not have its hash", hint=again)
+    if wanted is not None and digest(sorted(tensors.items()), metadata) != wanted:
+        raise damaged(path, WRONG)
     return tensors, metadata
 
 
-def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return a hash of tensors and metadata."""
+def check_hash(path: Path) -> None:
+    """Compare a file's content with its hash, one tensor in memory at a time. DamagedError where it differs."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            wanted = metadata.pop(HASH)
+            found = digest(((name, file.get_tensor(name)) for name in sorted(file.keys())), metadata)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise damaged(path, error) from None
+    if found != wanted:
+        raise damaged(path, WRONG)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> str:
+    """Return a hash of metadata and of tensors in the order of their names."""
     found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
@@ -84,20 +98,21 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy tensors into a network: every name and shape must fit."""
+    check_fit(net, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, path)
+    for name, tensor in net.state_dict().items():
+        tensor.copy_(tensors[name])
+
+
+def check_fit(net: nn.Module, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raise UserError unless tensors of these names and shapes are a network's."""
     own = net.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    missing, extra = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
     if missing or extra:
         names = "; ".join(f"{what} {', '.join(n[:3])}" for what, n in (("missing", missing), ("unknown", extra)) if n)
         raise UserError(f"{path} does not fit the network: {names}")
     for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            raise UserError(f"{path}: {name} has shape {[*tensors[name].shape]}, the network wants {[*tensor.shape]}")
-        tensor.copy_(tensors[name])
-
-
-def whole_state(net: nn.Module) -> dict[str, Tensor]:
-    """Return a network's tensors; where they are sharded, all processes must ask for them."""
-    return {name: whole(tensor) for name, tensor in net.state_dict().items()}
+        if tuple(tensor.shape) != shapes[name]:
+            raise UserError(f"{path}: {name} has shape {[*shapes[name]]}, the network wants {[*tensor.shape]}")
 
 
 def save_model(
@@ -143,15 +158,6 @@ def is_complete(folder: Path) -> bool:
     return (folder / MODEL).is_file() and (folder / WEIGHTS).is_file()
 
 
-def step_of(folder: Path) -> int:
-    """Return the step of the training state in `folder`, without reading its tensors."""
-    try:
-        with safe_open(folder / STATE, framework="pt") as file:
-            return int((file.metadata() or {})["step"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{folder / STATE} is damaged or truncated: {error}") from None
-
-
 class TrainState:
     """All that a stage must remember: networks, optimizers, the average, the step, and the cost so far.
 
@@ -165,62 +171,65 @@ class TrainState:
         self.step = 0
         self.cost = {"seconds": 0.0, "images": 0.0, "flops": 0.0}
 
-    def check_finite(self) -> None:
-        """Raise UserError if a weight is not finite: then the checkpoint before is kept."""
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process has its part only."""
+        return any(is_sharded(p) for net in self.nets.values() for p in net.parameters())
+
+    def check_finite(self, group: Group) -> None:
+        """Raise UserError, everywhere, if a weight is not finite: then the checkpoint before is kept."""
+        for name in filter(None, group.gather(self._not_finite())):
+            raise UserError(
+                f"the weights of {name} are not finite any more at step {self.step}; the checkpoint before is kept",
+                hint="a lower learning rate is the usual cure (in a run of another name)",
+            )
+
+    def _not_finite(self) -> str | None:
         for name, net in self.nets.items():
             own = [part for p in net.parameters() if (part := own_part(p.detach())).numel()]
             largest = torch._foreach_norm(own, torch.inf) or [torch.zeros(())]
             if not torch.stack(largest).isfinite().all():
-                raise UserError(
-                    f"the weights of {name} are not finite any more at step {self.step}; the checkpoint before is kept",
-                    hint="a lower learning rate is the usual cure (in a run of another name)",
-                )
+                return name
+        return None
 
-    def snapshot(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return copies of all tensors in host memory, and the numbers, as a checkpoint holds them."""
-        tensors = {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in self._tensors()}
-        return tensors, {k: repr(v) for k, v in ({"step": self.step} | self.cost).items()}
+    def numbers(self) -> dict[str, float]:
+        """Return the step and the cost, as a checkpoint holds them."""
+        return {"step": self.step} | self.cost
 
-    def load(self, path: Path) -> None:
-        """Take up the state in a file. DamagedError, or UserError if it is another network's; then nothing changes."""
-        tensors, numbers = load_tensors(path)
-        for name, net in [*self.nets.items(), ("ema", self.ema.net)]:
+    def load(self, stored: Stored) -> None:
+        """Take up a checkpoint. DamagedError, or UserError if it is another network's; then nothing changes."""
+        shapes, numbers = stored.shapes(), stored.numbers()
+        for name, net in self._all_nets():
             for key, tensor in net.state_dict().items():
-                if f"{name}.{key}" not in tensors or tensors[f"{name}.{key}"].shape != tensor.shape:
-                    raise UserError(f"{path} is of another network: {name}.{key} does not fit")
-        for name, optimizer in self.optimizers.items():
-            self._load_moments(name, optimizer, tensors)
-        for name, tensor in self._tensors():
-            own_part(tensor).copy_(own_part(like(tensors[name], tensor)))
+                if shapes.get(f"{name}.{key}") != tuple(tensor.shape):
+                    raise UserError(f"{stored.path} is of another network: {name}.{key} does not fit")
+        self._make_moments(shapes)
+        stored.read(dict(self.tensors()))
         self.step = int(numbers["step"])
-        self.cost = {k: float(numbers[k]) for k in self.cost}
+        self.cost = {name: numbers[name] for name in self.cost}
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, net in [*self.nets.items(), ("ema", self.ema.net)]:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield all tensors by name; of an optimizer's, the number is that of the parameter in its network."""
+        for name, net in self._all_nets():
             for key, tensor in net.state_dict().items():
                 yield f"{name}.{key}", tensor
         for name, optimizer in self.optimizers.items():
-            for i, moments in optimizer.state_dict()["state"].items():
-                for key, value in moments.items():
+            for i, param in enumerate(self.nets[name].parameters()):
+                for key, value in optimizer.state.get(param, {}).items():
                     yield f"optimizer.{name}.{i}.{key}", value
 
-    def _load_moments(self, name: str, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-        state: dict[int, dict[str, Tensor]] = {}
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for key, tensor in tensors.items():
-            if key.startswith(f"optimizer.{name}."):
-                i, moment = key.rsplit(".", 2)[-2:]
-                state.setdefault(int(i), {})[moment] = tensor if tensor.ndim == 0 else like(tensor, params[int(i)])
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    def _all_nets(self) -> list[tuple[str, nn.Module]]:
+        return [*self.nets.items(), ("ema", self.ema.net)]
 
-
-def inherit(nets: dict[str, nn.Module], folder: Path) -> list[str]:
-    """Give `nets` the weights of the networks of the same name that the stage in `folder` ended with; return the
-    names.
-    """
-    tensors, _ = load_tensors(folder / STATE)
-    names = sorted({key.split(".", 1)[0] for key in tensors} & nets.keys())
-    for name in names:
-        own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-        load_weights(nets[name], own, folder / STATE)
-    return names
+    def _make_moments(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Give the optimizers the tensors that a checkpoint has, sharded as their parameters are, to be filled."""
+        params = {name: [*net.parameters()] for name, net in self.nets.items()}
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
+        for key, shape in shapes.items():
+            if key.startswith("optimizer."):
+                name, i, moment = key.removeprefix("optimizer.").rsplit(".", 2)
+                param = params[name][int(i)]
+                alike = shape == tuple(param.shape)
+                made = torch.zeros_like(param) if alike else torch.zeros(shape, device=own_part(param.detach()).device)
+                self.optimizers[name].state[param][moment] = made

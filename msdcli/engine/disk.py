@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from msdcli.engine.keeper import ages, path_of
+from msdcli.engine import states
 from msdcli.errors import UserError
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
@@ -43,8 +43,8 @@ def needed(run: RunDir, recipe: Recipe, goals: Sequence[Objective], at_once: int
     for k in range(recipe.partition.students):
         for i, (stage, goal) in enumerate(zip(recipe.stages, goals, strict=True)):
             folder = run.stage(k, i, stage.objective)
-            files = [path_of(folder, age) for age in ages(folder)] + [*folder.glob("model.safetensors")]
-            there = sum(file.stat().st_size for file in files)
+            there = sum(states.size(path) for _, path in states.stored(folder))
+            there += sum(file.stat().st_size for file in folder.glob("model.safetensors"))
             total += max(0, recipe.keep * state_bytes(goal) + model_bytes(goal) - there)
     return total
 

@@ -18,12 +18,14 @@ from msdcli.diffusion import guidance
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws, Source, generator
 from msdcli.diffusion.ema import EMA
-from msdcli.engine import checkpoint, compiling, precision
-from msdcli.engine.distributed import ALONE, Group, shard, slices, whole
+from msdcli.engine import checkpoint, compiling, precision, storage
+from msdcli.engine.distributed import ALONE, Group, slices
 from msdcli.engine.events import Report, silent
 from msdcli.engine.interrupt import interruptible
 from msdcli.engine.keeper import Keeper
 from msdcli.engine.log import METRICS, Log
+from msdcli.engine.sharding import norm_of, shard, split, whole_state
+from msdcli.engine.states import DamagedError
 from msdcli.errors import UserError
 from msdcli.nets.prune import prune
 from msdcli.objectives import Objective, objective
@@ -146,9 +148,9 @@ def update(state: checkpoint.TrainState, names: tuple[str, ...], loss: Tensor, c
 def gradient_norm(net: nn.Module, clip: float | None) -> Tensor:
     """Return the norm of a network's gradient, cut to at most `clip` afterwards."""
     params = [p for p in net.parameters() if p.grad is not None]
-    norm = whole(nn.utils.get_total_norm([p.grad for p in params]))
-    if clip is not None:
-        nn.utils.clip_grads_with_norm_(params, clip, norm)
+    norm = norm_of([p.grad for p in params])
+    for some in split(params) if clip is not None else []:
+        nn.utils.clip_grads_with_norm_(some, clip, norm)
     return norm
 
 
@@ -165,11 +167,12 @@ def seeded_apart(device: torch.device) -> Iterator[None]:
 
 
 def optimizers(networks: dict[str, nn.Module], stage: StageSettings) -> dict[str, torch.optim.Optimizer]:
-    """One optimizer per network."""
+    """One optimizer per network; what is sharded in it and what is not are groups of their own."""
     kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
-    betas = (stage.betas[0], stage.betas[1])
-    decay = {"weight_decay": stage.weight_decay}
-    return {name: kind(net.parameters(), betas=betas, fused=True, **decay) for name, net in networks.items()}
+    options = {"betas": (stage.betas[0], stage.betas[1]), "weight_decay": stage.weight_decay, "fused": True}
+    return {
+        name: kind([{"params": some} for some in split(net.parameters())], **options) for name, net in networks.items()
+    }
 
 
 def check_stage(stage: StageSettings, student: Denoiser, teacher: Denoiser) -> Objective:
@@ -270,7 +273,7 @@ def train_stage(student: Student, number: int, report: Report) -> None:
         shard(teacher, student.group)
     key, what = (recipe.seed, student.number, number), f"student {student.number} {stage.objective}"
     state = train(goal, stage, student.source, folder, key=key, what=what, manner=manner, report=report)
-    product = checkpoint.whole_state(state.ema.net)
+    product = whole_state(state.ema.net, student.group)
     if student.group.leads:
         record = {
             "steps": stage.steps,
@@ -285,10 +288,10 @@ def inherit(goal: Objective, student: Student, number: int, report: Report) -> N
     """Give a stage the networks that the one before ended with; where they are damaged, that one ends once more."""
     before = student.folders[number - 1]
     try:
-        checkpoint.inherit(goal.nets, before)
-    except checkpoint.DamagedError:
+        storage.inherit(goal.nets, before, student.group)
+    except DamagedError:
         train_stage(student, number - 1, report)  # goes on from an earlier checkpoint, and says so
-        checkpoint.inherit(goal.nets, before)
+        storage.inherit(goal.nets, before, student.group)
 
 
 def accelerate(goal: Objective, stage: StageSettings, student: Student, manner: Manner, report: Report) -> None:

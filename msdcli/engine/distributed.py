@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from msdcli.data.images import Share
 from msdcli.engine import device
+from msdcli.engine.sharding import is_sharded
 from msdcli.errors import ElsewhereError, UserError, WorkerError, explain
 from msdcli.metrics.evaluate import FeatureSet
 
@@ -44,11 +44,23 @@ class Group:
 
     def __init__(self, rank: int = 0, size: int = 1, hosts: distributed.ProcessGroup | None = None) -> None:
         self.rank, self.size, self._hosts = rank, size, hosts
+        self._apart: Group | None = None
         self._vote: tuple[Tensor, Any] | None = None
 
     @property
     def leads(self) -> bool:
         return self.rank == 0
+
+    @property
+    def hosts(self) -> distributed.ProcessGroup | None:
+        """What torch's own collectives on the hosts take as their group."""
+        return self._hosts
+
+    def apart(self) -> Group:
+        """Return the same processes for a thread, whose words never mix with those of this one; all must ask."""
+        if self._apart is None:
+            self._apart = Group(self.rank, self.size, _on_hosts() if self.size > 1 else None)
+        return self._apart
 
     def say(self, value: Value) -> Value:
         """Return the leader's `value` to everyone."""
@@ -191,60 +203,6 @@ class _Messages:
 ALONE = Group()
 
 
-# Networks that do not fit into one device: FSDP2, in place, so that objectives call them as ever.
-
-
-def shard(net: nn.Module, group: Group) -> None:
-    """Leave to every process its part of the weights; a block's are put together while the block computes."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # slow to import, and seldom needed
-
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody changes it in place
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device_type, (group.size,))
-    for unit in [*_units(net), net]:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    if hasattr(net, "features"):
-        register_fsdp_forward_method(net, "features")
-
-
-def _units(net: nn.Module) -> Iterator[nn.Module]:
-    """Yield the blocks of a network: what its lists and dictionaries of modules hold."""
-    for child in net.children():
-        if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            for block in child.children():
-                if isinstance(block, nn.ModuleList | nn.ModuleDict):
-                    yield from _units(block)
-                elif any(True for _ in block.parameters()):
-                    yield block
-        else:
-            yield from _units(child)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor; a second to import, and most runs need none."""
-    return hasattr(tensor, "to_local")
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor that may be sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor that may be sharded; then all processes must ask for it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def like(tensor: Tensor, model: Tensor) -> Tensor:
-    """Return the whole `tensor`, which every process has, sharded as `model` is."""
-    if not is_sharded(model):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
-
-
 def _buckets(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Split into lists of one type and of at most about `BUCKET` bytes."""
     bucket: list[Tensor] = []
@@ -278,15 +236,19 @@ def together() -> Iterator[Group]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    patient = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
     try:
-        yield Group(rank, size, patient)
+        yield Group(rank, size, _on_hosts())
     except BaseException as error:
         code = _failed_before(rank, explain(error)[0])
         if code is not None:
             raise ElsewhereError(code) from error
         raise
     distributed.destroy_process_group()
+
+
+def _on_hosts() -> distributed.ProcessGroup:
+    """Return a group of all processes that waits as long as it takes; all must ask."""
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=30))
 
 
 def _failed_before(rank: int, code: int) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -10,29 +9,20 @@ from types import TracebackType
 
 from torch import Tensor
 
-from msdcli.engine import checkpoint
-from msdcli.engine.checkpoint import STATE, DamagedError, TrainState
+from msdcli.engine import states, storage
+from msdcli.engine.checkpoint import TrainState
 from msdcli.engine.distributed import Group
 from msdcli.engine.events import Report
-from msdcli.rundir import sweep_temporaries, writing
-
-
-def path_of(folder: Path, age: int) -> Path:
-    """Return the file of a stage's newest checkpoint (age 0), or of the one `age` before it."""
-    return folder / (f"state.{age}.safetensors" if age else STATE)
-
-
-def ages(folder: Path) -> list[int]:
-    """Return the ages of the checkpoints that are there, the newest first."""
-    older = [path.name.split(".")[1] for path in folder.glob("state.*.safetensors")]
-    return [0] * path_of(folder, 0).exists() + sorted(int(age) for age in older if age.isdecimal())
+from msdcli.engine.states import DamagedError
+from msdcli.rundir import sweep_temporaries
 
 
 class Keeper:
     """Saves and loads the state of a stage; leaving it as a context waits for what is being written."""
 
     def __init__(self, state: TrainState, folder: Path, keep: int, group: Group) -> None:
-        self.state, self.folder, self.keep, self.group = state, folder, keep, group
+        self.state, self.folder, self.group = state, folder, group
+        self.writer = storage.writer(folder, keep, group, parts=state.is_sharded)
         self._saved = time.monotonic()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -47,9 +37,11 @@ class Keeper:
         if self.group.leads and self.folder.is_dir():
             sweep_temporaries(self.folder)
         damaged: DamagedError | None = None
-        for age in ages(self.folder):
+        for path in self.group.say([path for _, path in states.stored(self.folder)]):
+            stored = storage.Stored(path)
             try:
-                self.state.load(path_of(self.folder, age))
+                stored.verify(self.group)
+                self.state.load(stored)
             except DamagedError as error:
                 damaged = damaged or error
                 continue
@@ -62,11 +54,10 @@ class Keeper:
     def save(self) -> None:
         """Copy the state and write it while training goes on. UserError if it is not finite."""
         self.close()
-        self.state.check_finite()
-        tensors, numbers = self.state.snapshot()
-        if self.group.leads:
-            self._thread = threading.Thread(target=self._write, args=(tensors, numbers), name="checkpoint")
-            self._thread.start()
+        self.state.check_finite(self.group)
+        what = (self.writer.copy(self.state.tensors()), self.state.numbers())
+        self._thread = threading.Thread(target=self._write, args=what, name="checkpoint")
+        self._thread.start()
         self._saved = time.monotonic()
 
     def close(self) -> None:
@@ -87,32 +78,13 @@ class Keeper:
         elif self._thread is not None:
             self._thread.join()
 
-    def _write(self, tensors: dict[str, Tensor], numbers: dict[str, str]) -> None:
+    def _write(self, copied: dict[str, Tensor], numbers: dict[str, float]) -> None:
         try:
-            with writing(path_of(self.folder, 0)) as temporary:
-                checkpoint.write_tensors(temporary, tensors, numbers, hashed=True)
-                self._make_room()
+            self.writer.write(copied, numbers)
         except BaseException as error:  # for the thread that trains
             self._error = error
-
-    def _make_room(self) -> None:
-        """Let every checkpoint grow one older, up to the number that is kept; the newest has its name all the while."""
-        for age in reversed(ages(self.folder)):
-            if age > 0 and age >= self.keep:
-                path_of(self.folder, age).unlink()
-            if age + 1 < self.keep:
-                _also_named(path_of(self.folder, age), path_of(self.folder, age + 1))
 
     def _raise(self) -> None:
         if self._error is not None:
             error, self._error = self._error, None
             raise error
-
-
-def _also_named(source: Path, target: Path) -> None:
-    """Give a file a second name, and take that name from what had it."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # no hard links here: for an instant the file has its new name only
-        os.replace(source, target)

@@ -86,10 +86,6 @@ def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Da
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
     on = device.resolve(recipe.device)
-    if recipe.fsdp and any(getattr(net.settings, "preconditioning", "") == "EDM2" for net in (frozen, student)):
-        raise UserError(
-            "fsdp: networks of EDM2 normalize their weights in place, which sharded ones cannot", hint="fsdp=false"
-        )
     if not hasattr(recipe.stages[-1], "sigma_init"):
         raise UserError(
             f"what stage {recipe.stages[-1].objective} makes is no one-step student", hint="add a stage: dm"

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from msdcli.engine import states
 from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir, holder_of, read_json
-
-HEADER = 100_000_000  # bytes that safetensors allow for it
 
 
 def status(run: RunDir) -> dict[str, Any]:
@@ -49,18 +48,16 @@ def _stage(folder: Path, stage: StageSettings) -> dict[str, Any]:
         "state": state,
         "step": step,
         "steps": stage.steps,
-        "checkpoint": _step_of(folder / "state.safetensors"),
+        "checkpoint": _step_of(states.newest(folder)),
         "losses": line.get("losses", {}),
     }
 
 
-def _step_of(path: Path) -> int | None:
-    """Return the step of a checkpoint, from the JSON that safetensors begin with; None where there is none."""
+def _step_of(path: Path | None) -> int | None:
+    """Return the step of a checkpoint; None where there is none, or a damaged one."""
     try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            return int(json.loads(file.read(min(size, HEADER)))["__metadata__"]["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return None if path is None else int(states.numbers(path)["step"])
+    except states.DamagedError:
         return None
 
 

@@ -18,6 +18,7 @@ from msdcli.engine import checkpoint, hub, importing, prompts
 from msdcli.engine.distill import Manner, is_finished, peak_memory, train
 from msdcli.engine.distributed import ALONE, Group
 from msdcli.engine.events import Report, silent
+from msdcli.engine.sharding import whole_state
 from msdcli.errors import UserError
 from msdcli.nets.autoencoder import Geometry
 from msdcli.objectives.edm import DenoisingScoreMatching
@@ -165,7 +166,7 @@ def _train(folder: Path, recipe: Recipe, data: Dataset, device: torch.device, re
     goal = DenoisingScoreMatching(settings.training, network, None)
     key_ = ("teacher", settings.seed)
     state = train(goal, settings.training, source, folder, key=key_, what="teacher", manner=manner, report=report)
-    product = checkpoint.whole_state(state.ema.net)
+    product = whole_state(state.ema.net, group)
     if group.leads:
         record = {"steps": settings.training.steps, "cost": state.cost | peak_memory(device)}
         checkpoint.save_model(folder, state.ema.net, record, product)

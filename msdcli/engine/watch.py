@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine import checkpoint, sample, search
+from msdcli.engine import checkpoint, sample, search, states, storage
 from msdcli.engine.distill import is_finished, new_network
 from msdcli.engine.events import Report, silent
 from msdcli.engine.fid import Options, Reference, Scene
@@ -72,8 +72,8 @@ def newest(run: RunDir, recipe: Recipe, number: int) -> Point | None:
             continue
         if is_finished(folder, stage):
             return Point(i, read_json(folder / checkpoint.MODEL)["steps"], i == len(recipe.stages) - 1)
-        if (folder / checkpoint.STATE).is_file():
-            return Point(i, checkpoint.step_of(folder), False)
+        if (path := states.newest(folder)) is not None:
+            return Point(i, int(states.numbers(path)["step"]), False)
     return None
 
 
@@ -85,12 +85,10 @@ def load_point(run: RunDir, recipe: Recipe, number: int, point: Point) -> tuple[
     if is_finished(folder, stage):
         net, description = checkpoint.load_model(folder)
         return net, sigma_init, replace(point, step=description["steps"])
-    tensors, numbers = checkpoint.load_tensors(folder / checkpoint.STATE)
     teacher, _ = checkpoint.load_model(run.teacher)
     net = new_network(search.resolve(run, recipe, teacher, silent), teacher, number)
-    average = {name.removeprefix("ema."): t for name, t in tensors.items() if name.startswith("ema.")}
-    checkpoint.load_weights(net.requires_grad_(False).eval(), average, folder / checkpoint.STATE)
-    return net, sigma_init, replace(point, step=int(numbers["step"]))
+    step = storage.read_average(folder, net.requires_grad_(False).eval())
+    return net, sigma_init, replace(point, step=step)
 
 
 def _wait_for_teacher(run: RunDir, report: Report, poll: float) -> None:

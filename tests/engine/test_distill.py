@@ -214,6 +214,8 @@ def test_state_holds_everything_and_a_truncated_one_is_named(finished: Path, tmp
 
 
 def test_a_stage_inherits_exactly_what_the_stage_before_saved(finished: Path) -> None:
+    from msdcli.engine import storage
+    from msdcli.engine.distributed import ALONE
     from msdcli.recipe.networks import MLPSettings
 
     def new() -> torch.nn.Module:
@@ -222,7 +224,7 @@ def test_a_stage_inherits_exactly_what_the_stage_before_saved(finished: Path) ->
 
     networks = {"student": new(), "fake": new(), "head": torch.nn.Linear(2, 2)}
     head = networks["head"].weight.detach().clone()
-    assert checkpoint.inherit(networks, finished / "students/0/0-dm") == ["fake", "student"]
+    assert storage.inherit(networks, finished / "students/0/0-dm", ALONE) == ["fake", "student"]
     state = load_file(finished / "students/0/0-dm/state.safetensors")
     for name in ("student", "fake"):
         assert all(torch.equal(v, state[f"{name}.{k}"]) for k, v in networks[name].state_dict().items())

@@ -20,7 +20,7 @@ from msdcli.diffusion.draws import Draws
 from msdcli.engine import checkpoint, disk, distill
 from msdcli.engine.checkpoint import load_tensors
 from msdcli.engine.distill import Manner
-from msdcli.engine.keeper import ages
+from msdcli.engine.states import stored
 from msdcli.errors import UserError
 from msdcli.objectives import Objective
 from msdcli.objectives.base import Turn
@@ -64,6 +64,10 @@ def fickle(
         report=lambda event: said.append(event) if isinstance(event, str) else None,
     )
     return state, said
+
+
+def ages(folder: Path) -> list[int]:
+    return [age for age, _ in stored(folder)]
 
 
 def moments(state: checkpoint.TrainState) -> Tensor:

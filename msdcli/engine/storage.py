@@ -1,0 +1,274 @@
+"""How training state lies on the disk: whole in one file, or in parts, every process' own; either is read by any number
+of processes, sharded or not.
+
+Parts are written and read by torch.distributed.checkpoint as safetensors: nothing in them is ever run.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from msdcli.engine import checkpoint, states
+from msdcli.engine.distributed import ALONE, Group
+from msdcli.engine.sharding import is_sharded, on_host
+from msdcli.engine.states import DamagedError
+from msdcli.errors import UserError
+from msdcli.rundir import building, file_hash, key, write_json, writing
+
+Value = TypeVar("Value")
+FORMAT = 1
+
+
+class Writer(Protocol):
+    """Takes a copy of the state while training waits, and writes it while training goes on."""
+
+    def copy(self, state: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return what this process is to write."""
+
+    def write(self, copied: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+        """Write it, in a thread, as the folder's newest checkpoint."""
+
+
+class FileWriter:
+    """The leader writes all in one file."""
+
+    def __init__(self, folder: Path, keep: int, group: Group) -> None:
+        self.folder, self.keep, self.leads = folder, keep, group.leads
+
+    def copy(self, state: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: on_host(tensor) for name, tensor in state} if self.leads else {}
+
+    def write(self, copied: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+        if not self.leads:
+            return
+        metadata = {name: repr(value) for name, value in numbers.items()}
+        with writing(self.folder / states.FILE) as temporary:
+            checkpoint.write_tensors(temporary, copied, metadata, hashed=True)
+            states.make_room(self.folder, for_file=True)
+        states.drop(self.folder, self.keep)
+
+
+class PartsWriter:
+    """Every process writes its own part into one folder, which the leader makes, completes and names."""
+
+    def __init__(self, folder: Path, keep: int, group: Group) -> None:
+        self.folder, self.keep, self.group = folder, keep, group.apart()
+        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None  # threads begin with GPU 0
+
+    def copy(self, state: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: on_host(tensor) for name, tensor in state}
+
+    def write(self, copied: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+        group, leads = self.group, self.group.leads
+        with ExitStack() as stack:
+            target = building(self.folder / states.PARTS)
+            place = _all(group, lambda: stack.enter_context(target) if leads else None)[0]
+            with _beside_training(self.device), _first_failure():
+                _save_parts(place, copied, group)
+            hashes = _all(group, lambda: _own_hashes(place, group.rank))
+
+            def finish() -> None:
+                files = {name: sha256 for own in hashes for name, sha256 in own.items()}
+                assert files.keys() >= {path.name for path in place.iterdir()}, "a file that nobody knows of"
+                said = {"format": FORMAT, **numbers, "processes": group.size, "files": files}
+                write_json(place / states.RECORD, said | {"check": key(said)})
+                states.make_room(self.folder, for_file=False)
+                stack.close()
+                states.drop(self.folder, self.keep)
+
+            _all(group, lambda: finish() if leads else None)
+
+
+def writer(folder: Path, keep: int, group: Group, *, parts: bool) -> Writer:
+    """Return what writes a stage's checkpoints; all processes must ask."""
+    return (PartsWriter if parts else FileWriter)(folder, keep, group)
+
+
+def _all(group: Group, make: Callable[[], Value]) -> list[Value]:
+    """Return what every process makes; where one fails, all raise what it met."""
+    made: Any
+    try:
+        made = make()
+    except Exception as error:
+        made = error
+    found = group.gather(made)
+    for value in found:
+        if isinstance(value, Exception):
+            raise value
+    return found
+
+
+def _own_hashes(place: Path, rank: int) -> dict[str, str]:
+    """Return the hashes of the files that this process wrote: by their names, for other hosts may not see them yet."""
+    return {path.name: file_hash(path) for path in place.glob(f"shard-{rank + 1:05d}-*.safetensors")}
+
+
+def _save_parts(place: Path, copied: Mapping[str, Tensor], group: Group) -> None:
+    from torch.distributed import checkpoint as dcp  # slow to import, and seldom needed
+
+    destination = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)
+    dcp.save(dict(copied), storage_writer=destination, process_group=group.hosts)
+
+
+@contextmanager
+def _beside_training(device: int | None) -> Iterator[None]:
+    """Let what torch does in this thread wait for a stream of its own, not for the one that trains."""
+    if device is None:
+        yield
+        return
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+        yield
+
+
+@contextmanager
+def _first_failure() -> Iterator[None]:
+    """Raise what the first process met that failed, not torch's list of it."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
+# Reading.
+
+
+class Stored:
+    """A checkpoint on the disk, to be read by one process or by all of a group together."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def numbers(self) -> dict[str, float]:
+        """Return its step and cost. DamagedError where it does not say."""
+        return states.numbers(self.path)
+
+    def verify(self, group: Group = ALONE) -> None:
+        """Compare its content with its hashes, every process some of it. DamagedError, everywhere, if it differs."""
+        for problem in filter(None, group.gather(self._problem(group))):
+            raise problem
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of its tensors by name."""
+        with self._readable():
+            if self.path.is_file():
+                with safe_open(self.path, framework="pt") as file:
+                    return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            found = _reader(self._files()).read_metadata().state_dict_metadata
+            return {name: tuple(entry.size) for name, entry in found.items()}
+
+    @torch.no_grad()
+    def read(self, into: Mapping[str, Tensor]) -> None:
+        """Fill tensors with those of their names; of a sharded one only this process' part is read."""
+        with self._readable():
+            if self.path.is_dir() or any(map(is_sharded, into.values())):
+                _load_parts(self._files(), into)
+                return
+            with safe_open(self.path, framework="pt") as file:
+                for name, tensor in into.items():
+                    tensor.copy_(file.get_tensor(name))
+
+    def _files(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path]
+        return [self.path / name for name in sorted(states.record(self.path)["files"])]
+
+    def _problem(self, group: Group) -> DamagedError | None:
+        try:
+            self.numbers()
+            if not self.path.is_dir():
+                if group.leads:
+                    checkpoint.check_hash(self.path)
+                return None
+            wanted = states.record(self.path)["files"]
+            for path in self._files()[group.rank :: group.size]:
+                if file_hash(path) != wanted[path.name]:
+                    raise states.damaged(path, checkpoint.WRONG)
+        except DamagedError as error:
+            return error
+        except OSError as error:
+            return states.damaged(self.path, error)
+        return None
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (SafetensorError, OSError, ValueError) as error:
+            raise states.damaged(self.path, error) from None
+
+
+def _load_parts(files: Sequence[Path], into: Mapping[str, Tensor]) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # every process reads on its own
+        with _first_failure():
+            dcp.load(dict(into), storage_reader=_reader(files), no_dist=True)
+
+
+def _reader(files: Sequence[Path]) -> Any:
+    """Return torch's reader of these files, and of no others that lie beside them."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    class Named(FileSystem):
+        def ls(self, path: Any) -> list[str]:
+            return [str(file) for file in files]
+
+    reader = HuggingFaceStorageReader(str(files[0].parent))
+    reader.fs = Named()
+    return reader
+
+
+# What is taken from a checkpoint beside all of it.
+
+
+def inherit(nets: Mapping[str, nn.Module], folder: Path, group: Group) -> list[str]:
+    """Give `nets` the weights of the networks of the same name that the stage in `folder` ended with; return the
+    names. All processes must ask.
+    """
+    path = states.newest(folder)
+    if path is None:
+        raise UserError(f"{folder / states.FILE} is missing")
+    stored = Stored(path)
+    stored.verify(group)
+    names = sorted({key.split(".", 1)[0] for key in stored.shapes()} & nets.keys())
+    read_networks(stored, {name: nets[name] for name in names})
+    return names
+
+
+def read_networks(stored: Stored, nets: Mapping[str, nn.Module]) -> None:
+    """Fill networks with those of their names (`ema`: the average). UserError where one does not fit."""
+    shapes, into = stored.shapes(), dict[str, Tensor]()
+    for name, net in nets.items():
+        own = {k.removeprefix(f"{name}."): shape for k, shape in shapes.items() if k.startswith(f"{name}.")}
+        checkpoint.check_fit(net, own, stored.path)
+        into |= {f"{name}.{k}": tensor for k, tensor in net.state_dict().items()}
+    stored.read(into)
+
+
+def read_average(folder: Path, net: nn.Module) -> int:
+    """Fill `net` with the product's average in the newest checkpoint, while training goes on; return the step."""
+    for _ in range(3):
+        with suppress(DamagedError):
+            return _read_average(folder, net)
+        time.sleep(0.1)  # a folder of parts changes its name when the next one is there
+    return _read_average(folder, net)
+
+
+def _read_average(folder: Path, net: nn.Module) -> int:
+    stored = Stored(states.newest(folder) or folder / states.FILE)
+    stored.verify()
+    read_networks(stored, {"ema": net})
+    return int(stored.numbers()["step"])

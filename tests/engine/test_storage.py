@@ -1,0 +1,264 @@
+"""Training state in one file and in parts: written while training goes on, verified, read by whoever asks.
+
+Here one process shards its networks with itself; several are in test_distributed.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from msdcli import nets
+from msdcli.data import open_data
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.draws import Source
+from msdcli.diffusion.ema import EMA
+from msdcli.engine import disk, distill, sharding, states, storage
+from msdcli.engine.checkpoint import TrainState
+from msdcli.engine.distill import Manner
+from msdcli.engine.distributed import ALONE
+from msdcli.engine.keeper import Keeper
+from msdcli.engine.states import DamagedError
+from msdcli.errors import UserError
+from msdcli.objectives.edm import DenoisingScoreMatching
+from msdcli.recipe.data import Toy2dSettings
+from msdcli.recipe.networks import MLPSettings
+from msdcli.recipe.stages import EdmSettings
+from tests.conftest import environment
+
+POINTS = open_data(Toy2dSettings(points=800))
+
+
+@pytest.fixture(autouse=True)
+def sharing() -> Iterator[None]:
+    """A world of one process, in which networks can be sharded."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    sharding._mesh.cache_clear()
+    distributed.destroy_process_group()
+
+
+def network(channels: int = 16) -> Denoiser:
+    torch.manual_seed(0)
+    return nets.build(MLPSettings(channels=channels, blocks=1), shape=(2,), num_classes=8, sigma_data=0.5).train()
+
+
+def run(folder: Path, steps: int, *, fsdp: bool, keep: int = 2, channels: int = 16) -> TrainState:
+    settings = EdmSettings(steps=steps, batch=8, lr_hold=1.0)
+    goal = DenoisingScoreMatching(settings, network(channels), None)
+    manner = Manner(checkpoint_seconds=0, fsdp=fsdp, keep=keep)
+    return distill.train(goal, settings, Source(POINTS, range(8)), folder, key=(0,), what="t", manner=manner)
+
+
+def fresh(*, fsdp: bool) -> TrainState:
+    """A state that has learnt nothing."""
+    net = network()
+    ema = EMA(net, 0.9)
+    for each in [net, ema.net] if fsdp else []:
+        sharding.shard(each, ALONE)
+    return TrainState({"student": net}, distill.optimizers({"student": net}, EdmSettings()), ema)
+
+
+def load(folder: Path, *, fsdp: bool) -> tuple[TrainState, list[str]]:
+    """A new state that takes up what is in the folder, and what was said."""
+    said: list[str] = []
+    state = fresh(fsdp=fsdp)
+    Keeper(state, folder, 2, ALONE).load(lambda event: said.append(str(event)))
+    return state, said
+
+
+def content(state: TrainState) -> dict[str, torch.Tensor]:
+    return {name: sharding.whole(tensor).clone() for name, tensor in state.tensors()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_either_kind_is_read_by_either_to_the_bit(tmp_path: Path, written: bool) -> None:
+    """Adam's moments and steps come along, and a run goes on as if it had not stopped."""
+    before = run(tmp_path / "t", 2, fsdp=written)
+    newest = states.newest(tmp_path / "t")
+    assert newest is not None and newest.name == ("state" if written else "state.safetensors")
+    wanted = content(before)
+    assert {"optimizer.student.0.step", "optimizer.student.0.exp_avg", "ema.net.norm.weight"} <= wanted.keys()
+    for fsdp in (True, False):
+        state, said = load(tmp_path / "t", fsdp=fsdp)
+        assert same(content(state), wanted) and (state.step, state.cost, said) == (2, before.cost, [])
+        kinds = {sharding.is_sharded(t) for name, t in state.tensors() if name.endswith("exp_avg")}
+        assert kinds == {fsdp}
+    whole = content(run(tmp_path / "whole", 4, fsdp=written))
+    assert same(content(run(tmp_path / "t", 4, fsdp=written)), whole)
+
+
+def test_as_many_stay_as_are_kept_of_either_kind(tmp_path: Path) -> None:
+    for steps, keep, fsdp, names in [
+        (4, 3, True, ["state", "state.1", "state.2"]),
+        (5, 3, False, ["state.safetensors", "state.1", "state.2"]),
+        (6, 1, True, ["state"]),
+        (7, 1, False, ["state.safetensors"]),
+        (8, 2, True, ["state", "state.1.safetensors"]),
+    ]:
+        run(tmp_path / "t", steps, fsdp=fsdp, keep=keep)
+        assert [path.name for _, path in states.stored(tmp_path / "t")] == names
+        assert [int(states.numbers(path)["step"]) for _, path in states.stored(tmp_path / "t")] == [
+            steps - age for age in range(len(names))
+        ]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_damaged_part_costs_only_its_checkpoint(tmp_path: Path) -> None:
+    run(tmp_path / "t", 3, fsdp=True)
+    (part,) = (tmp_path / "t/state").glob("*.safetensors")
+    whole = part.read_bytes()
+    record = tmp_path / "t/state/state.json"
+    text = record.read_text()
+    for path, damage in [
+        (part, whole[:-20]),
+        (part, whole[:-1] + bytes([whole[-1] ^ 1])),
+        (part, None),
+        (record, text.replace('"step": 3', '"step": 5').encode()),
+        (record, text[:40].encode()),
+        (record, None),
+    ]:
+        part.write_bytes(whole)
+        record.write_text(text)
+        path.unlink() if damage is None else path.write_bytes(damage)
+        for fsdp in (True, False):
+            state, said = load(tmp_path / "t", fsdp=fsdp)
+            assert state.step == 2
+            assert len(said) == 1 and said[0].endswith("going on from the checkpoint before it, of step 2"), said
+            assert "t/state" in said[0] and "\n" not in said[0]
+    for older in (tmp_path / "t/state.1").iterdir():
+        older.write_bytes(b"")
+    with pytest.raises(DamagedError, match=r"t/state"):
+        load(tmp_path / "t", fsdp=True)
+
+
+def test_saving_and_loading_parts_puts_no_tensor_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.tensor import DTensor
+
+    before, after = run(tmp_path / "t", 2, fsdp=True), fresh(fsdp=True)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a whole tensor")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", never)
+        patch.setattr(DTensor, "redistribute", never)
+        with Keeper(before, tmp_path / "t", 2, ALONE) as keeper:
+            keeper.save()
+        Keeper(after, tmp_path / "t", 2, ALONE).load(lambda _: None)
+        storage.Stored(tmp_path / "t/state").verify()
+    assert same(content(before), content(after))
+    for name, tensor in storage.PartsWriter(tmp_path, 2, ALONE).copy(before.tensors()).items():
+        assert sharding.own_part(tensor).device.type == "cpu", name
+
+
+def test_what_a_process_meets_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors import torch as library
+
+    run(tmp_path / "t", 2, fsdp=True)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(library, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path / "t", 4, fsdp=True)
+    monkeypatch.undo()
+    assert states.numbers(tmp_path / "t/state")["step"] == 2 and not list(tmp_path.rglob("*.tmp"))
+    assert load(tmp_path / "t", fsdp=True)[0].step == 2
+
+
+@pytest.mark.parametrize(
+    "call", ["replace", pytest.param("make_room", marks=pytest.mark.slow), pytest.param("drop", marks=pytest.mark.slow)]
+)
+def test_a_process_that_dies_while_checkpoints_change_their_names_loses_none(tmp_path: Path, call: str) -> None:
+    """Killed before the older ones are renamed, before the new one is, and before the oldest is removed."""
+    program = f"""
+import os, sys
+from pathlib import Path
+import torch
+from torch import distributed
+from tests.engine import test_storage
+from msdcli import rundir
+from msdcli.engine import states
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+torch.set_num_threads(1)
+test_storage.run(Path("t"), 3, fsdp=True)
+def die(*_, **__): os._exit(9)
+if {call!r} == "replace":
+    before = states.make_room
+    def make_room(*a, **k):
+        before(*a, **k)
+        rundir._sync_folder = die  # the first thing that is done then
+    states.make_room = make_room
+else:
+    states.{call} = die
+test_storage.run(Path("t"), 4, fsdp=True)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True)
+    assert killed.returncode == 9, killed.stderr.decode()
+    kept = states.stored(tmp_path / "t")
+    steps = [int(states.numbers(path)["step"]) for _, path in kept]
+    assert steps == {"make_room": [3, 2], "replace": [3, 2], "drop": [4, 3, 2]}[call]
+    state, said = load(tmp_path / "t", fsdp=True)
+    assert (state.step, said) == (steps[0], [])
+    assert not list((tmp_path / "t").glob(".*.tmp")), "what it left was swept away"
+    run(tmp_path / "t", 5, fsdp=True)
+    assert [path.name for _, path in states.stored(tmp_path / "t")] == ["state", "state.1"]
+
+
+def test_a_checkpoint_of_another_network_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    run(tmp_path / "t", 1, fsdp=True, channels=32)
+    state = fresh(fsdp=True)
+    before = content(state)
+    with pytest.raises(UserError, match=r"is of another network: student"):
+        Keeper(state, tmp_path / "t", 2, ALONE).load(lambda _: None)
+    assert same(content(state), before)
+
+
+def test_the_next_stage_and_watchers_read_parts(tmp_path: Path) -> None:
+    wanted = content(run(tmp_path / "t", 2, fsdp=True))
+    student, average = network(), network()
+    assert storage.inherit({"student": student, "head": torch.nn.Linear(1, 1)}, tmp_path / "t", ALONE) == ["student"]
+    assert all(torch.equal(tensor, wanted[f"student.{name}"]) for name, tensor in student.state_dict().items())
+    assert storage.read_average(tmp_path / "t", average) == 2
+    assert all(torch.equal(tensor, wanted[f"ema.{name}"]) for name, tensor in average.state_dict().items())
+    with pytest.raises(UserError, match="is missing"):
+        storage.inherit({"student": student}, tmp_path / "nowhere", ALONE)
+
+
+def test_parts_take_what_the_estimate_says(tmp_path: Path) -> None:
+    state = run(tmp_path / "t", 1, fsdp=True, channels=128)
+    written = states.size(tmp_path / "t/state")
+    goal = DenoisingScoreMatching(EdmSettings(), state.nets["student"], None)  # type: ignore[arg-type]
+    assert disk.state_bytes(goal) == pytest.approx(written, rel=0.1)
+
+
+def test_numbers_of_an_optimizer_are_those_of_its_network(tmp_path: Path) -> None:
+    """Scalars are not sharded and make a group of their own; a run goes on without sharding all the same."""
+    net = torch.nn.Module()
+    net.gain, net.linear = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Linear(3, 4)
+    sharding.shard(net, ALONE)
+    optimizer = distill.optimizers({"student": net}, EdmSettings())["student"]
+    assert len(optimizer.param_groups) == 2
+    for param in net.parameters():
+        param.grad = torch.ones_like(param)
+    assert sharding.norm_of([p.grad for p in net.parameters()]).item() == pytest.approx((1 + 12 + 4) ** 0.5)
+    optimizer.step()
+    ema = type("Average", (), {"net": torch.nn.Module()})()
+    state = TrainState({"student": net}, {"student": optimizer}, ema)  # type: ignore[arg-type]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors() if "exp_avg" in name}
+    wanted = [tuple(param.shape) for param in net.parameters()]
+    assert [shapes[f"optimizer.student.{i}.exp_avg"] for i in range(3)] == wanted
+    json.dumps(state.numbers())
