@@ -170,9 +170,18 @@ def optimizers(networks: dict[str, nn.Module], stage: StageSettings) -> dict[str
     """One optimizer per network; what is sharded in it and what is not are groups of their own."""
     kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
     options = {"betas": (stage.betas[0], stage.betas[1]), "weight_decay": stage.weight_decay, "fused": True}
-    return {
+    found = {
         name: kind([{"params": some} for some in split(net.parameters())], **options) for name, net in networks.items()
     }
+    for optimizer in found.values():
+        optimizer.register_step_post_hook(_count_as_change)
+    return found
+
+
+def _count_as_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let the weights know that they have changed, which fused kernels forget: EDM2 normalises what has."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
 
 
 def check_stage(stage: StageSettings, student: Denoiser, teacher: Denoiser) -> Objective:

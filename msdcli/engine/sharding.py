@@ -44,7 +44,7 @@ def _units(net: nn.Module) -> Iterator[nn.Module]:
             for block in child.children():
                 if isinstance(block, nn.ModuleList | nn.ModuleDict):
                     yield from _units(block)
-                elif any(True for _ in block.parameters()):
+                elif any(param.ndim for param in block.parameters()):
                     yield block
         else:
             yield from _units(child)

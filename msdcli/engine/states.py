@@ -5,6 +5,7 @@ A checkpoint is one file, or, where the networks are sharded, a folder with one 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -42,6 +43,14 @@ def stored(folder: Path) -> list[tuple[int, Path]]:
 def newest(folder: Path) -> Path | None:
     """Return the newest checkpoint in a folder, or None."""
     return next((path for _, path in stored(folder)), None)
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step of the newest checkpoint that says it; None where there is none."""
+    for _, path in stored(folder):
+        with contextlib.suppress(DamagedError):  # or it is changing its name
+            return int(numbers(path)["step"])
+    return None
 
 
 def size(path: Path) -> int:

@@ -48,17 +48,9 @@ def _stage(folder: Path, stage: StageSettings) -> dict[str, Any]:
         "state": state,
         "step": step,
         "steps": stage.steps,
-        "checkpoint": _step_of(states.newest(folder)),
+        "checkpoint": states.step_of(folder),
         "losses": line.get("losses", {}),
     }
-
-
-def _step_of(path: Path | None) -> int | None:
-    """Return the step of a checkpoint; None where there is none, or a damaged one."""
-    try:
-        return None if path is None else int(states.numbers(path)["step"])
-    except states.DamagedError:
-        return None
 
 
 def _last_line(path: Path) -> dict[str, Any]:

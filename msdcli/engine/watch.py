@@ -72,8 +72,8 @@ def newest(run: RunDir, recipe: Recipe, number: int) -> Point | None:
             continue
         if is_finished(folder, stage):
             return Point(i, read_json(folder / checkpoint.MODEL)["steps"], i == len(recipe.stages) - 1)
-        if (path := states.newest(folder)) is not None:
-            return Point(i, int(states.numbers(path)["step"]), False)
+        if (step := states.step_of(folder)) is not None:
+            return Point(i, step, False)
     return None
 
 

@@ -98,7 +98,7 @@ class MPConv(nn.Module):
         if not (self.training and self.weight.requires_grad):
             return
         weight: Tensor = self.weight.to_local() if hasattr(self.weight, "to_local") else self.weight
-        if (self.weight._version, weight._version) != self.normalized_at:  # an optimizer may count in either
+        if (self.weight._version, weight._version) != self.normalized_at:  # changes count in either
             weight.copy_(normalize(weight.to(torch.float32), self.over))
             self.normalized_at = (self.weight._version, weight._version)
 

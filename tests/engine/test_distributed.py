@@ -137,8 +137,9 @@ def test_a_run_goes_on_with_another_number_of_processes(
     (tmp_path / "tiny.yaml").write_text(ADM)
     whole = ["stages.0.lr_hold=1.0"]
     assert msd("distill", "tiny.yaml", *whole, "run=runs/whole").returncode == 0
-    for number, processes in enumerate(worlds, 1):
-        words = ["distill", "tiny.yaml", *whole, f"fsdp={fsdp}", f"stages.0.steps={6 * number // len(worlds)}"]
+    for number, processes in enumerate(worlds):
+        steps = 6 - 2 * (len(worlds) - 1 - number)
+        words = ["distill", "tiny.yaml", *whole, f"fsdp={fsdp}", f"stages.0.steps={steps}"]
         done = torchrun(tmp_path, *words, processes=processes) if processes > 1 else msd(*words)
         assert done.returncode == 0, done.stderr
     same_losses(tmp_path / "runs/tiny", tmp_path / "runs/whole")
@@ -161,7 +162,7 @@ def test_every_kind_of_network_and_teacher_learns_sharded_what_it_learns_alone(t
         for line, wanted in zip(mine, theirs, strict=True):
             assert line["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
             assert line["gradient_norms"] == pytest.approx(wanted["gradient_norms"], rel=1e-4)
-        alike(*({k: v for k, v in state_in(f).items() if "exp_avg" not in k} for f in (both, alone)), 1e-3)
+        alike(*({k: v for k, v in state_in(f).items() if "exp_avg" not in k} for f in (both, alone)), 1e-4)
 
 
 @pytest.mark.slow
@@ -177,7 +178,7 @@ def test_sharded_runs_survive_being_killed_to_the_bit(tmp_path: Path) -> None:
         process = subprocess.Popen(
             launch("-m", "msdcli", *words), cwd=tmp_path, env=environment(), start_new_session=True
         )
-        while process.poll() is None and newest_step(run) < step:
+        while process.poll() is None and (states.step_of(run / "students/0/0-adm") or 0) < step:
             time.sleep(0.002 * step)
         kills += process.poll() is None
         os.killpg(process.pid, signal.SIGKILL)
@@ -187,14 +188,6 @@ def test_sharded_runs_survive_being_killed_to_the_bit(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     alike(state_in(run / "students/0/0-adm"), state_in(tmp_path / "runs/whole/students/0/0-adm"), 0.0)
     assert not list(run.rglob("*.tmp"))
-
-
-def newest_step(run: Path) -> float:
-    path = states.newest(run / "students/0/0-adm")
-    try:
-        return -1 if path is None else states.numbers(path)["step"]
-    except states.DamagedError:
-        return -1  # it is changing its name
 
 
 @pytest.mark.slow
@@ -226,7 +219,7 @@ def test_a_part_that_cannot_be_written_ends_the_run_with_one_sentence(tmp_path: 
     done = launched(tmp_path, "limited.py", *words)
     assert done.returncode != 0 and done.stderr.count("File too large") == 1, done.stderr
     run = tmp_path / "runs/tiny"
-    assert newest_step(run) == 4 and not list(run.rglob("*.tmp"))
+    assert states.step_of(run / "students/0/0-adm") == 4 and not list(run.rglob("*.tmp"))
     assert torchrun(tmp_path, *words).returncode == 0
 
 

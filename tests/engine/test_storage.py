@@ -27,11 +27,13 @@ from msdcli.engine.distributed import ALONE
 from msdcli.engine.keeper import Keeper
 from msdcli.engine.states import DamagedError
 from msdcli.errors import UserError
+from msdcli.nets.edm2 import MPConv
 from msdcli.objectives.edm import DenoisingScoreMatching
 from msdcli.recipe.data import Toy2dSettings
 from msdcli.recipe.networks import MLPSettings
 from msdcli.recipe.stages import EdmSettings
 from tests.conftest import environment
+from tests.engine import sharded
 
 POINTS = open_data(Toy2dSettings(points=800))
 
@@ -262,3 +264,28 @@ def test_numbers_of_an_optimizer_are_those_of_its_network(tmp_path: Path) -> Non
     wanted = [tuple(param.shape) for param in net.parameters()]
     assert [shapes[f"optimizer.student.{i}.exp_avg"] for i in range(3)] == wanted
     json.dumps(state.numbers())
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_filters_of_edm2_are_normalised_after_every_update(fsdp: bool) -> None:
+    """The optimizers' fused kernels change weights without counting it; on parts of weights as on whole ones."""
+    net = sharded.CASES["edm2"][0]().train().requires_grad_(True)
+    if fsdp:
+        sharding.shard(net, ALONE)
+    optimizer = distill.optimizers({"student": net}, EdmSettings())["student"]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.05
+    x, sigma, c = torch.randn(4, 1, 8, 8), torch.ones(4), torch.arange(4)
+
+    @torch.no_grad()
+    def furthest() -> float:
+        """How far a filter's magnitude is from 1."""
+        weights = [sharding.own_part(m.weight) for m in net.net.modules() if isinstance(m, MPConv)]
+        return max((w.flatten(1).square().mean(1).sqrt() - 1).abs().max().item() for w in weights)
+
+    for _ in range(3):
+        net(x, sigma, c).square().mean().backward()
+        assert furthest() < 3e-4
+        optimizer.step()
+        optimizer.zero_grad()
+        assert furthest() > 1e-3
