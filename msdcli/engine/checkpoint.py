@@ -227,8 +227,9 @@ class TrainState:
         for optimizer in self.optimizers.values():
             optimizer.state.clear()
         for key, shape in shapes.items():
-            if key.startswith("optimizer."):
-                name, i, moment = key.removeprefix("optimizer.").rsplit(".", 2)
+            kind, _, rest = key.partition(".")
+            name, i, moment = rest.rsplit(".", 2) if kind == "optimizer" else ("", "", "")
+            if name in params:
                 param = params[name][int(i)]
                 alike = shape == tuple(param.shape)
                 made = torch.zeros_like(param) if alike else torch.zeros(shape, device=own_part(param.detach()).device)

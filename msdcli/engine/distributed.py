@@ -51,10 +51,11 @@ class Group:
     def leads(self) -> bool:
         return self.rank == 0
 
-    @property
-    def hosts(self) -> distributed.ProcessGroup | None:
-        """What torch's own collectives on the hosts take as their group."""
-        return self._hosts
+    @contextmanager
+    def lent(self) -> Iterator[distributed.ProcessGroup | None]:
+        """Lend what torch's own collectives on the hosts take as their group."""
+        with _somebody_may_die():
+            yield self._hosts
 
     def apart(self) -> Group:
         """Return the same processes for a thread, whose words never mix with those of this one; all must ask."""

@@ -37,8 +37,8 @@ class Keeper:
         if self.group.leads and self.folder.is_dir():
             sweep_temporaries(self.folder)
         damaged: DamagedError | None = None
-        for path in self.group.say([path for _, path in states.stored(self.folder)]):
-            stored = storage.Stored(path)
+        for name in self.group.say([path.name for _, path in states.stored(self.folder)]):
+            stored = storage.Stored(self.folder / name)
             try:
                 stored.verify(self.group)
                 self.state.load(stored)

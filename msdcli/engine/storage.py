@@ -70,8 +70,7 @@ class PartsWriter:
     def write(self, copied: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
         group, leads = self.group, self.group.leads
         with ExitStack() as stack:
-            target = building(self.folder / states.PARTS)
-            place = _all(group, lambda: stack.enter_context(target) if leads else None)[0]
+            place = self.folder / _all(group, lambda: self._begin(stack) if leads else "")[0]
             with _beside_training(self.device), _first_failure():
                 _save_parts(place, copied, group)
             hashes = _all(group, lambda: _own_hashes(place, group.rank))
@@ -86,6 +85,11 @@ class PartsWriter:
                 states.drop(self.folder, self.keep)
 
             _all(group, lambda: finish() if leads else None)
+
+    def _begin(self, stack: ExitStack) -> str:
+        """Make the folder, and return where it is in the stage's: hosts may see that at different places."""
+        place = stack.enter_context(building(self.folder / states.PARTS))
+        return str(place.relative_to(self.folder.absolute()))
 
 
 def writer(folder: Path, keep: int, group: Group, *, parts: bool) -> Writer:
@@ -116,7 +120,8 @@ def _save_parts(place: Path, copied: Mapping[str, Tensor], group: Group) -> None
     from torch.distributed import checkpoint as dcp  # slow to import, and seldom needed
 
     destination = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)
-    dcp.save(dict(copied), storage_writer=destination, process_group=group.hosts)
+    with group.lent() as processes:
+        dcp.save(dict(copied), storage_writer=destination, process_group=processes)
 
 
 @contextmanager
@@ -238,10 +243,10 @@ def inherit(nets: Mapping[str, nn.Module], folder: Path, group: Group) -> list[s
     """Give `nets` the weights of the networks of the same name that the stage in `folder` ended with; return the
     names. All processes must ask.
     """
-    path = states.newest(folder)
-    if path is None:
+    newest = group.say(states.newest(folder))
+    if newest is None:
         raise UserError(f"{folder / states.FILE} is missing")
-    stored = Stored(path)
+    stored = Stored(folder / newest.name)
     stored.verify(group)
     names = sorted({key.split(".", 1)[0] for key in stored.shapes()} & nets.keys())
     read_networks(stored, {name: nets[name] for name in names})

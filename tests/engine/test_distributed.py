@@ -41,7 +41,7 @@ def launched(folder: Path, *words: str, processes: int = 2, **extra: str) -> sub
     return subprocess.run(
         launch(*words, processes=processes),
         cwd=folder,
-        env=environment(**extra),
+        env=environment(CUDA_VISIBLE_DEVICES="", **extra),
         capture_output=True,
         text=True,
         timeout=200,
@@ -176,7 +176,10 @@ def test_sharded_runs_survive_being_killed_to_the_bit(tmp_path: Path) -> None:
     run, kills = tmp_path / "runs/tiny", 0
     for step in (1, 9, 17, 25):
         process = subprocess.Popen(
-            launch("-m", "msdcli", *words), cwd=tmp_path, env=environment(), start_new_session=True
+            launch("-m", "msdcli", *words),
+            cwd=tmp_path,
+            env=environment(CUDA_VISIBLE_DEVICES=""),
+            start_new_session=True,
         )
         while process.poll() is None and (states.step_of(run / "students/0/0-adm") or 0) < step:
             time.sleep(0.002 * step)

@@ -5,7 +5,6 @@ Here one process shards its networks with itself; several are in test_distribute
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -39,9 +38,13 @@ POINTS = open_data(Toy2dSettings(points=800))
 
 
 @pytest.fixture(autouse=True)
-def sharing() -> Iterator[None]:
+def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A world of one process, in which networks can be sharded."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    gpu = request.node.get_closest_marker("gpu") is not None
+    if not gpu:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     yield
     sharding._mesh.cache_clear()
     distributed.destroy_process_group()
@@ -52,16 +55,17 @@ def network(channels: int = 16) -> Denoiser:
     return nets.build(MLPSettings(channels=channels, blocks=1), shape=(2,), num_classes=8, sigma_data=0.5).train()
 
 
-def run(folder: Path, steps: int, *, fsdp: bool, keep: int = 2, channels: int = 16) -> TrainState:
+def run(folder: Path, steps: int, *, fsdp: bool, keep: int = 2, channels: int = 16, device: str = "cpu") -> TrainState:
     settings = EdmSettings(steps=steps, batch=8, lr_hold=1.0)
     goal = DenoisingScoreMatching(settings, network(channels), None)
     manner = Manner(checkpoint_seconds=0, fsdp=fsdp, keep=keep)
-    return distill.train(goal, settings, Source(POINTS, range(8)), folder, key=(0,), what="t", manner=manner)
+    source = Source(POINTS, range(8), device=torch.device(device))
+    return distill.train(goal, settings, source, folder, key=(0,), what="t", manner=manner)
 
 
-def fresh(*, fsdp: bool) -> TrainState:
+def fresh(*, fsdp: bool, net: Denoiser | None = None) -> TrainState:
     """A state that has learnt nothing."""
-    net = network()
+    net = net or network()
     ema = EMA(net, 0.9)
     for each in [net, ema.net] if fsdp else []:
         sharding.shard(each, ALONE)
@@ -208,7 +212,9 @@ else:
     states.{call} = die
 test_storage.run(Path("t"), 4, fsdp=True)
 """
-    killed = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True)
+    killed = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True
+    )
     assert killed.returncode == 9, killed.stderr.decode()
     kept = states.stored(tmp_path / "t")
     steps = [int(states.numbers(path)["step"]) for _, path in kept]
@@ -247,23 +253,27 @@ def test_parts_take_what_the_estimate_says(tmp_path: Path) -> None:
     assert disk.state_bytes(goal) == pytest.approx(written, rel=0.1)
 
 
-def test_numbers_of_an_optimizer_are_those_of_its_network(tmp_path: Path) -> None:
-    """Scalars are not sharded and make a group of their own; a run goes on without sharding all the same."""
-    net = torch.nn.Module()
-    net.gain, net.linear = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Linear(3, 4)
-    sharding.shard(net, ALONE)
-    optimizer = distill.optimizers({"student": net}, EdmSettings())["student"]
-    assert len(optimizer.param_groups) == 2
-    for param in net.parameters():
-        param.grad = torch.ones_like(param)
-    assert sharding.norm_of([p.grad for p in net.parameters()]).item() == pytest.approx((1 + 12 + 4) ** 0.5)
+@pytest.mark.parametrize("written", [True, False])
+def test_single_numbers_stay_whole_and_keep_their_places(tmp_path: Path, written: bool) -> None:
+    """EDM2's gains are not sharded and make a group of their own in the optimizer; a checkpoint does not show it."""
+    make = sharded.CASES["edm2"][0]
+    state = fresh(fsdp=written, net=make().requires_grad_(True))
+    net, optimizer = state.nets["student"], state.optimizers["student"]
+    assert len(optimizer.param_groups) == 1 + written
+    for i, param in enumerate(net.parameters()):
+        param.grad = torch.full_like(param, 0.01 * i)
+    count = sum((0.01 * i) ** 2 * param.numel() for i, param in enumerate(net.parameters()))
+    assert sharding.norm_of([p.grad for p in net.parameters()]).item() == pytest.approx(count**0.5)
     optimizer.step()
-    ema = type("Average", (), {"net": torch.nn.Module()})()
-    state = TrainState({"student": net}, {"student": optimizer}, ema)  # type: ignore[arg-type]
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors() if "exp_avg" in name}
-    wanted = [tuple(param.shape) for param in net.parameters()]
-    assert [shapes[f"optimizer.student.{i}.exp_avg"] for i in range(3)] == wanted
-    json.dumps(state.numbers())
+    with Keeper(state, tmp_path, 2, ALONE) as keeper:
+        keeper.save()
+    for fsdp in (True, False):
+        other = fresh(fsdp=fsdp, net=make().requires_grad_(True))
+        Keeper(other, tmp_path, 2, ALONE).load(lambda _: None)
+        assert same(content(other), content(state))
+        for param in other.nets["student"].parameters():
+            moments = other.optimizers["student"].state[param]
+            assert moments["exp_avg"].shape == param.shape and moments["step"].item() == 1
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
@@ -289,3 +299,15 @@ def test_filters_of_edm2_are_normalised_after_every_update(fsdp: bool) -> None:
         optimizer.step()
         optimizer.zero_grad()
         assert furthest() > 1e-3
+
+
+@pytest.mark.gpu
+def test_parts_of_what_is_on_a_gpu_are_read_anywhere(tmp_path: Path) -> None:
+    wanted = content(run(tmp_path / "t", 2, fsdp=True, device="cuda"))
+    assert all(tensor.is_cuda for tensor in wanted.values())
+    for fsdp in (True, False):
+        state, said = load(tmp_path / "t", fsdp=fsdp)
+        assert said == [] and state.step == 2
+        assert same({k: t.cpu() for k, t in content(state).items()}, {k: t.cpu() for k, t in wanted.items()})
+    whole = content(run(tmp_path / "whole", 4, fsdp=True, device="cuda"))
+    assert same(content(run(tmp_path / "t", 4, fsdp=True, device="cuda")), whole)
