@@ -85,9 +85,13 @@ def train(folder: Path, case: str, group: Group, **changes: Any) -> None:
     distill_student(Student(0, recipe, make(), source, folders, torch.device("cpu"), group), lambda _: None)
 
 
+def main(folder: str, *names: str) -> None:
+    with together() as group:
+        for name in names:
+            train(Path(folder), name, group)
+
+
 if __name__ == "__main__":
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    with together() as everyone:
-        for name in sys.argv[2:]:
-            train(Path(sys.argv[1]), name, everyone)
+    main(*sys.argv[1:])
