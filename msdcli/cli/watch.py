@@ -150,7 +150,9 @@ def _health(figures: dict[str, float]) -> Text:
     if skipped:
         text.append(f"{skipped:.0f} skipped  ", style="bold red")
     others = [(name, value) for name, value in figures.items() if "skipped" not in name.split(".")]
-    others.sort(key=lambda item: item[0].startswith("gradient"))  # the least telling last, where there is room
+    # The most telling first and the least last, where there is room.
+    others.sort(key=lambda item: (not item[0].startswith("measured"), item[0].startswith("gradient")))
+    others = [(name.removeprefix("measured."), value) for name, value in others]
     text.append("  ".join(f"{name.replace('_', ' ').replace('.', ' ')} {value:.3g}" for name, value in others[:4]))
     return text
 

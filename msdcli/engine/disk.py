@@ -12,6 +12,7 @@ from msdcli.engine import states
 from msdcli.errors import UserError
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
+from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir
 
 SMALL_FILES = 2**20  # metrics, records and a picture
@@ -34,8 +35,8 @@ def _bytes(net: nn.Module, copies: int) -> int:
 
 
 def needed(run: RunDir, recipe: Recipe, goals: Sequence[Objective], at_once: int) -> int:
-    """Return the bytes that a run has yet to write: of every stage its model and the checkpoints that are kept, and
-    for each of the students trained at once the one that is being written.
+    """Return the bytes that a run has yet to write: of every stage its model, the checkpoints that are kept and, where
+    it selects, candidates; and for each of the students trained at once the checkpoint that is being written.
 
     `goals` are the stages' objectives; a stage in turn for all students.
     """
@@ -44,9 +45,16 @@ def needed(run: RunDir, recipe: Recipe, goals: Sequence[Objective], at_once: int
         for i, (stage, goal) in enumerate(zip(recipe.stages, goals, strict=True)):
             folder = run.stage(k, i, stage.objective)
             there = sum(states.size(path) for _, path in states.stored(folder))
-            there += sum(file.stat().st_size for file in folder.glob("model.safetensors"))
-            total += max(0, recipe.keep * state_bytes(goal) + model_bytes(goal) - there)
+            models = [*folder.glob("model.safetensors"), *folder.glob("best-*.safetensors")]
+            there += sum(file.stat().st_size for file in models)
+            most = 1 + _candidates_kept(stage, recipe.keep)
+            total += max(0, recipe.keep * state_bytes(goal) + most * model_bytes(goal) - there)
     return total
+
+
+def _candidates_kept(stage: StageSettings, keep: int) -> int:
+    """How many candidates for the best average may lie on the disk at once."""
+    return 0 if (select := getattr(stage, "select", None)) is None else min(keep + 2, select.count(stage.steps))
 
 
 def check(run: RunDir, bytes_needed: int) -> None:

@@ -24,13 +24,14 @@ from msdcli.engine.events import Report, silent
 from msdcli.engine.interrupt import interruptible
 from msdcli.engine.keeper import Keeper
 from msdcli.engine.log import METRICS, Log
-from msdcli.engine.sharding import norm_of, shard, split, whole_state
+from msdcli.engine.select import LAST, Best, Examiner, Selection
+from msdcli.engine.sharding import norm_of, shard, split
 from msdcli.engine.states import DamagedError
 from msdcli.errors import UserError
 from msdcli.nets.prune import prune
 from msdcli.objectives import Objective, objective
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import StageSettings
+from msdcli.recipe.stages import OneStepSettings, StageSettings
 from msdcli.rundir import read_json
 from msdcli.seeds import derive
 
@@ -64,6 +65,7 @@ def train(
     what: str,
     manner: Manner,
     report: Report = silent,
+    selection: Selection = LAST,
 ) -> checkpoint.TrainState:
     """Run `goal` for `stage.steps` steps, from the checkpoint in `folder` if there is one; return the final state.
 
@@ -80,6 +82,7 @@ def train(
     keeper = Keeper(state, folder, manner.keep, group)
     keeper.load(report)
     log = Log(folder / METRICS, state, stage, what, report, group=group, max_skipped=manner.max_skipped)
+    selection.begin(state.step)
     with interruptible() as stop, seeded_apart(source.device), keeper:
         while state.step < stage.steps:
             torch.manual_seed(layers_seed(key, state.step, group))
@@ -92,11 +95,12 @@ def train(
                     update(state, names, gradients(goal, names, loss, draws, group, log), stage.clip, log)
             state.ema.update(goal.nets[goal.product], state.step)
             state.step += 1
-            log.tick(count, goal)
+            log.tick(count, goal, selection.look(state))
             wish = STOP if stop.requested else SAVE if keeper.seconds() > manner.checkpoint_seconds else GO_ON
             agreed = group.agree(wish, last=state.step == stage.steps)
             if (agreed == STOP or (agreed == SAVE and state.step < stage.steps)) and log.sound():
                 keeper.save()
+                selection.saved(state.step)
             if agreed == STOP:
                 keeper.close()
                 raise stop.error(f"at step {state.step} of {stage.steps}")
@@ -232,6 +236,7 @@ class Student:
     folders: list[Path]  # one per stage
     device: torch.device
     group: Group = ALONE
+    examiner: Callable[[OneStepSettings], Examiner] | None = None  # of what it makes; only where a stage selects
 
 
 def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
@@ -281,16 +286,29 @@ def train_stage(student: Student, number: int, report: Report) -> None:
     if manner.fsdp:
         shard(teacher, student.group)
     key, what = (recipe.seed, student.number, number), f"student {student.number} {stage.objective}"
-    state = train(goal, stage, student.source, folder, key=key, what=what, manner=manner, report=report)
-    product = whole_state(state.ema.net, student.group)
+    chosen = selection(student, stage, folder, what, report)
+    state = train(
+        goal, stage, student.source, folder, key=key, what=what, manner=manner, report=report, selection=chosen
+    )
+    product, choice = chosen.product(state, student.group)
     if student.group.leads:
         record = {
             "steps": stage.steps,
             "stage": stage.model_dump(mode="json"),
             "cost": state.cost | peak_memory(student.device),
+            **choice,
         }
         checkpoint.save_model(folder, state.ema.net, record, product)
     student.group.say(None)  # the next stage reads what was written
+
+
+def selection(student: Student, stage: StageSettings, folder: Path, what: str, report: Report) -> Selection:
+    """Return how a stage chooses what it ends with. The next stage goes on from its last networks either way."""
+    if not isinstance(stage, OneStepSettings) or stage.select is None:
+        return LAST
+    assert student.examiner is not None, "a stage that selects needs an examiner"
+    examiner, keep = student.examiner(stage), student.recipe.keep
+    return Best(examiner, stage, folder, keep=keep, what=what, group=student.group, report=report)
 
 
 def inherit(goal: Objective, student: Student, number: int, report: Report) -> None:

@@ -45,6 +45,7 @@ class Estimate:
     stages: list[StageCost]
     evaluation_flops: float
     students: int
+    selection_flops: float = 0.0  # of one student, measured while it trains
 
     @property
     def flops(self) -> float:
@@ -52,7 +53,7 @@ class Estimate:
 
     @property
     def student_flops(self) -> float:
-        return sum(stage.flops for stage in self.stages)
+        return sum(stage.flops for stage in self.stages) + self.selection_flops
 
 
 class MetaDraws(Draws):
@@ -102,7 +103,14 @@ def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser
         stages=[stage_cost(stage, student, teacher, recipe.micro_batch) for stage in recipe.stages],
         evaluation_flops=float(samples * forward_student + more * solver * forward_teacher),
         students=recipe.partition.students,
+        selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),
     )
+
+
+def _measured(stage: StageSettings) -> int:
+    """Return how many samples a stage draws to select the best of its averages."""
+    select = getattr(stage, "select", None)
+    return 0 if select is None else select.samples * select.count(stage.steps)
 
 
 def stage_cost(
@@ -186,6 +194,7 @@ def lines(cost: Estimate) -> Sequence[str]:
     """Return the estimate as lines to print."""
     rows = [("teacher", cost.teacher_flops), ("pairs", cost.pairs_flops)]
     rows += [(f"one student, {stage.objective}", stage.flops) for stage in cost.stages]
+    rows += [("one student, select", cost.selection_flops)]
     rows += [("evaluation", cost.evaluation_flops), (f"all, {cost.students} students", cost.flops)]
     told = [f"{what:<20} {flops:9.3g} FLOP {device_hours(flops):11,.2f} device-hours" for what, flops in rows if flops]
     memory = [

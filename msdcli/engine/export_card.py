@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from msdcli.engine import checkpoint
+from msdcli.engine.report_words import chosen
 from msdcli.rundir import read_json, write_text
 
 if TYPE_CHECKING:
@@ -110,11 +111,12 @@ def _checked(record: dict[str, Any]) -> str:
 
 def _students(given: Given) -> str:
     names, rows = given.students.class_names, []
-    for k, (part, folder) in enumerate(zip(given.students.partition.parts, given.students.folders, strict=True)):
-        card = read_json(folder / checkpoint.MODEL)
+    cards = [read_json(folder / checkpoint.MODEL) for folder in given.students.folders]
+    for k, (part, card) in enumerate(zip(given.students.partition.parts, cards, strict=True)):
         shown = ", ".join(names[c] for c in part[:20]) + (f" and {len(part) - 20} more" if len(part) > 20 else "")
         rows.append([str(k), shown.replace("|", "\\|"), f"{card['parameters']:,}", f"`{card['sha256'][:16]}`"])
-    return _table(["student", "classes", "parameters", "sha256 of the trained weights"], rows)
+    table = _table(["student", "classes", "parameters", "sha256 of the trained weights"], rows)
+    return "\n\n".join([table, *chosen(cards)])
 
 
 def _results(measured: Sequence[dict[str, Any]]) -> str:

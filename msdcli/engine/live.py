@@ -84,7 +84,7 @@ class Watcher:
             state = "running" if held and self._stage_before_done(training) else "waiting"
         else:
             state = "running" if held or (changed is not None and time.time() - changed < FRESH) else "stopped"
-        found = figures(last)
+        found = figures(last) | _measured(training.lines)
         pace = self._pace(training, step, changed) if state == "running" else None
         return Part(
             training.who,
@@ -143,6 +143,11 @@ class Watcher:
             default=0,
         )
         return time.time() - newest > OVER
+
+
+def _measured(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the last distance that was measured while a stage trained; most lines are without one."""
+    return next((figures(line["measured"], "measured.") for line in reversed(lines) if "measured" in line), {})
 
 
 def distances(run: RunDir) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from msdcli.engine.checkpoint import TrainState
 from msdcli.engine.distributed import Group
 from msdcli.engine.events import Progress, Report
+from msdcli.engine.select import Look
 from msdcli.errors import UserError
 from msdcli.objectives import Objective
 from msdcli.recipe.stages import StageSettings
@@ -73,22 +74,24 @@ class Log:
         """Whether the last update of every network was made: reads the device, so ask seldom."""
         return not any(skipped.item() for skipped in self._last.values())
 
-    def tick(self, flops: list[int], goal: Objective) -> None:
-        """End a step; at the interval write a line. UserError where too many updates were skipped."""
+    def tick(self, flops: list[int], goal: Objective, look: Look | None = None) -> None:
+        """End a step; at the interval, and with what a look found, write a line. UserError where too many updates were
+        skipped.
+        """
         if flops:
             self._flops_per_step = flops[0] * self.group.size
         self.state.cost["flops"] += self._flops_per_step
-        if self.state.step % self.stage.log_every and self.state.step != self.stage.steps:
+        if self.state.step % self.stage.log_every and self.state.step != self.stage.steps and look is None:
             return
         turns = self._read()
         losses = {name: _finite_mean([t["loss"] for t in mine]) for name, mine in turns.items()}
         now = time.monotonic()
-        images, seconds = self.stage.batch * len(self._turns), now - self._since
+        images, seconds = self.stage.batch * len(self._turns), now - self._since - (look.seconds if look else 0)
         self.state.cost["seconds"] += seconds
         self.state.cost["images"] += images
         speed = images / seconds
         line = {"step": self.state.step, "losses": losses, "images_per_second": round(speed, 1)}
-        line |= self._health(turns, goal)
+        line |= self._health(turns, goal) | ({"measured": look.figures} if look else {})
         if self.group.leads:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

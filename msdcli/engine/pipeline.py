@@ -28,6 +28,7 @@ from msdcli.engine import (
     disk,
     distributed,
     estimate,
+    examine,
     fid,
     hub,
     latents,
@@ -49,6 +50,7 @@ from msdcli.errors import UserError
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import PromptsSettings
+from msdcli.recipe.stages import OneStepSettings
 from msdcli.rundir import RunDir, holder_of, lock, read_json, sweep_temporaries, write_json
 
 
@@ -80,6 +82,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Da
             f"stage {needing[0]} needs real images, and these prompts are alone",
             hint="data.images names a folder of pictures, data.image_column where the rows name theirs",
         )
+    examine.check(recipe, data, group, planning=planning)
     frozen, student = networks_on_meta(recipe, data, planning=planning)
     with torch.device("meta"):
         goals = [check_stage(stage, student, frozen) for stage in recipe.stages]
@@ -244,8 +247,14 @@ class Bench:
         pairs = self.pairs.provide(self.teacher.to(self.device), report) if needs_pairs else None
         if self.recipe.fsdp and self.group.size > 1:
             self.teacher.to("cpu")  # the stages share out copies of it
-        source = Source(self.data, self.partition.parts[number], pairs=pairs, device=self.device)
-        return Student(number, self.recipe, self.teacher, source, self.folders(number), self.device, self.group)
+        part = self.partition.parts[number]
+        source = Source(self.data, part, pairs=pairs, device=self.device)
+
+        def examiner(stage: OneStepSettings) -> examine.PartExaminer:
+            return examine.PartExaminer(self.run, self.recipe, stage, part, self.device, self.group, report)
+
+        folders = self.folders(number)
+        return Student(number, self.recipe, self.teacher, source, folders, self.device, self.group, examiner)
 
 
 def preview(bench: Bench, *, rows: int = 32, columns: int = 16, points: int = 1000) -> Path:

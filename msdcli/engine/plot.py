@@ -115,9 +115,9 @@ def _rows_of_points(runs: Sequence[Facts]) -> list[tuple[str, list[Any], str]]:
 
 
 def curves(runs: Sequence[Facts], *, health: bool = False) -> Figure:
-    """One small plot per loss and, where they were watched, per distance; with `health`, of the health figures."""
+    """One small plot per loss and, where they were measured under way, per distance; with `health`, of health alone."""
     found = charts.curve_charts(runs)
-    drawn = found["health"] if health else [*charts.watched_chart(runs), *found["losses"]]
+    drawn = found["health"] if health else [*found["measured"], *charts.watched_chart(runs), *found["losses"]]
     drawn = [chart for chart in drawn if any(series["points"] for series in chart["series"])]
     if not drawn:
         raise UserError(f"{', '.join(facts.label for facts in runs)}: no curves were kept (metrics.jsonl)")

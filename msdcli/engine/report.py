@@ -52,7 +52,8 @@ def render(runs: Sequence[Facts], pictures: Sequence[Any]) -> str:
         "hue": charts.hue,
     }
     sections = [_section(facts, drawn) for facts, drawn in zip(runs, pictures, strict=True)]
-    curves = charts.curve_charts(runs) | {"watched": charts.watched_chart(runs)}
+    curves = charts.curve_charts(runs)
+    curves["measured"] += charts.watched_chart(runs)
     comparison = compare(runs) if len(runs) > 1 else None
     data = {
         "curves": [chart for group in curves.values() for chart in group],

@@ -23,7 +23,9 @@ def hue(number: int) -> int:
 
 
 def curve_charts(runs: Sequence[Facts]) -> dict[str, list[dict[str, Any]]]:
-    """Return charts under `losses` and `health`: one per objective and figure, a line per student of every run."""
+    """Return charts under `measured`, `losses` and `health`: one per objective and figure, a line per student of every
+    run.
+    """
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r, facts in enumerate(runs):
         for training in facts.trainings:
@@ -31,9 +33,9 @@ def curve_charts(runs: Sequence[Facts]) -> dict[str, list[dict[str, Any]]]:
                 objective = "teacher" if training.student is None else training.stage.objective
                 line = _series(runs, r, training.who, training.student, thinned(points))
                 found.setdefault((objective, name), []).append(line)
-    charts: dict[str, list[dict[str, Any]]] = {"losses": [], "health": []}
+    charts: dict[str, list[dict[str, Any]]] = {"measured": [], "losses": [], "health": []}
     for (objective, name), series in found.items():
-        kind = "losses" if name.startswith("losses.") else "health"
+        kind = name.split(".")[0] if name.startswith(("losses.", "measured.")) else "health"
         charts[kind].append(_chart(f"{objective}-{name}", _titled(objective, name), "step", series))
     return charts
 
@@ -97,6 +99,8 @@ def _named(name: str) -> str:
         return "speed, images per second"
     if name.startswith("losses."):
         return f"loss of {name.removeprefix('losses.')}"
+    if name.startswith("measured."):
+        return f"{name.removeprefix('measured.')} while it trains"
     return name.replace("_", " ").replace(".", ", ")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from msdcli.engine.report_facts import Facts, group_name, lower_is_better, main_result, row
@@ -18,7 +19,8 @@ COMPANIONS = {
 
 def summary(facts: Facts) -> list[str]:
     """Return the sentences that open a report."""
-    return [_what(facts), *_how_good(facts), *_cost(facts)]
+    finished = [models[-1] for models in facts.students if len(models) == len(facts.recipe.stages)]
+    return [_what(facts), *_how_good(facts), *chosen(finished), *_cost(facts)]
 
 
 def _what(facts: Facts) -> str:
@@ -88,6 +90,22 @@ def verdict(students: dict[str, Any], teacher: dict[str, Any], metric: str) -> s
     by = f", by a factor of {max(mine, theirs) / min(mine, theirs):.2g}" if min(mine, theirs) > 0 else ""
     sure = "" if a and b else " (no intervals were computed)"
     return f"the students are {'closer' if closer else 'farther'}{by}{sure}."
+
+
+def chosen(students: Sequence[dict[str, Any]]) -> list[str]:
+    """Say which averages finished students are, by their model.json; nothing where they are simply the last ones."""
+    found = [model for model in students if "selected" in model]
+    if not found:
+        return []
+    first, at = found[0]["selected"], sorted(model["selected"]["step"] for model in found)
+    steps = f"step {at[0]:,}" if at[0] == at[-1] else f"steps {at[0]:,} to {at[-1]:,}"
+    whose = "The student is" if len(found) == 1 else "Every student is"
+    seconds = sum(model["selected"]["seconds"] for model in found)
+    return [
+        f"{whose} the best of {word(first['of'])} averages that were measured while it trained, by {first['metric']} "
+        f"on {first['samples']:,} samples: of {steps} of {found[0]['steps']:,}. A figure flatters what it chose, so "
+        f"the result is measured with other noise. Choosing took {duration(seconds)} beside the training."
+    ]
 
 
 def _cost(facts: Facts) -> list[str]:

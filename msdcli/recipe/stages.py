@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from msdcli.recipe.section import Count, Fraction, NoiseLevel, Positive, Section, Span
 
@@ -53,13 +53,44 @@ class TsmSettings(StageSettings):
     P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
 
 
-class DmSettings(StageSettings):
+class SelectSettings(Section):
+    """The average that measures best becomes the student, and not the last one: measured again and again in training.
+
+    The figure that chooses is flattered by it; `msd fid` measures the finished run with other noise.
+    """
+
+    every: Count = Field(description="steps between two measurements; the last step is measured too")
+    samples: int = Field(2000, ge=2, le=10**7, description="one-step samples of the student that are measured")
+    protocol: Literal["data", "clean", "edm", "legacy-pytorch", "legacy-tensorflow", "clip", "dinov2"] = Field(
+        "data", description="what measures them, as in `msd fid --protocol`; data: the data's own classifier"
+    )
+
+    def count(self, steps: int) -> int:
+        """Return how often a stage of so many steps is measured."""
+        return -(-steps // self.every)
+
+
+class OneStepSettings(StageSettings):
+    """A stage that makes a one-step student."""
+
+    sigma_init: NoiseLevel = Field(2.5, description="noise level at which the student is evaluated, once")
+    select: SelectSettings | None = Field(
+        None, description="keep the best of several averages, by a distance measured in training; absent: the last one"
+    )
+
+    @model_validator(mode="after")
+    def _there_is_something_to_choose(self) -> Self:
+        if self.select is not None and self.select.every >= self.steps:
+            raise ValueError(f"`select.every` {self.select.every} must be below `steps` {self.steps}")
+        return self
+
+
+class DmSettings(OneStepSettings):
     """Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
 
     needs_images: ClassVar[bool] = False
 
     objective: Literal["dm"] = Field("dm", description="distribution matching")
-    sigma_init: NoiseLevel = Field(2.5, description="noise level at which the student is evaluated, once")
     fake_updates: int = Field(5, ge=1, le=1000, description="updates of the fake network per update of the student")
     fake_batch: Literal["fresh", "shared"] = Field(
         "fresh", description="new samples for every update, or one batch for all updates of a step (cheaper)"
@@ -106,7 +137,7 @@ class AdmSettings(DmSettings):
     )
 
 
-class CdSettings(StageSettings):
+class CdSettings(OneStepSettings):
     """Consistency distillation (Song et al. 2023, arXiv 2303.01469; improved as in arXiv 2310.14189)."""
 
     objective: Literal["cd"] = Field("cd", description="consistency distillation")

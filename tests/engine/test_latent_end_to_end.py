@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow]
 STAGES = """
 stages:
   - {objective: dm, steps: 3, batch: 4, fake_updates: 1, log_every: 1, fake_batch: shared}
-  - {objective: adm, steps: 3, batch: 4, fake_updates: 1, log_every: 1, pairs: none, taps: [block_0, block_1]}
+  - {objective: adm, steps: 3, batch: 4, fake_updates: 1, pairs: none, taps: [block_0, block_1],
+     select: {every: 2, samples: 20}}
 evaluation: {samples: 40}
 """
 
@@ -65,6 +66,11 @@ def test_a_latent_teacher_from_pictures_to_a_bundle(msd: Msd, tmp_path: Path) ->
     rows = json.loads(done.stdout)["rows"]
     assert {row["who"] for row in rows} == {"real halves", "teacher", "students"}
     assert all(np.isfinite(list(row["values"].values())).all() for row in rows)
+
+    # Measured while they trained, on pictures too.
+    for k in (0, 1):
+        selected = json.loads((run / f"students/{k}/1-adm/model.json").read_text())["selected"]
+        assert selected["metric"] == "fd_folder" and selected["of"] == 2 and selected["value"] <= selected["last"]
 
     # The report shows what the autoencoder makes, of teacher and students.
     assert msd("report", "runs/latent").returncode == 0

@@ -13,6 +13,7 @@ from msdcli.data import open_data
 from msdcli.diffusion.draws import Source
 from msdcli.engine.checkpoint import TrainState, load_tensors
 from msdcli.engine.distill import Manner, set_learning_rates, train
+from msdcli.engine.select import LAST, Selection
 from msdcli.errors import UserError
 from msdcli.objectives.edm import DenoisingScoreMatching
 from msdcli.recipe.data import DigitsSettings
@@ -23,12 +24,20 @@ DIGITS = open_data(DigitsSettings())
 EVERY_STEP = Manner(checkpoint_seconds=0)
 
 
-def run(folder: Path, settings: EdmSettings, *, dropout: float = 0.2, manner: Manner = EVERY_STEP) -> TrainState:
+def run(
+    folder: Path,
+    settings: EdmSettings,
+    *,
+    dropout: float = 0.2,
+    manner: Manner = EVERY_STEP,
+    selection: Selection = LAST,
+) -> TrainState:
     torch.manual_seed(0)
     network = UNetSettings(channels=4, embedding=8, dropout=dropout)
     net = nets.build(network, shape=(1, 8, 8), num_classes=10, sigma_data=0.5).train()
     goal = DenoisingScoreMatching(settings, net, None)
-    return train(goal, settings, Source(DIGITS, range(10)), folder, key=(0, "t"), what="t", manner=manner)
+    source = Source(DIGITS, range(10))
+    return train(goal, settings, source, folder, key=(0, "t"), what="t", manner=manner, selection=selection)
 
 
 def same(a: TrainState, b: TrainState) -> bool:
