@@ -29,8 +29,10 @@ def sample(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Sample i depends on the seed, i and its class alone.")] = 0,
     format_: Annotated[
-        Literal["grid", "png", "npz", "latents"],
-        typer.Option("--format", help="One picture, a PNG per image, one .npz, or one .npz of undecoded latents."),
+        Literal["grid", "png", "zip", "npz", "latents"],
+        typer.Option(
+            "--format", help="One picture, a folder or a zip of PNGs, one .npz, or one .npz of undecoded latents."
+        ),
     ] = "grid",
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN/samples/... if absent.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 500,

@@ -128,7 +128,11 @@ class Crew:
                 torch.cuda.set_stream(torch.cuda.Stream(on))
 
         synchronize(on)
-        self._threads = {number: ThreadPoolExecutor(1, initializer=begin) for number in rigs}
+        self._threads: dict[int, ThreadPoolExecutor] = {}
+        if len(rigs) == 1:  # in this thread: OpenMP slows a process down that has more threads than there are cores
+            begin()
+        else:
+            self._threads = {number: ThreadPoolExecutor(1, initializer=begin) for number in rigs}
 
     def check(self) -> dict[int, list[float]]:
         """Return the losses of every student's next update by turn; without dropout, whose masks threads share."""
@@ -155,6 +159,10 @@ class Crew:
 
     def _together(self, updates: int) -> dict[int, list[float]]:
         """Train all at once; return the losses of the last update. Raises what the first thread failed with."""
+        if not self._threads:
+            losses = {number: self._train(number, updates) for number in self.rigs}
+            self.step += updates
+            return losses
         asked = {number: pool.submit(self._train, number, updates) for number, pool in self._threads.items()}
         failures = [error for future in asked.values() if (error := future.exception())]
         for error in sorted(failures, key=lambda error: isinstance(error, threading.BrokenBarrierError)):

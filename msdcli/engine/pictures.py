@@ -1,14 +1,16 @@
-"""Samples as files: one picture of many, a folder of PNGs, an .npz."""
+"""Samples as files: one picture of many, a folder or an archive of PNGs, an .npz."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import zipfile
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from msdcli.rundir import building, writing
 
 WAITING = 2000  # images of a GPU that are drawn and not yet on the disk, at most
 
+Done = TypeVar("Done")
 Drawn = Iterable[tuple[Sequence[int], Tensor]]  # numbers, and samples [as many, *shape] on any device
 
 
@@ -86,30 +89,50 @@ def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] |
 def save_pngs(folder: Path, drawn: Drawn, beside: Mapping[str, str]) -> None:
     """Make a folder with one PNG per image, named by its number, and text files `beside` them, by name.
 
-    Images are encoded in as many threads as torch uses, while a GPU draws others. The folder appears when it is
-    complete, in the place of samples that were there before. UserError where something else is there, or for points.
+    The folder appears when it is complete, in the place of samples that were there before. UserError where something
+    else is there, or for points.
     """
     _check_replaceable(folder)
-    waiting: deque[Future[None]] = deque()
-    with building(folder) as place, ThreadPoolExecutor(torch.get_num_threads()) as encoders:
-        for numbers, images in drawn:
-            if not is_picture(images):
-                raise UserError(f"{'points' if images.ndim == 2 else 'latents'} are no pictures", hint="--format npz")
-            pixels = to_uint8(images).cpu().permute(0, 2, 3, 1).numpy()
-            waiting += [
-                encoders.submit(_write_png, place / f"{i:06d}.png", p) for i, p in zip(numbers, pixels, strict=True)
-            ]
-            most = 0 if images.device.type == "cpu" else WAITING  # a CPU's threads would only be in each other's way
-            while len(waiting) > most:
-                waiting.popleft().result()
-        while waiting:
-            waiting.popleft().result()
+    with building(folder) as place:
+
+        def write(name: str, pixels: np.ndarray) -> None:
+            (place / name).write_bytes(_png(pixels))
+
+        deque(_in_threads(write, drawn), maxlen=0)
         for name, text in beside.items():
             (place / name).write_text(text, encoding="utf-8")
 
 
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path, format="PNG")
+def save_zip(path: Path, drawn: Drawn, beside: Mapping[str, str]) -> None:
+    """Write what `save_pngs` does as one archive, EDM's form of a data set; the same samples give the same bytes."""
+    with writing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for name, png in _in_threads(lambda name, pixels: (name, _png(pixels)), drawn):
+            archive.writestr(zipfile.ZipInfo(name), png)  # not compressed again; of 1980, not of now
+        for name, text in beside.items():
+            archive.writestr(zipfile.ZipInfo(name), text)
+
+
+def _in_threads(do: Callable[[str, np.ndarray], Done], drawn: Drawn) -> Iterator[Done]:
+    """Yield `do(name, pixels)` of every image, in order, from as many threads as torch uses, while a GPU draws on."""
+    waiting: deque[Future[Done]] = deque()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for numbers, images in drawn:
+            if not is_picture(images):
+                raise UserError(f"{'points' if images.ndim == 2 else 'latents'} are no pictures", hint="--format npz")
+            pixels = to_uint8(images).cpu().permute(0, 2, 3, 1).numpy()
+            waiting += [pool.submit(do, f"{i:06d}.png", p) for i, p in zip(numbers, pixels, strict=True)]
+            most = 0 if images.device.type == "cpu" else WAITING  # a CPU's threads would only be in each other's way
+            while len(waiting) > most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """Encode [height, width, 1 or 3] uint8."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
+    return file.getvalue()
 
 
 def _check_replaceable(folder: Path) -> None:

@@ -16,7 +16,7 @@ from msdcli.diffusion.draws import noises
 from msdcli.engine import checkpoint
 from msdcli.engine.autoencoder import find, open_autoencoder
 from msdcli.engine.importing import TEXT
-from msdcli.engine.pictures import labels_file, prompts_file, save_grid, save_npz, save_pngs
+from msdcli.engine.pictures import labels_file, prompts_file, save_grid, save_npz, save_pngs, save_zip
 from msdcli.engine.prompts import Desk, desk_of, give, read_prompts
 from msdcli.errors import UserError
 from msdcli.nets.autoencoder import Autoencoder
@@ -24,6 +24,7 @@ from msdcli.partition import Partition
 from msdcli.rundir import RunDir, key, read_json
 
 BUNDLE = "bundle.json"
+SUFFIXES = {"grid": ".png", "png": "", "zip": ".zip", "npz": ".npz", "latents": ".npz"}  # of the formats of samples
 
 
 class Students:
@@ -219,8 +220,7 @@ def default_target(run: Path, format_: str, classes: Sequence[int], seed: int, *
     """Name the samples after what they are."""
     which = "all" if everything else "classes-" + "-".join(map(str, classes))
     name = f"{which}-seed{seed}"
-    suffix = {"grid": ".png", "png": "", "npz": ".npz", "latents": ".latents.npz"}[format_]
-    return run / "samples" / f"{name}{suffix}"
+    return run / "samples" / f"{name}{'.latents' if format_ == 'latents' else ''}{SUFFIXES[format_]}"
 
 
 def texts(given: Sequence[str], file: Path | None, number: int | None) -> list[str]:
@@ -230,15 +230,16 @@ def texts(given: Sequence[str], file: Path | None, number: int | None) -> list[s
 
 
 def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, seed: int, batch: int) -> None:
-    """Sample the conditions `asked` into a file: one picture (a row per condition), a folder of PNGs with labels or
-    prompts, or an .npz of pixels or of latents.
+    """Sample the conditions `asked` into a file: one picture (a row per condition), a folder or a zip of PNGs with
+    labels or prompts, or an .npz of pixels or of latents.
     """
     desk = students.desk
     names = [students.name(c) for c in asked]
-    if format_ == "png":
+    if format_ in ("png", "zip"):
         drawn = students.stream(asked, seed=seed, batch=batch)
         owners = [] if desk is None else [desk.owner_of(c) for c in asked]
-        save_pngs(path, drawn, labels_file(asked) if desk is None else prompts_file(names, owners))
+        save = save_pngs if format_ == "png" else save_zip
+        save(path, drawn, labels_file(asked) if desk is None else prompts_file(names, owners))
         return
     images = students.sample(asked, seed=seed, batch=batch, latents=format_ == "latents")
     if format_ == "grid":
@@ -255,4 +256,4 @@ def prompts_target(run: Path, format_: str, prompts: Sequence[str], seed: int) -
     words = re.sub(r"[^a-z0-9]+", "-", unicodedata.normalize("NFKD", prompts[0].lower()))[:40].strip("-") or "prompt"
     more = f"-and-{len(prompts) - 1}-more" if len(prompts) > 1 else ""
     name = f"{words}{more}-{key(*prompts)[:8]}-seed{seed}{'-latents' if format_ == 'latents' else ''}"
-    return run / "samples" / (name if format_ == "png" else f"{name}.{'png' if format_ == 'grid' else 'npz'}")
+    return run / "samples" / f"{name}{SUFFIXES[format_]}"

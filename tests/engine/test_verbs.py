@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import msdcli
-from msdcli.data.images import to_uint8
+from msdcli.data.images import ImageFiles, to_uint8
 from msdcli.engine import pictures
 from msdcli.errors import UserError
 from tests.conftest import Msd, command, environment
@@ -114,6 +114,18 @@ def test_a_folder_of_samples_replaces_older_samples_and_nothing_else(tmp_path: P
     with pytest.raises(UserError, match=r"thesis\.tex, which is no sample"):
         pictures.save_pngs(folder, [(range(1), two[:1])], {})
     assert (folder / "thesis.tex").read_text() == "precious"
+
+
+def test_a_zip_of_samples_is_a_data_set_with_the_same_bytes_each_time(tmp_path: Path) -> None:
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for name in ("a.zip", "b.zip"):
+        drawn = [((4, 1), images[[4, 1]]), ((0, 2, 3), images[[0, 2, 3]])]
+        pictures.save_zip(tmp_path / name, drawn, pictures.labels_file([7, 8, 7, 8, 9]))
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    source = ImageFiles(tmp_path / "a.zip")
+    assert source.names == [f"{i:06d}.png" for i in range(5)] and source.labels is not None
+    assert source.labels.tolist() == [7, 8, 7, 8, 9]
+    assert (np.stack([source.picture(i) for i in range(5)]) == to_uint8(images).permute(0, 2, 3, 1).numpy()).all()
 
 
 def test_measurement_names_protocol_counts_and_weights(finished: Path) -> None:
