@@ -33,7 +33,8 @@ Module = TypeVar("Module", bound=nn.Module)
 def normalize(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Scale to a root mean square of 1 over `dim`."""
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=torch.float32)
-    scale: Tensor = 1e-4 + norm * math.sqrt(norm.numel() / x.numel())
+    count = math.prod([x.shape[i] for i in ((dim,) if isinstance(dim, int) else dim)])  # a generator does not compile
+    scale: Tensor = 1e-4 + norm * math.sqrt(1 / count)
     return x / scale.to(x.dtype)
 
 
