@@ -89,7 +89,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Da
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
     on = device.resolve(recipe.device)
-    if not hasattr(recipe.stages[-1], "sigma_init"):
+    if not isinstance(recipe.stages[-1], OneStepSettings):
         raise UserError(
             f"what stage {recipe.stages[-1].objective} makes is no one-step student", hint="add a stage: dm"
         )

@@ -23,6 +23,7 @@ from msdcli.engine.distill import new_network
 from msdcli.engine.events import silent
 from msdcli.engine.report_facts import Facts
 from msdcli.errors import UserError
+from msdcli.recipe.stages import OneStepSettings
 
 SIDE = 64  # pixels; larger images are shrunk to it
 COLUMNS, FEWEST_COLUMNS = 8, 4  # images in a row
@@ -210,7 +211,7 @@ class Studio:
 
     def _ages(self, number: int) -> Iterator[tuple[str, Denoiser, float]]:
         """Yield a student's weights as they became, with the noise level of its first one-step stage or of its own."""
-        last = next((s.sigma_init for s in self.recipe.stages if hasattr(s, "sigma_init")), None)
+        last = next((s.sigma_init for s in self.recipe.stages if isinstance(s, OneStepSettings)), None)
         if last is None or self.newest[number] is None:
             return
         with self._noting("The students before training are not drawn"):
@@ -222,9 +223,9 @@ class Studio:
                 break
             with self._noting(f"Student {number} after {stage.objective} is not drawn"):
                 net, description = checkpoint.load_model(folder)
-                one_step = hasattr(stage, "sigma_init")
+                one_step = isinstance(stage, OneStepSettings)
                 label = f"after {stage.objective}, {description['steps']:,} steps"
-                yield label if one_step else f"{label} (no one-step stage)", net, getattr(stage, "sigma_init", last)
+                yield label if one_step else f"{label} (no one-step stage)", net, stage.sigma_init if one_step else last
         else:
             return
         point = watch.newest(self.run, self.recipe, number)

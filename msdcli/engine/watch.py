@@ -17,6 +17,7 @@ from msdcli.engine.fid import Options, Reference, Scene
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.moments import Gaussian
 from msdcli.recipe import Recipe
+from msdcli.recipe.stages import OneStepSettings
 from msdcli.rundir import RunDir, read_json, read_lines, writing
 
 PICTURE = "watch.png"
@@ -68,7 +69,7 @@ def newest(run: RunDir, recipe: Recipe, number: int) -> Point | None:
     """Return the newest weights of a student, or None while there are none that make images in one step."""
     for i, stage in reversed([*enumerate(recipe.stages)]):
         folder = run.stage(number, i, stage.objective)
-        if not hasattr(stage, "sigma_init"):
+        if not isinstance(stage, OneStepSettings):
             continue
         if is_finished(folder, stage):
             return Point(i, read_json(folder / checkpoint.MODEL)["steps"], i == len(recipe.stages) - 1)
