@@ -85,6 +85,16 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
+def distilled(folder: Path, recipe: str) -> Path:
+    """Finish a run of the recipe in this process; return its directory."""
+    from msdcli.cli import app
+
+    (folder / "tiny.yaml").write_text(recipe)
+    done = CliRunner().invoke(app, ["distill", str(folder / "tiny.yaml"), f"run={folder}/runs/tiny"])
+    assert done.exit_code == 0, done.stderr
+    return folder / "runs/tiny"
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run. Read it; do not change it."""

@@ -47,24 +47,24 @@ def recipe(
 
     Needs neither teacher nor data, and writes nothing. On a CPU the batch is cut so that an update takes seconds.
     """
+    from msdcli.engine import bench, bench_students
     from msdcli.recipe import load
 
-    if students is not None:
-        from msdcli.engine import bench_students
-
-        with console.Monitor(quiet=json_) as monitor:
-            result = bench_students.measure(
-                load(recipe, overrides), monitor, students=students, repeats=repeats, batch=batch
-            )
-        _show_students(result, json_)
-        return
-    from msdcli.engine.bench import bench
-
     with console.Monitor(quiet=json_) as monitor:
-        result = bench(load(recipe, overrides), monitor, repeats=repeats, batch=batch)
+        loaded = load(recipe, overrides)
+        if students is None:
+            result = bench.bench(loaded, monitor, repeats=repeats, batch=batch)
+        else:
+            result = bench_students.measure(loaded, monitor, students=students, repeats=repeats, batch=batch)
     if json_:
         console.print_json(result)
-        return
+    elif students is None:
+        _show(result)
+    else:
+        _show_students(result)
+
+
+def _show(result: dict[str, Any]) -> None:
     for stage in result["stages"]:
         _show_stage(stage, result["peak_flops"])
     _show_sampling(result["sampling"])
@@ -93,10 +93,7 @@ def _show_stage(stage: dict[str, Any], peaks: dict[str, float]) -> None:
     console.say(f"bound by {stage['bound_by']}")
 
 
-def _show_students(result: dict[str, Any], json_: bool) -> None:
-    if json_:
-        console.print_json(result)
-        return
+def _show_students(result: dict[str, Any]) -> None:
     for stage in result["stages"]:
         per_cpu = result["device"] == "cpu"
         columns = ["images/s, all together", "times one at a time", *(["per CPU second"] if per_cpu else []), "GiB"]

@@ -22,7 +22,7 @@ from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.ema import EMA
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine import bench_sample, compiling, device, estimate, pipeline, precision
-from msdcli.engine.bench_clock import Clock, peak_flops
+from msdcli.engine.bench_clock import Clock, peak_flops, ratios
 from msdcli.engine.distill import optimizers
 from msdcli.engine.events import Report
 from msdcli.objectives import objective
@@ -258,8 +258,7 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def ratio(plain: list[dict[str, float]], other: list[dict[str, float]], *, of: str = "update") -> dict[str, float]:
     """How many times faster an update is than in plain float32: of the repeats, which were taken in turn."""
-    found = sorted(a[of] / b[of] for a, b in zip(plain, other, strict=True))
-    return {"median": statistics.median(found), "min": found[0], "max": found[-1]}
+    return ratios([row[of] for row in plain], [row[of] for row in other])
 
 
 def meta(net: Denoiser) -> Denoiser:

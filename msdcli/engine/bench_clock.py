@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,3 +71,13 @@ def peak_flops(precision: str, on: torch.device, *, repeats: int = 5) -> float:
     a, b = (torch.randn(n, n, device=on).to(dtype(precision) or torch.float32) for _ in range(2))
     best = min(timed(lambda: a @ b, on) for _ in range(repeats + 1))
     return 2 * n**3 / best
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median, the least and the greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Return the spread of `mine` over `others`, repeat by repeat: they were taken in turn."""
+    return spread([a / b for a, b in zip(mine, others, strict=True)])

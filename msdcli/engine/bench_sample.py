@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine.bench_clock import ratios
 from msdcli.engine.pictures import save_pngs, save_zip
 from msdcli.engine.precision import timed
 from msdcli.engine.sample import Students
@@ -55,7 +56,7 @@ def measure(student: Denoiser, on: torch.device, *, batch: int, repeats: int = 5
     seconds = in_turn(calls, on, repeats)
     for name in seconds.keys() & {"zip", "png"}:
         seconds[name] = [s / many for s in seconds[name]]
-    shares = {name: _share(seconds["bare"], seconds[name]) for name in calls if name not in ("bare", "one")}
+    shares = {name: ratios(seconds["bare"], seconds[name]) for name in calls if name not in ("bare", "one")}
     return {
         "batch": batch,
         "latency_seconds": statistics.median(seconds["one"]),
@@ -73,8 +74,3 @@ def in_turn(calls: dict[str, Callable[[], Any]], on: torch.device, repeats: int)
             if repeat >= 0:
                 seconds[name].append(took)
     return seconds
-
-
-def _share(bare: list[float], other: list[float]) -> dict[str, float]:
-    shares = sorted(b / o for b, o in zip(bare, other, strict=True))
-    return {"median": statistics.median(shares), "min": shares[0], "max": shares[-1]}

@@ -24,6 +24,7 @@ import torch
 from msdcli.data import open_data
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import bench, device, estimate, pipeline
+from msdcli.engine.bench_clock import ratios, spread
 from msdcli.engine.bench_together import Crew, SeededDraws
 from msdcli.engine.events import Report
 from msdcli.errors import WorkerError
@@ -274,15 +275,6 @@ _ORDERS: dict[str, Callable[..., Any]] = {
 def free_bytes(on: torch.device) -> int:
     """Return what is free on a CUDA device, whoever holds the rest; elsewhere 0."""
     return torch.cuda.mem_get_info(on)[0] if on.type == "cuda" else 0
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def ratios(mine: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """Return how many times faster something is: of the repeats, which were taken in turn."""
-    return spread([a / b for a, b in zip(mine, others, strict=True)])
 
 
 def apart(losses: dict[str, dict[int, list[float]]]) -> float:

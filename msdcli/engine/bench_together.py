@@ -176,9 +176,7 @@ class Crew:
         assert isinstance(net, Denoiser)
         try:
             for step in range(self.step, self.step + updates):
-                draws = SeededDraws(
-                    rig.goal.nets[rig.goal.product], rig.stage.batch, self.on, (*self.key, number, step)
-                )
+                draws = SeededDraws(net, rig.stage.batch, self.on, (*self.key, number, step))
                 losses = [rig.turn(names, loss, draws) for names, loss in rig.goal.turns(step)]
                 rig.average()
             synchronize(self.on)

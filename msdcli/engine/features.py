@@ -20,7 +20,7 @@ from msdcli.engine import checkpoint
 from msdcli.engine.autoencoder import Decode
 from msdcli.engine.events import Progress, Report
 from msdcli.engine.pairs import Pairs, labels_for, sample_teacher
-from msdcli.engine.pictures import labels_file, save_pngs
+from msdcli.engine.pictures import Drawn, labels_file, save_pngs
 from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet, ImageBatch, cache_key, collect
 from msdcli.metrics.inception import FeatureNetwork
@@ -30,8 +30,6 @@ from msdcli.rundir import key, lock, writing
 
 FILE = "features.npz"
 STEP = 500  # images of a data set, or samples of the teacher, held at once
-
-Drawn = Iterator[tuple[list[int], Tensor]]  # positions among the classes asked for, samples on the device
 
 
 @dataclass(frozen=True)

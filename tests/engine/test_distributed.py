@@ -20,7 +20,7 @@ from msdcli.engine.distributed import Group, slices
 from msdcli.engine.storage import Stored
 from msdcli.errors import UserError
 from msdcli.rundir import read_lines
-from tests.conftest import TINY, Msd, environment
+from tests.conftest import TINY, Msd, distilled, environment
 from tests.engine import sharded
 
 LINES = {"teacher": "teacher/metrics.jsonl", "student": "students/0/0-adm/metrics.jsonl"}
@@ -87,15 +87,7 @@ def alike(mine: dict[str, Tensor], theirs: dict[str, Tensor], difference: float)
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with every kind of turn, by one process that takes whole batches."""
-    from typer.testing import CliRunner
-
-    from msdcli.cli import app
-
-    folder = tmp_path_factory.mktemp("reference")
-    (folder / "tiny.yaml").write_text(ADM)
-    done = CliRunner().invoke(app, ["distill", str(folder / "tiny.yaml"), f"run={folder}/runs/tiny"])
-    assert done.exit_code == 0, done.stderr
-    return folder / "runs/tiny"
+    return distilled(tmp_path_factory.mktemp("reference"), ADM)
 
 
 @pytest.mark.parametrize("fsdp", ["false", "true"])

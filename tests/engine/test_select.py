@@ -26,7 +26,7 @@ from msdcli.metrics.moments import Moments
 from msdcli.partition import Partition
 from msdcli.recipe.stages import DmSettings, EdmSettings, SelectSettings
 from msdcli.seeds import derive
-from tests.conftest import TINY, Msd
+from tests.conftest import TINY, Msd, distilled
 from tests.engine import test_fid
 from tests.engine.test_distributed import torchrun
 from tests.engine.test_training import DIGITS, run
@@ -202,15 +202,7 @@ def test_measuring_does_not_count_as_training(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that chose. Read it; do not change it."""
-    from typer.testing import CliRunner
-
-    from msdcli.cli import app
-
-    folder = tmp_path_factory.mktemp("chosen")
-    (folder / "tiny.yaml").write_text(CHOOSING)
-    done = CliRunner().invoke(app, ["distill", str(folder / "tiny.yaml"), f"run={folder}/runs/tiny"])
-    assert done.exit_code == 0, done.stderr
-    return folder / "runs/tiny"
+    return distilled(tmp_path_factory.mktemp("chosen"), CHOOSING)
 
 
 def selected(run: Path, student: int = 0, stage: str = "0-dm") -> dict[str, Any]:
