@@ -25,10 +25,10 @@ from msdcli.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from msdcli.engine.events import Report
-    from msdcli.engine.fid import Measurement
-    from msdcli.engine.pipeline import Outcome
+    from msdcli.engine.measure.fid import Measurement
+    from msdcli.engine.pipeline import DistillResult
     from msdcli.engine.sample import Students
+    from msdcli.engine.tracking.events import Report
     from msdcli.recipe import Recipe
 
 __all__ = ["Students", "UserError", "distill", "export", "fid", "load", "sample"]
@@ -42,7 +42,7 @@ def distill(
     only: int | None = None,
     report: bool | Report = False,
     **overrides: Any,
-) -> Outcome:
+) -> DistillResult:
     """Do all that is left of a run, as `msd distill` does; with `only`, one student.
 
     `recipe` is a file, a run directory, the name of a shipped recipe, its content as a dictionary, or a Recipe.
@@ -56,7 +56,7 @@ def distill(
     from msdcli.engine import pipeline
 
     with _reporting(report) as tell:
-        outcome: Outcome = pipeline.distill(loaded, tell, student=only)
+        outcome: DistillResult = pipeline.distill(loaded, tell, student=only)
     return outcome
 
 
@@ -71,7 +71,7 @@ def sample(
     run: Source, classes: Sequence[int | str], *, seed: int = 0, batch: int = 500, device: str = "auto"
 ) -> torch.Tensor:
     """Return one sample per class number or name, float32 [len(classes), *shape], one network evaluation each."""
-    from msdcli.engine.device import resolve
+    from msdcli.engine.distributed.device import resolve
 
     return load(run, resolve(device)).sample(classes, seed=seed, batch=batch)
 
@@ -84,19 +84,19 @@ def fid(
     `fid(run).whole("students")["fd_digits"]`; of pictures `fid(a, b).whole("images")["fid"]`. `options` are the
     command's: protocol, weights, samples, batch, workers, device, bootstrap, infinity, lean, save, groups.
     """
-    from msdcli.engine import fid as engine
+    from msdcli.engine.measure import fid as engine
     from msdcli.rundir import RunDir
 
-    _known(options, engine.Options.__dataclass_fields__, "fid")
+    _known(options, engine.ExportOptions.__dataclass_fields__, "fid")
     if options.get("weights") is not None:
         options["weights"] = Path(options["weights"])
     options["groups"] = tuple(options.get("groups", ()))
-    chosen = engine.Options(reference=None if reference is None else str(reference), **options)
+    chosen = engine.ExportOptions(reference=None if reference is None else str(reference), **options)
     path = Path(images)
     with _reporting(report) as tell:
         if (path / "recipe.yaml").is_file():
             return engine.measure(RunDir(path), tell, chosen)
-        from msdcli.engine import fid_files
+        from msdcli.engine.measure import fid_files
 
         return fid_files.measurement(fid_files.check(path, chosen.reference, chosen), tell)
 
@@ -114,11 +114,12 @@ def export(
     Returns the record: `folder`, `max_difference`, `speed`, and at a lower precision `distance`. `options` are
     precision, aot, max_resident, memory (bytes), bench, samples, license.
     """
-    from msdcli.engine import export as engine
+    from msdcli.engine.export import export as engine
+    from msdcli.engine.export.format import ExportOptions
     from msdcli.rundir import RunDir
 
-    _known(options, engine.Options.__dataclass_fields__, "export")
-    chosen, directory = engine.Options(**options), RunDir(Path(run))
+    _known(options, ExportOptions.__dataclass_fields__, "export")
+    chosen, directory = ExportOptions(**options), RunDir(Path(run))
     with _reporting(report) as tell:
         target = directory.export / engine.folder_name(format, chosen) if out is None else Path(out)
         return engine.export(directory, target, format, options=chosen, report=tell)

@@ -145,3 +145,21 @@ def kmeans(vectors: np.ndarray, num_parts: int, *, seed: int = 0) -> Partition:
     order = sorted(range(num_parts), key=lambda k: int(np.flatnonzero(owner == k)[0]))
     parts = [np.flatnonzero(owner == k).tolist() for k in order]
     return Partition(parts, num, "kmeans", routing.Centres(centres[order], prices[order]))
+
+
+def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
+    """Return the class numbers in `3,7` (numbers, or names of the data's classes). UserError for anything else."""
+    return class_numbers([word.strip() for word in text.split(",")], class_names)
+
+
+def class_numbers(classes: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
+    """Return the numbers of classes that are given by number, by name, or by a number as text."""
+    found = []
+    for c in classes:
+        number = c
+        if isinstance(c, str):
+            number = class_names.index(c) if c in class_names else int(c) if c.isdecimal() else -1
+            if not 0 <= number < len(class_names):
+                raise UserError(f"class {c!r} does not exist: there are {', '.join(class_names[:20])}")
+        found.append(int(number))
+    return found

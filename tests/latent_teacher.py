@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     diffusers = pytest.importorskip("diffusers")
 
-from tests.nets.edm_format import shake
+from tests.nets.edm.edm_format import shake
 
 DIT = {
     "num_attention_heads": 2,

@@ -9,24 +9,11 @@ import typer
 from typer.core import TyperGroup
 
 from msdcli import console, errors
-from msdcli.cli import (
-    bench,
-    distill,
-    docs,
-    export,
-    fid,
-    importing,
-    latents,
-    partition,
-    plot,
-    push,
-    recipes,
-    report,
-    sample,
-    status,
-    sweep,
-    watch,
-)
+from msdcli.cli import docs
+from msdcli.cli.observe import plot, report, status, watch
+from msdcli.cli.prepare import importing, latents, partition, recipes
+from msdcli.cli.results import export, fid, push, sample
+from msdcli.cli.train import bench, distill, sweep
 
 
 class Verbs(TyperGroup):

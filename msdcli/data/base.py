@@ -31,7 +31,7 @@ class Dataset(Protocol):
 
 
 @runtime_checkable
-class Stored(Protocol):
+class StoredImages(Protocol):
     """A data set that keeps its images in a file and in fewer bits, too many perhaps for memory as float32."""
 
     def stored(self, numbers: Sequence[int]) -> Tensor:
@@ -69,7 +69,7 @@ def user_cache() -> Path:
 
 
 @runtime_checkable
-class Texts(Protocol):
+class PromptDataset(Protocol):
     """A data set whose conditions are prompts, and whose rows may be without images."""
 
     prompts: list[str]
@@ -81,7 +81,7 @@ class Texts(Protocol):
 
 def has_images(data: Dataset) -> bool:
     """Whether there are images beside the conditions."""
-    return not isinstance(data, Texts) or data.has_images
+    return not isinstance(data, PromptDataset) or data.has_images
 
 
 PROBES = 64  # images that a fingerprint looks at
@@ -94,7 +94,7 @@ def fingerprint(data: Dataset) -> str:
     """
     data = getattr(data, "pictures", data)
     content = data.labels(range(len(data))).numpy().tobytes()
-    if isinstance(data, Texts):
+    if isinstance(data, PromptDataset):
         content += data.text_hash().encode()
     if has_images(data):
         some = sorted({i * (len(data) - 1) // (PROBES - 1) for i in range(PROBES)})

@@ -1,4 +1,4 @@
-"""Pictures of the user's own: from files as they lie (`Pictures`), or decoded once and memory-mapped (`Decoded`)."""
+"""Pictures of the user's own: from files as they lie (`PictureFiles`), or decoded once (`DecodedPictures`)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from msdcli.data.base import Dataset, to_float
-from msdcli.data.images import ImageArray, ImageFiles, is_there, open_images
+from msdcli.data.images import ImageArray, ImageFiles
+from msdcli.data.opening import is_there, open_images
 from msdcli.data.webdataset import TarFiles
 from msdcli.errors import UserError
 from msdcli.recipe.data import FolderSettings
@@ -32,14 +33,14 @@ SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadPicture:
     """A picture that cannot be used: its name and why."""
 
     name: str
     reason: str
 
 
-class Pictures:
+class PictureFiles:
     """The files as they lie: numbered by name, classed by folder or dataset.json, decoded when asked for."""
 
     def __init__(self, settings: FolderSettings) -> None:
@@ -60,14 +61,14 @@ class Pictures:
     def images(self, numbers: Sequence[int]) -> Tensor:
         return to_float(torch.stack([torch.from_numpy(self._good(n)) for n in numbers]))
 
-    def picture(self, number: int) -> np.ndarray | Bad:
+    def picture(self, number: int) -> np.ndarray | BadPicture:
         """Return image `number`, uint8 [channels, size, size], or why it cannot be used."""
         if self.settings.labels and isinstance(self._source, TarFiles) and number in self._source.unlabelled:
-            return Bad(self.name(number), self._source.unlabelled[number])
+            return BadPicture(self.name(number), self._source.unlabelled[number])
         try:
             return _fitted(self._raw(number), self.settings, self.size)
         except UserError as error:
-            return Bad(self.name(number), error.message)
+            return BadPicture(self.name(number), error.message)
 
     @property
     def names(self) -> list[str]:
@@ -81,7 +82,7 @@ class Pictures:
         """Return the text that comes with image `number` (WebDataset: .txt or .json), if there is one."""
         return self._source.caption(number) if isinstance(self._source, TarFiles) else None
 
-    def decode_all(self, workers: int) -> Iterator[np.ndarray | Bad]:
+    def decode_all(self, workers: int) -> Iterator[np.ndarray | BadPicture]:
         """Yield every image in order; `workers` threads decode ahead."""
         ahead: deque[Any] = deque()
         with ThreadPoolExecutor(workers) as pool:
@@ -104,7 +105,7 @@ class Pictures:
 
     def _good(self, number: int) -> np.ndarray:
         picture = self.picture(number)
-        if isinstance(picture, Bad):
+        if isinstance(picture, BadPicture):
             raise refusal(self.settings, [picture])
         return picture
 
@@ -136,7 +137,7 @@ class Pictures:
                 raise UserError(f"{self.settings.path} holds {found:,} {what}, the recipe expects {wanted:,}")
 
 
-class Decoded:
+class DecodedPictures:
     """The decoded whole: 8-bit pixels memory-mapped from one file, so that all processes of a machine share them."""
 
     def __init__(self, folder: Path) -> None:
@@ -163,7 +164,7 @@ class Decoded:
         return to_float(self.stored(numbers))
 
 
-class Expected:
+class ExpectedPictures:
     """What a recipe says of data that are not here: enough to plan a run."""
 
     def __init__(self, settings: FolderSettings) -> None:
@@ -184,15 +185,15 @@ class Expected:
 def expected(settings: FolderSettings) -> Dataset:
     """Return the data, or, where they are missing and the recipe says enough of them, their stand-in."""
     if is_there(settings.path):
-        return Pictures(settings)
+        return PictureFiles(settings)
     if not (settings.size and settings.classes and settings.count):
         raise UserError(
             f"{settings.path} does not exist", hint="data.size, data.classes and data.count let a plan do without it"
         )
-    return Expected(settings)
+    return ExpectedPictures(settings)
 
 
-def refusal(settings: FolderSettings, bad: Sequence[Bad]) -> UserError:
+def refusal(settings: FolderSettings, bad: Sequence[BadPicture]) -> UserError:
     """The error that lists pictures which cannot be used."""
     lines = [f"  {b.name}: {b.reason.removeprefix(f'{settings.path}: {b.name} ')}" for b in bad[:SHOWN]]
     more = f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""

@@ -6,14 +6,12 @@ its numbers are what people publish. What PIL would silently damage, such as 16 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -167,39 +165,6 @@ class ImageArray:
         return np.asarray(labels, dtype=np.int64)
 
 
-Images = ImageFiles | ImageArray
-
-
-def is_shards(path: Path) -> bool:
-    """Whether a path means WebDataset shards: a .tar, a pattern of them, or a folder of them."""
-    return next(path.glob("*.tar"), None) is not None if path.is_dir() else path.name.endswith((".tar", ".tgz", ".gz"))
-
-
-def is_there(path: str | Path) -> bool:
-    """Whether there is anything at a path; of a pattern of shards, the first one."""
-    if "{" not in str(path) or Path(path).exists():
-        return Path(path).exists()
-    from msdcli.data.webdataset import expand
-
-    return Path(expand(str(path))[0]).exists()
-
-
-def open_images(path: str | Path) -> Images:
-    """Open a folder, a zip, an `.npz` of images, or WebDataset shards."""
-    path = Path(path)
-    if is_shards(path):
-        from msdcli.data.webdataset import TarFiles
-
-        return TarFiles(path)
-    if path.is_dir():
-        return ImageFiles(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist.")
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is neither a folder, a zip nor an npz of images (or it is truncated).")
-    return ImageArray(path) if path.suffix == ".npz" else ImageFiles(path)
-
-
 def decode(content: bytes, name: str) -> np.ndarray:
     """Decode one picture to uint8 RGB [H, W, 3]; `name` is what an error calls it."""
     try:
@@ -219,25 +184,6 @@ def decode(content: bytes, name: str) -> np.ndarray:
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] to 8 bits, by the rounding with which EDM and its successors save PNGs."""
     return (x * 127.5).add_(128).clamp_(0, 255).to(torch.uint8)
-
-
-def content_hash(path: str | Path) -> str:
-    """sha256 of what the images are: of the file, or of a folder's names and files; the key of cached statistics."""
-    path = Path(path)
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    if is_shards(path):
-        from msdcli.data.webdataset import shards
-
-        for shard in shards(path):
-            digest.update(content_hash(shard).encode())
-        return digest.hexdigest()
-    with closing(ImageFiles(path)) as files:
-        for name in [*files.names, *([LABELS_FILE] if files.labels is not None else [])]:
-            digest.update(name.encode() + b"\0" + hashlib.sha256(files._read(name)).digest())
-    return digest.hexdigest()
 
 
 def _is_picture(name: str) -> bool:

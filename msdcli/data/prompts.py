@@ -210,10 +210,10 @@ def expected(settings: PromptsSettings, shape: tuple[int, ...]) -> Dataset:
         return Prompts(read(settings), shape)
     if settings.count is None:
         raise UserError(f"{settings.path} does not exist", hint="data.count lets a plan do without it")
-    return Expected(settings.count, shape)
+    return ExpectedPrompts(settings.count, shape)
 
 
-class Expected:
+class ExpectedPrompts:
     """So many prompts that are not here."""
 
     def __init__(self, count: int, shape: tuple[int, ...]) -> None:

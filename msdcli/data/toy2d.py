@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from msdcli.diffusion.draws import generator
 from msdcli.recipe.data import Toy2dSettings
+from msdcli.seeds import generator
 
 Shape = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (u, v, side) uniform -> x, y in about [-1, 1]
 

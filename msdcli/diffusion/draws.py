@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor
 
-from msdcli.data.base import Stored, to_float
-from msdcli.seeds import derive
+from msdcli.data.base import StoredImages, to_float
+from msdcli.seeds import generator
 
 if TYPE_CHECKING:
     from msdcli.data.base import Dataset
 
 WORTH_A_THREAD = 2**18  # normal numbers that take about a millisecond to draw
-
-
-def generator(*parts: int | str, device: torch.device | str = "cpu") -> Generator:
-    """Return a torch generator seeded with `derive(*parts)`."""
-    return torch.Generator(device).manual_seed(derive(*parts))
 
 
 def image_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -91,7 +86,7 @@ class Source:
         """Return the images at places `index` of the student's part, float32 on the device."""
         if self._images is not None:
             return to_float(self._images[index])
-        assert isinstance(self._data, Stored)
+        assert isinstance(self._data, StoredImages)
         return to_float(self._data.stored(self.numbers[index.cpu()].tolist()).to(self.device))
 
     def pairs_of(self, only_part: bool) -> tuple[Sequence[Tensor], Tensor]:
@@ -110,7 +105,7 @@ def resident(data: Dataset, numbers: Tensor, device: torch.device) -> Tensor | N
     What is stored in a file stays there, memory-mapped, on a CPU, where all processes share it, and on a GPU unless it
     fits into half of the memory that is free.
     """
-    if not isinstance(data, Stored):
+    if not isinstance(data, StoredImages):
         return data.images(numbers.tolist()).to(device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     if not free or len(numbers) * data.stored(numbers[:1].tolist()).nbytes > free // 2:

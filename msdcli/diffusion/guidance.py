@@ -15,7 +15,7 @@ from msdcli.diffusion.denoiser import Denoiser, per_image
 
 NO_CLASS = -1  # a class number that stands for no class
 
-Ask = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # D(x, sigma, condition)
+DenoiserCall = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # D(x, sigma, condition)
 
 
 class Guided(Denoiser):
@@ -84,13 +84,13 @@ def copied(teacher: Denoiser) -> Denoiser:
     return Guided(plain, scale=teacher.scale, interval=teacher.interval, guide=guide)
 
 
-def drawn(teacher: Any, uniform: Callable[[str], Tensor]) -> Ask:
+def drawn(teacher: Any, uniform: Callable[[str], Tensor]) -> DenoiserCall:
     """Return the teacher for one set of images: where it is guided by a range, with a scale of each image's own.
 
     `uniform(purpose)` gives one number in [0, 1) per image, such as `Draws.uniform`.
     """
     if not isinstance(teacher, Guided) or isinstance(teacher.scale, int | float):
-        ask: Ask = teacher
+        ask: DenoiserCall = teacher
         return ask
     scales = teacher.scales(uniform("guidance"))
     return lambda x, sigma, condition: teacher(x, sigma, condition, scales)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.diffusion.draws import Draws
-from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import num_evaluations
-from msdcli.engine.distributed import ALONE, slices
-from msdcli.objectives import objective
+from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
+from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, saved_bytes
+from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
 
@@ -56,37 +54,6 @@ class Estimate:
         return sum(stage.flops for stage in self.stages) + self.selection_flops
 
 
-class MetaDraws(Draws):
-    """Draws of the right shapes and of no numbers: those of one of `passes` equal passes over a batch."""
-
-    def __init__(self, shape: tuple[int, ...], batch: int, passes: int = 1) -> None:
-        self.shape, self.batch, self.part = shape, batch // passes, (0, passes)
-
-    def of_step(self) -> Draws:
-        return self
-
-    def normal(self, purpose: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        return self.numbers(self.batch, self.shape if shape is None else shape)
-
-    def uniform(self, purpose: str) -> Tensor:
-        return torch.empty(self.batch, device="meta")
-
-    def real(self) -> tuple[Tensor, Tensor]:
-        return self.normal("real"), self.labels("data")
-
-    def labels(self, how: str, count: int | None = None) -> Tensor:
-        return torch.empty(count or self.batch, dtype=torch.int64, device="meta")
-
-    def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        count = count // self.part[1] if count else self.batch
-        z = self.numbers(count, self.shape)
-        return z, z.clone(), self.labels("data", count)
-
-    def numbers(self, count: int, shape: tuple[int, ...]) -> Tensor:
-        """Return what stands for unit normal numbers [count, *shape]."""
-        return torch.empty(count, *shape, device="meta")
-
-
 def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser) -> Estimate:
     """Count what a run will cost. `teacher` and `student` are on the meta device; their weights do not matter."""
     forward_teacher, forward_student = forward_flops(teacher), forward_flops(student)
@@ -119,17 +86,17 @@ def stage_cost(
     """Run one step of a stage's turns on the meta device, in passes of at most `micro_batch` images, and count it."""
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    passes = len(slices(stage.batch, getattr(stage, "pair_batch", None), ALONE, micro_batch))
+    passes = len(slices(stage.batch, getattr(stage, "pair_batch", None), SINGLE_PROCESS, micro_batch))
     draws, peak = MetaDraws(student.shape, stage.batch, passes), 0
     with torch.device("meta"):
-        goal = objective(stage.objective)(stage, student, teacher)
+        objective = objective_class(stage.objective)(stage, student, teacher)
     counted: dict[tuple[Any, ...], list[int]] = {}
-    for names, loss in goal.turns(0):
+    for names, loss in objective.turns(0):
         known = counted.setdefault((names, loss.__name__), [])
         if len(known) > 1:  # the first may make what later ones share; from the second on they are alike
             known.append(known[-1])
             continue
-        for name, net in goal.nets.items():
+        for name, net in objective.nets.items():
             net.requires_grad_(name in names)
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             with saved_bytes() as saved:
@@ -140,49 +107,17 @@ def stage_cost(
     return StageCost(
         objective=stage.objective,
         flops=float(sum(map(sum, counted.values())) * passes * stage.steps),
-        state_bytes=_state_bytes(goal.nets, goal.product, teacher),
+        state_bytes=_state_bytes(objective.nets, objective.product, teacher),
         activation_bytes=peak,
     )
 
 
 def _state_bytes(nets: dict[str, nn.Module], product: str, teacher: Denoiser | None) -> int:
     """Learning networks with their optimizers, the moving average, and the frozen teacher."""
-    size = LEARNING_BYTES * sum(count(net) for net in nets.values()) + FROZEN_BYTES * count(nets[product])
-    return size + (FROZEN_BYTES * count(teacher) if teacher is not None else 0)
-
-
-@contextmanager
-def saved_bytes() -> Iterator[dict[int, int]]:
-    """Give the bytes of every storage that is kept for the backward pass, weights aside."""
-    found: dict[int, int] = {}
-    alive: list[Any] = []  # a freed storage's number would be given out again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage._cdata not in found:
-            found[storage._cdata] = storage.nbytes()
-            alive.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
-
-
-@torch.no_grad()
-def forward_flops(net: Denoiser) -> int:
-    """Operations of one evaluation of one image."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    draws = MetaDraws(net.shape, 1)
-    with FlopCounterMode(display=False) as counter:
-        drawn(net, draws.uniform)(draws.normal("x"), draws.uniform("sigma"), draws.labels("data"))
-    total: int = counter.get_total_flops()
-    return total
-
-
-def count(net: nn.Module) -> int:
-    """Parameters of a network."""
-    return sum(parameter.numel() for parameter in net.parameters())
+    size = LEARNING_BYTES * sum(num_parameters(net) for net in nets.values()) + FROZEN_BYTES * num_parameters(
+        nets[product]
+    )
+    return size + (FROZEN_BYTES * num_parameters(teacher) if teacher is not None else 0)
 
 
 def device_hours(flops: float) -> float:

@@ -18,34 +18,24 @@ from typing import Any
 import torch
 
 from msdcli.data.base import Dataset, fingerprint, has_images
-from msdcli.data.images import is_there
+from msdcli.data.opening import is_there
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
-from msdcli.engine import (
-    autoencoder,
-    dataset,
-    device,
-    disk,
-    distributed,
-    estimate,
-    examine,
-    fid,
-    hub,
-    latents,
-    partition,
-    pictures,
-    precision,
-    sample,
-    search,
-    teacher,
-    workers,
-)
-from msdcli.engine.distill import Student, check_stage, distill_student, is_finished, new_network
-from msdcli.engine.distributed import ALONE, Group
-from msdcli.engine.events import Report, silent
-from msdcli.engine.interrupt import preemptible
-from msdcli.engine.loggers import logged
-from msdcli.engine.pairs import Pairs
+from msdcli.engine import estimate, pictures, sample, search
+from msdcli.engine.checkpoints import disk
+from msdcli.engine.distributed import device, workers
+from msdcli.engine.distributed import group as distributed
+from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
+from msdcli.engine.distributed.interrupt import preemptible
+from msdcli.engine.inputs import autoencoder, dataset, hub, latents, partition, teacher
+from msdcli.engine.inputs.pairs import Pairs
+from msdcli.engine.measure import fid
+from msdcli.engine.measure import part_evaluator as examine
+from msdcli.engine.tracking.events import Report, silent
+from msdcli.engine.tracking.loggers import logged
+from msdcli.engine.train import precision
+from msdcli.engine.train.counting import num_parameters
+from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network
 from msdcli.errors import UserError
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
@@ -55,7 +45,7 @@ from msdcli.rundir import RunDir, holder_of, lock, read_json, sweep_temporaries,
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DistillResult:
     """What `distill` did: the run, its measurement (None for prompts, which have no classifier) and picture, both None
     where only some students were asked for, and what is left.
     """
@@ -70,7 +60,7 @@ class Outcome:
         return str(self.run.root)
 
 
-def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Dataset:
+def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGLE_PROCESS) -> Dataset:
     """Build everything once, small and without writing: UserError now is better than after an hour. Return the data.
 
     With `planning`, teacher and data that are not here yet are what the recipe says of them.
@@ -85,7 +75,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Da
     examine.check(recipe, data, group, planning=planning)
     frozen, student = networks_on_meta(recipe, data, planning=planning)
     with torch.device("meta"):
-        goals = [check_stage(stage, student, frozen) for stage in recipe.stages]
+        objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
     on = device.resolve(recipe.device)
@@ -95,7 +85,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: Group = ALONE) -> Da
         )
     if not planning:
         run = RunDir(recipe.run_dir)
-        disk.check(run, disk.needed(run, recipe, goals, device.num_workers(recipe, on)))
+        disk.check(run, disk.needed(run, recipe, objectives, device.num_workers(recipe, on)))
     return data
 
 
@@ -113,61 +103,61 @@ def distill(
     *,
     student: int | None = None,
     worker: bool = False,
-    group: Group = ALONE,
-) -> Outcome:
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> DistillResult:
     """Do all that is left of a run, or only one `student`; a `worker` trains free students and stops there.
 
     The processes of a `group` train every network together; what is not training its leader does. Raises UserError for
     what the user can fix, Interrupted (resumable) on Ctrl-C, Preempted (likewise) on SIGTERM and SIGUSR1.
     """
-    if not group.leads:
+    if not group.is_leader:
         report = silent
     with preemptible():
-        bench = prepare(recipe, report, student=student, worker=worker, group=group)
+        training = prepare(recipe, report, student=student, worker=worker, group=group)
         everyone = range(recipe.partition.students)
         alone = worker or student is not None or group.size > 1
-        num_workers = 1 if alone else device.num_workers(recipe, bench.device)
-        if num_workers > 1 and bench.unfinished(everyone):
-            threads = device.share_of_threads(recipe, bench.device, num_workers)
-            workers.run(bench.run, num_workers, bench.device, report, threads=threads)
+        num_workers = 1 if alone else device.num_workers(recipe, training.device)
+        if num_workers > 1 and training.unfinished(everyone):
+            threads = device.share_of_threads(recipe, training.device, num_workers)
+            workers.run(training.run, num_workers, training.device, report, threads=threads)
         else:
-            bench.train(everyone if student is None else [student], report, skip_held=student is None)
-        done = Outcome(bench.run, None, None, group.say(bench.unfinished(everyone)))
+            training.train(everyone if student is None else [student], report, skip_held=student is None)
+        done = DistillResult(training.run, None, None, group.broadcast(training.unfinished(everyone)))
         if worker or student is not None:
             return done
-        return group.say(finish(bench, done.unfinished, report) if group.leads else done)
+        return group.broadcast(finish(training, done.unfinished, report) if group.is_leader else done)
 
 
-def prepare(recipe: Recipe, report: Report, *, student: int | None, worker: bool, group: Group) -> Bench:
+def prepare(recipe: Recipe, report: Report, *, student: int | None, worker: bool, group: ProcessGroup) -> TrainingRun:
     """Check everything, claim the run directory and provide what students are trained with."""
     data = check(recipe, group=group)
     if student is not None and student >= recipe.partition.students:
         raise UserError(f"student {student} does not exist: there are 0 to {recipe.partition.students - 1}")
     run = RunDir(recipe.run_dir)
-    if not worker and group.leads:
+    if not worker and group.is_leader:
         adopt(run, recipe, data, report)
     told = silent if worker else report
-    data = group.led(lambda: dataset.provide(run, recipe, told))
-    on = device.prepare(recipe) if group.size == 1 else distributed.own_device(recipe.device)
+    data = group.leader_first(lambda: dataset.provide(run, recipe, told))
+    on = device.prepare(recipe) if group.size == 1 else distributed.local_device(recipe.device)
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
-    if not worker and group.leads:
+    if not worker and group.is_leader:
         claim(run, {"data": fingerprint(data), "teacher": teacher_hash})
-    resolved = group.led(lambda: search.resolve(run, recipe, frozen, report))
-    resolved = group.led(lambda: precision.resolve(run, resolved, frozen, on, report))
-    parts = group.led(lambda: provide_partition(run, recipe, data, frozen))
-    return Bench(run, resolved, seen, frozen, Pairs(run, recipe, seen, teacher_hash), parts, on, group)
+    resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report))
+    resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
+    parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen))
+    return TrainingRun(run, resolved, seen, frozen, Pairs(run, recipe, seen, teacher_hash), parts, on, group)
 
 
-def finish(bench: Bench, left: list[int], report: Report) -> Outcome:
+def finish(training: TrainingRun, left: list[int], report: Report) -> DistillResult:
     """Measure a run whose students are all finished. UserError naming those that are not."""
     if left:
-        names = ", ".join(f"student {k} ({holder_of(bench.run.student(k)) or 'nobody is at it'})" for k in left)
+        names = ", ".join(f"student {k} ({holder_of(training.run.student(k)) or 'nobody is at it'})" for k in left)
         raise UserError(
-            f"not all students are finished: {names}", hint=f"msd status {bench.run.root}; the same command goes on"
+            f"not all students are finished: {names}", hint=f"msd status {training.run.root}; the same command goes on"
         )
-    measured = None if bench.recipe.has_prompts else fid.measure(bench.run, report)
-    return Outcome(bench.run, measured, preview(bench), [])
+    measured = None if training.recipe.has_prompts else fid.measure(training.run, report)
+    return DistillResult(training.run, measured, preview(training), [])
 
 
 def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
@@ -211,7 +201,7 @@ def provide_partition(run: RunDir, recipe: Recipe, data: Dataset, frozen: Denois
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrainingRun:
     """Where students are trained: everything that they share; the data are as the teacher sees them."""
 
     run: RunDir
@@ -221,7 +211,7 @@ class Bench:
     pairs: Pairs
     partition: Partition
     device: torch.device
-    group: Group
+    group: ProcessGroup
 
     def folders(self, number: int) -> list[Path]:
         return [self.run.stage(number, i, stage.objective) for i, stage in enumerate(self.recipe.stages)]
@@ -235,11 +225,11 @@ class Bench:
 
         A student that another process holds is left to it, or, without `skip_held`, refused with UserError.
         """
-        for number in self.group.say(self.unfinished(numbers)):
-            if self.group.say(skip_held and holder_of(self.run.student(number)) is not None):
+        for number in self.group.broadcast(self.unfinished(numbers)):
+            if self.group.broadcast(skip_held and holder_of(self.run.student(number)) is not None):
                 continue
-            with self.group.leading(lambda: lock(self.run.student(number), f"student {number}")):  # noqa: B023
-                if self.group.say(self.unfinished([number])):
+            with self.group.while_leader_holds(lambda: lock(self.run.student(number), f"student {number}")):  # noqa: B023
+                if self.group.broadcast(self.unfinished([number])):
                     distill_student(self._student(number, report), report)
 
     def _student(self, number: int, report: Report) -> Student:
@@ -250,28 +240,28 @@ class Bench:
         part = self.partition.parts[number]
         source = Source(self.data, part, pairs=pairs, device=self.device)
 
-        def examiner(stage: OneStepSettings) -> examine.PartExaminer:
-            return examine.PartExaminer(self.run, self.recipe, stage, part, self.device, self.group, report)
+        def evaluator(stage: OneStepSettings) -> examine.PartEvaluator:
+            return examine.PartEvaluator(self.run, self.recipe, stage, part, self.device, self.group, report)
 
         folders = self.folders(number)
-        return Student(number, self.recipe, self.teacher, source, folders, self.device, self.group, examiner)
+        return Student(number, self.recipe, self.teacher, source, folders, self.device, self.group, evaluator)
 
 
-def preview(bench: Bench, *, rows: int = 32, columns: int = 16, points: int = 1000) -> Path:
+def preview(training: TrainingRun, *, rows: int = 32, columns: int = 16, points: int = 1000) -> Path:
     """Draw the teacher's and the students' samples of the first classes, one row a class, to samples/grid.png."""
-    path, data = bench.run.samples / "grid.png", bench.data
+    path, data = training.run.samples / "grid.png", training.data
     classes = list(range(len(data.class_names)))[:rows]
-    if bench.recipe.has_prompts:  # a few of every student
+    if training.recipe.has_prompts:  # a few of every student
         rows, columns = 16, 8
-        each = max(1, rows // len(bench.partition.parts))
-        classes = [c for part in bench.partition.parts for c in part[:each]][:rows]
+        each = max(1, rows // len(training.partition.parts))
+        classes = [c for part in training.partition.parts for c in part[:each]][:rows]
     planar = len(data.shape) == 1
     per_class = points if planar else columns
     asked = [c for c in classes for _ in range(per_class)]
-    mine = sample.load(bench.run.root, bench.device).sample(asked).split(per_class)
-    theirs = bench.pairs.examples(bench.teacher, classes, per_class if planar else columns // 2)
+    mine = sample.load(training.run.root, training.device).sample(asked).split(per_class)
+    theirs = training.pairs.examples(training.teacher, classes, per_class if planar else columns // 2)
     if theirs is not None:
-        decode = autoencoder.decoder(bench.run.teacher, bench.device)
+        decode = autoencoder.decoder(training.run.teacher, training.device)
         theirs = [decode(y).cpu() for y in theirs]
     pictures.save_grid(path, mine, beside=theirs, class_names=[data.class_names[c] for c in classes])
     return path
@@ -288,7 +278,7 @@ def plan(recipe: Recipe) -> list[str]:
         run.check(recipe)
     num = recipe.partition.students
     frozen, student = networks_on_meta(recipe, data, planning=True)
-    sizes = estimate.count(frozen), estimate.count(student)
+    sizes = num_parameters(frozen), num_parameters(student)
     steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
     kinds = "prompts" if recipe.has_prompts else "classes"
     what = "images" if has_images(data) else "rows"

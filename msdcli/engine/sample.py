@@ -13,14 +13,14 @@ from torch import Tensor
 from msdcli.data.prompts import read_lines
 from msdcli.diffusion.denoiser import Denoiser, one_step
 from msdcli.diffusion.draws import noises
-from msdcli.engine import checkpoint
-from msdcli.engine.autoencoder import find, open_autoencoder
-from msdcli.engine.importing import TEXT
+from msdcli.engine.checkpoints.model import is_complete, load_model
+from msdcli.engine.inputs.autoencoder import find, open_autoencoder
+from msdcli.engine.inputs.importing import TEXT
+from msdcli.engine.inputs.prompts import PromptRouter, attach_prompts, prompt_router_of, read_prompts
 from msdcli.engine.pictures import labels_file, prompts_file, save_grid, save_npz, save_pngs, save_zip
-from msdcli.engine.prompts import Desk, desk_of, give, read_prompts
 from msdcli.errors import UserError
-from msdcli.nets.autoencoder import Autoencoder
-from msdcli.partition import Partition
+from msdcli.nets.diffusers.autoencoder import Autoencoder
+from msdcli.partition import Partition, class_numbers
 from msdcli.rundir import RunDir, key, read_json
 
 BUNDLE = "bundle.json"
@@ -32,7 +32,7 @@ class Students:
 
     `autoencoder` is the folder of what makes pictures of their samples, where those are latents. At most `max_resident`
     students stay in memory (all of them if None): the one that was asked least recently goes first. Where conditions
-    are prompts, `desk` gives new ones their number and their student.
+    are prompts, `prompt_router` gives new ones their number and their student.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Students:
         device: torch.device,
         autoencoder: Path | None = None,
         max_resident: int | None = None,
-        desk: Desk | None = None,
+        prompt_router: PromptRouter | None = None,
     ) -> None:
         self.folders = list(folders)
         self.partition = partition
@@ -51,7 +51,7 @@ class Students:
         self.device = device
         self.autoencoder = autoencoder
         self.max_resident = max_resident
-        self.desk = desk
+        self.prompt_router = prompt_router
         self._decoder: Autoencoder | None = None
         self._loaded: dict[int, tuple[Denoiser, float]] = {}
 
@@ -83,22 +83,26 @@ class Students:
 
     def numbers(self, prompts: Sequence[str]) -> list[int]:
         """Return the condition numbers of prompts. UserError where conditions are classes."""
-        if self.desk is None:
+        if self.prompt_router is None:
             raise UserError("these students know classes, not prompts", hint="--classes 3,7 or --all")
-        return self.desk.number(prompts)
+        return self.prompt_router.number(prompts)
 
     def route(self, conditions: Sequence[int]) -> dict[int, list[int]]:
         """Return, for every student that is needed, the positions in `conditions` that it serves."""
-        if self.desk is None:
+        if self.prompt_router is None:
             return self.partition.route(conditions)
         positions: dict[int, list[int]] = {}
         for position, condition in enumerate(conditions):
-            positions.setdefault(self.desk.owner_of(condition), []).append(position)
+            positions.setdefault(self.prompt_router.owner_of(condition), []).append(position)
         return positions
 
     def name(self, condition: int) -> str:
         """Return the name of a class, or the text of a prompt."""
-        return self.class_names[condition] if self.desk is None else self.desk.name(condition, self.class_names)
+        return (
+            self.class_names[condition]
+            if self.prompt_router is None
+            else self.prompt_router.name(condition, self.class_names)
+        )
 
     @torch.no_grad()
     def stream(
@@ -114,7 +118,7 @@ class Students:
         on the device. `numbers` are the samples' own, from 0 on if absent.
         """
         numbers = range(len(classes)) if numbers is None else numbers
-        known = len(self.class_names) if self.desk is None else len(self.desk)
+        known = len(self.class_names) if self.prompt_router is None else len(self.prompt_router)
         if unknown := [c for c in classes if not 0 <= c < known]:
             raise UserError(f"class {unknown[0]} does not exist: there are 0 to {known - 1}")
         turns = [
@@ -146,18 +150,18 @@ class Students:
 
     def put(self, number: int, net: Denoiser, sigma_init: float) -> None:
         """Use this network as student `number`, whatever its folder holds."""
-        self._loaded[number] = give(net.to(self.device), self.desk), sigma_init
+        self._loaded[number] = attach_prompts(net.to(self.device), self.prompt_router), sigma_init
 
     def student(self, number: int) -> tuple[Denoiser, float]:
         """Return student `number` and the noise level that it is evaluated at."""
         if number not in self._loaded:
             folder = self.folders[number]
-            net, description = checkpoint.load_model(folder)
+            net, description = load_model(folder)
             try:
                 sigma_init = float(description["stage"]["sigma_init"])
             except (KeyError, TypeError, ValueError):
                 raise UserError(f"{folder} is not a one-step student: its model.json names no sigma_init") from None
-            self._loaded[number] = give(net.to(self.device), self.desk), sigma_init
+            self._loaded[number] = attach_prompts(net.to(self.device), self.prompt_router), sigma_init
         self._loaded[number] = self._loaded.pop(number)  # the last one asked is the last in line
         while self.max_resident is not None and len(self._loaded) > self.max_resident:
             del self._loaded[next(iter(self._loaded))]
@@ -171,12 +175,14 @@ def load(source: Path | str, device: torch.device | str = "cpu") -> Students:
         partition = Partition.load(root / "partition.json")
         folders = [root / "students" / str(k) for k in range(len(partition.parts))]
         record = read_json(root / BUNDLE)
-        desk = None
+        prompt_router = None
         if "embeddings" in record:
-            desk = Desk(root / TEXT, partition, store=None, device=device, dtype=record["embeddings"])
-        return Students(folders, partition, list(record["class_names"]), device, find(root), desk=desk)
+            prompt_router = PromptRouter(root / TEXT, partition, store=None, device=device, dtype=record["embeddings"])
+        return Students(
+            folders, partition, list(record["class_names"]), device, find(root), prompt_router=prompt_router
+        )
     students = of_run(RunDir(root), device)
-    if waiting := [str(k) for k, folder in enumerate(students.folders) if not checkpoint.is_complete(folder)]:
+    if waiting := [str(k) for k, folder in enumerate(students.folders) if not is_complete(folder)]:
         raise UserError(
             f"{root}: student {', '.join(waiting[:8])} is not finished", hint=f"`msd distill {root}` continues the run"
         )
@@ -190,30 +196,12 @@ def of_run(run: RunDir, device: torch.device) -> Students:
     number, last = len(recipe.stages) - 1, recipe.stages[-1]
     folders = [run.stage(k, number, last.objective) for k in range(len(partition.parts))]
     autoencoder = find(run.teacher)
-    if (desk := desk_of(run, partition, device)) is not None:
-        return Students(folders, partition, read_prompts(run.prompts), device, autoencoder, desk=desk)
+    if (prompt_router := prompt_router_of(run, partition, device)) is not None:
+        return Students(folders, partition, read_prompts(run.prompts), device, autoencoder, prompt_router=prompt_router)
     return Students(folders, partition, read_json(run.record_file)["class_names"], device, autoencoder)
 
 
 # What is asked for, and where it is written.
-
-
-def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
-    """Return the class numbers in `3,7` (numbers, or names of the data's classes). UserError for anything else."""
-    return class_numbers([word.strip() for word in text.split(",")], class_names)
-
-
-def class_numbers(classes: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
-    """Return the numbers of classes that are given by number, by name, or by a number as text."""
-    found = []
-    for c in classes:
-        number = c
-        if isinstance(c, str):
-            number = class_names.index(c) if c in class_names else int(c) if c.isdecimal() else -1
-            if not 0 <= number < len(class_names):
-                raise UserError(f"class {c!r} does not exist: there are {', '.join(class_names[:20])}")
-        found.append(int(number))
-    return found
 
 
 def default_target(run: Path, format_: str, classes: Sequence[int], seed: int, *, everything: bool) -> Path:
@@ -233,13 +221,13 @@ def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, 
     """Sample the conditions `asked` into a file: one picture (a row per condition), a folder or a zip of PNGs with
     labels or prompts, or an .npz of pixels or of latents.
     """
-    desk = students.desk
+    prompt_router = students.prompt_router
     names = [students.name(c) for c in asked]
     if format_ in ("png", "zip"):
         drawn = students.stream(asked, seed=seed, batch=batch)
-        owners = [] if desk is None else [desk.owner_of(c) for c in asked]
+        owners = [] if prompt_router is None else [prompt_router.owner_of(c) for c in asked]
         save = save_pngs if format_ == "png" else save_zip
-        save(path, drawn, labels_file(asked) if desk is None else prompts_file(names, owners))
+        save(path, drawn, labels_file(asked) if prompt_router is None else prompts_file(names, owners))
         return
     images = students.sample(asked, seed=seed, batch=batch, latents=format_ == "latents")
     if format_ == "grid":
@@ -248,7 +236,7 @@ def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, 
             rows.setdefault(condition, []).append(position)
         save_grid(path, [images[at] for at in rows.values()], class_names=[students.name(c) for c in rows])
     else:
-        save_npz(path, images, asked if desk is None else names, pixels=format_ == "npz")
+        save_npz(path, images, asked if prompt_router is None else names, pixels=format_ == "npz")
 
 
 def prompts_target(run: Path, format_: str, prompts: Sequence[str], seed: int) -> Path:

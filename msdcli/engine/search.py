@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine.events import Report
+from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, StudentSettings
 from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from msdcli.engine import pipeline
-from msdcli.engine.accounting import costs
-from msdcli.engine.events import Report
+from msdcli.engine.tracking.accounting import costs
+from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
 from msdcli.rundir import RunDir, read_json, write_text, writing
 from msdcli.sweep import Cell, Sweep
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """One line of the table: every figure of every seed that is done, by name."""
 
     label: str
@@ -54,9 +54,9 @@ def _result(cell: Cell) -> dict[str, Any] | None:
     return read_json(found[0]) if found else None
 
 
-def lines(sweep: Sweep) -> list[Line]:
+def lines(sweep: Sweep) -> list[TableRow]:
     """Return what is done, line by line; the first line is the teacher's."""
-    table, metric = list[Line](), None
+    table, metric = list[TableRow](), None
     for label in sweep.labels:
         done = [(cell, result) for cell in sweep.cells if cell.label == label and (result := _result(cell))]
         if not done:
@@ -65,13 +65,13 @@ def lines(sweep: Sweep) -> list[Line]:
         figures = [_whole(result, "students") | _cost(RunDir(cell.recipe.run_dir)) for cell, result in done]
         names = figures[0].keys()
         by_name = {name: [f[name] for f in figures] for name in names}
-        table.append(Line(label, [cell.seed for cell, _ in done], done[0][1]["samples"], by_name))
+        table.append(TableRow(label, [cell.seed for cell, _ in done], done[0][1]["samples"], by_name))
     if metric is None:
         raise UserError(f"{sweep.folder}: no run of this sweep is finished", hint=f"msd sweep {sweep.name}")
     return [*_teachers(sweep), *table]
 
 
-def _teachers(sweep: Sweep) -> list[Line]:
+def _teachers(sweep: Sweep) -> list[TableRow]:
     """One line for the teachers of the sweep, one value per distinct teacher."""
     found = {}
     for cell in sweep.cells:
@@ -79,7 +79,7 @@ def _teachers(sweep: Sweep) -> list[Line]:
             found[result["teacher_sha256"]] = (cell.seed, _whole(result, "teacher"), result["samples"])
     figures = [values for _, values, _ in found.values()]
     by_name = {name: [f[name] for f in figures] for name in figures[0]}
-    return [Line("teacher", [seed for seed, _, _ in found.values()], next(iter(found.values()))[2], by_name)]
+    return [TableRow("teacher", [seed for seed, _, _ in found.values()], next(iter(found.values()))[2], by_name)]
 
 
 def _whole(result: dict[str, Any], who: str) -> dict[str, float]:
@@ -92,7 +92,7 @@ def _cost(run_dir: RunDir) -> dict[str, float]:
     return {"student seconds": total["seconds"], "student FLOP": total["flops"]}
 
 
-def summary(table: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+def summary(table: Sequence[TableRow]) -> tuple[list[str], list[list[str]]]:
     """Return column names and rows, mean ± standard deviation over seeds; the CSV has the figures left out here."""
     names = [n for n in dict.fromkeys(n for line in table for n in line.figures) if n not in ("kid", "density")]
     rows = [
@@ -101,7 +101,7 @@ def summary(table: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     return ["", "seeds", "samples", *names], rows
 
 
-def _shown(line: Line, name: str) -> str:
+def _shown(line: TableRow, name: str) -> str:
     if name not in line.figures:
         return ""
     spread = f" ± {_short(line.spread(name))}" if len(line.seeds) > 1 else ""
@@ -112,7 +112,7 @@ def _short(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1e4 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.4f}"
 
 
-def write(sweep: Sweep, table: Sequence[Line]) -> list[Path]:
+def write(sweep: Sweep, table: Sequence[TableRow]) -> list[Path]:
     """Write table.md, table.csv (one row per run) and table.png into the sweep's folder; return their paths."""
     paths = [sweep.folder / name for name in ("table.md", "table.csv", "table.png")]
     columns, rows = summary(table)
@@ -123,7 +123,7 @@ def write(sweep: Sweep, table: Sequence[Line]) -> list[Path]:
     return paths
 
 
-def _csv(table: Sequence[Line]) -> str:
+def _csv(table: Sequence[TableRow]) -> str:
     names = list(dict.fromkeys(name for line in table for name in line.figures))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -134,7 +134,7 @@ def _csv(table: Sequence[Line]) -> str:
     return text.getvalue()
 
 
-def _draw(path: Path, title: str, table: Sequence[Line]) -> None:
+def _draw(path: Path, title: str, table: Sequence[TableRow]) -> None:
     """Draw the first figure of every line: each seed a dot, the mean a bar, the teacher a broken line."""
     from matplotlib.figure import Figure
 

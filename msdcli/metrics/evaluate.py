@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from msdcli.data.images import WHOLE, ImageArray, ImageFiles, Images, Share, content_hash, open_images
+from msdcli.data.images import WHOLE, ImageArray, ImageFiles, Share
+from msdcli.data.opening import Images, content_hash, open_images
 from msdcli.errors import UserError
 from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_infinity
 from msdcli.metrics.inception import FeatureNetwork, open_network

@@ -8,7 +8,8 @@ import torch
 
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.errors import UserError
-from msdcli.nets import diffusers_import, edm_import
+from msdcli.nets.diffusers.building import build_diffusers
+from msdcli.nets.edm import importing as edm_import
 from msdcli.nets.mlp import MLP
 from msdcli.nets.unet import UNet
 from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings, MLPSettings
@@ -25,7 +26,7 @@ def build(settings: NetworkSettings, *, shape: tuple[int, ...], num_classes: int
     if isinstance(settings, EdmNetworkSettings):
         return _edm(settings, shape, num_classes, sigma_data)
     if isinstance(settings, DiffusersNetworkSettings):
-        built = diffusers_import.build_diffusers(settings)
+        built = build_diffusers(settings)
         if (built.shape, built.num_classes) != (tuple(shape), num_classes):
             raise UserError(f"network kind 'diffusers' makes {list(built.shape)} in {built.num_classes} classes")
         return built

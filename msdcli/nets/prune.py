@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.errors import UserError
+from msdcli.nets.edm.unet_taps import TappedUNet
 from msdcli.nets.unet import Attention, ResidualBlock
-from msdcli.nets.unet_taps import TappedUNet
 
 Parts = dict[str, list[tuple[int, ...]]]  # parameter -> for each of its dimensions the sizes it is put together from
 

@@ -5,7 +5,7 @@ import importlib
 from msdcli.objectives.base import Objective
 
 
-def objective(name: str) -> type[Objective]:
+def objective_class(name: str) -> type[Objective]:
     """Return the objective that `objectives/<name>.py` defines."""
     module = importlib.import_module(f"msdcli.objectives.{name}")
     return next(

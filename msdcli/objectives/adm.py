@@ -26,9 +26,9 @@ class AdversarialDistributionMatching(DistributionMatching):
     def __init__(self, settings: AdmSettings, student: d.Denoiser, teacher: d.Denoiser) -> None:
         super().__init__(settings, student, teacher)
         self.settings: AdmSettings = settings
-        self.eyes = self.fake if settings.features == "fake" else teacher
-        self.taps = settings.taps or self.eyes.taps[-1:]
-        self.head = Discriminator(self.eyes, self.taps)
+        self.feature_network = self.fake if settings.features == "fake" else teacher
+        self.taps = settings.taps or self.feature_network.taps[-1:]
+        self.head = Discriminator(self.feature_network, self.taps)
         self.nets["head"] = self.head
 
     def turns(self, step: int) -> Iterator[Turn]:
@@ -66,5 +66,5 @@ class AdversarialDistributionMatching(DistributionMatching):
 
     def logits(self, x: Tensor, sigma: Tensor, c: Tensor) -> Tensor:
         """Return the discriminator's logit of each noisy image [batch]."""
-        logit: Tensor = self.head(self.eyes.features(x, sigma, c, self.taps))
+        logit: Tensor = self.head(self.feature_network.features(x, sigma, c, self.taps))
         return logit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
-from msdcli.diffusion.guidance import Ask, drawn
+from msdcli.diffusion.guidance import DenoiserCall, drawn
 from msdcli.objectives.base import Objective, Turn
 from msdcli.recipe.stages import CdSettings
 
@@ -44,7 +44,7 @@ class ConsistencyDistillation(Objective):
         edge = 0.00054 * y[0].numel() ** 0.5  # the paper's c
         return ((squared + edge**2).sqrt() - edge) / (sigma - sigma_next)
 
-    def heun_step(self, teacher: Ask, x: Tensor, sigma: Tensor, sigma_next: Tensor, c: Tensor) -> Tensor:
+    def heun_step(self, teacher: DenoiserCall, x: Tensor, sigma: Tensor, sigma_next: Tensor, c: Tensor) -> Tensor:
         """Go one step down the teacher's probability-flow ODE (EDM's Algorithm 1)."""
         s, s_next = d.per_image(sigma, x), d.per_image(sigma_next, x)
         slope = (x - teacher(x, sigma, c)) / s

@@ -15,9 +15,9 @@ from PIL import Image
 
 from msdcli.data import open_data
 from msdcli.data.base import to_float
-from msdcli.data.folder import RECORD, Decoded
+from msdcli.data.folder import RECORD, DecodedPictures
 from msdcli.diffusion.draws import Draws, Source
-from msdcli.engine import dataset
+from msdcli.engine.inputs import dataset
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, load
 from msdcli.recipe.data import FolderSettings
@@ -55,10 +55,10 @@ def make_zip(path: Path, labels: Any = (2, 0, 1, 0)) -> Path:
     return path
 
 
-def provided(tmp_path: Path, said: list[Any], **settings: Any) -> Decoded:
+def provided(tmp_path: Path, said: list[Any], **settings: Any) -> DecodedPictures:
     recipe = load_recipe(tmp_path, **settings)
     data = dataset.provide(RunDir(tmp_path / "runs/x"), recipe, said.append)
-    assert isinstance(data, Decoded)
+    assert isinstance(data, DecodedPictures)
     return data
 
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from msdcli.data.images import ImageArray, content_hash, decode, open_images, to_uint8
+from msdcli.data.images import ImageArray, decode, to_uint8
+from msdcli.data.opening import content_hash, open_images
 from msdcli.errors import UserError
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from msdcli.data import open_data
-from msdcli.data.images import content_hash, open_images
+from msdcli.data.opening import content_hash, open_images
 from msdcli.data.webdataset import expand
 from msdcli.errors import UserError
 from msdcli.recipe.data import FolderSettings

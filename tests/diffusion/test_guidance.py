@@ -18,7 +18,7 @@ from msdcli.recipe.data import Toy2dSettings
 from msdcli.recipe.networks import EdmNetworkSettings, MLPSettings, UNetSettings
 from msdcli.rundir import RunDir
 from tests.conftest import TINY, Msd
-from tests.nets.edm_format import shake
+from tests.nets.edm.edm_format import shake
 
 STAGES = ("0-tsm", "1-dm")
 KINDS = [
@@ -90,7 +90,7 @@ def test_a_range_gives_every_image_a_scale_of_its_own() -> None:
 
 
 def test_a_pair_has_one_scale_by_its_seed_and_number(tmp_path: Path) -> None:
-    from msdcli.engine.pairs import Pairs, sample_teacher
+    from msdcli.engine.inputs.pairs import Pairs, sample_teacher
 
     (tmp_path / "tiny.yaml").write_text(TINY)
     recipe = load(tmp_path / "tiny.yaml", ["pairs.seed=3"])

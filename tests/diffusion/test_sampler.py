@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from msdcli.data.toy2d import Toy2d
-from msdcli.diffusion.draws import Draws, Source, generator, image_noise, noises
+from msdcli.diffusion.draws import Draws, Source, image_noise, noises
 from msdcli.diffusion.ema import EMA
 from msdcli.diffusion.sampler import num_evaluations, solve
 from msdcli.recipe.data import Toy2dSettings
+from msdcli.seeds import generator
 from tests.gaussians import GaussianDenoiser
 
 MEAN, VARIANCE = torch.tensor([0.3, -0.2]), torch.tensor([0.25, 0.5])

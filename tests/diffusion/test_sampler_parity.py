@@ -17,9 +17,9 @@ with warnings.catch_warnings():
 
 from msdcli import nets
 from msdcli.diffusion.sampler import dpmpp_2m, heun, solve
-from msdcli.engine import importing
+from msdcli.engine.inputs import importing
 from msdcli.recipe.networks import UNetSettings
-from tests.nets.edm_format import shake
+from tests.nets.edm.edm_format import shake
 
 pytestmark = pytest.mark.filterwarnings("default")
 

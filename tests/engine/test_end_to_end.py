@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import msdcli
-from msdcli.engine import checkpoint
+from msdcli.engine.checkpoints.model import load_model
 from tests.conftest import Msd
 from tests.data.test_folder import encoded, make_zip, picture
-from tests.engine.test_importing import pickled
+from tests.engine.inputs.test_importing import pickled
 
 RECIPE = """
 name: own
@@ -52,7 +52,7 @@ def test_a_pickle_is_distilled_sampled_measured_and_exported(
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)["measurement"]
     assert {"teacher", "students"} <= {row["who"] for row in result["rows"]}
-    student, _ = checkpoint.load_model(tmp_path / "runs/own/students/0/1-dm")
+    student, _ = load_model(tmp_path / "runs/own/students/0/1-dm")
     assert student.settings.arguments["model_channels"] == int(16 * width)
 
     assert msd("sample", "runs/own", "--all", "-n", "6", "--format", "npz", "--out", "s.npz").returncode == 0

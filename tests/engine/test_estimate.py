@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from msdcli.engine import estimate, pipeline
+from msdcli.engine.train.counting import forward_flops, saved_bytes
 from msdcli.recipe import load, shipped
 from tests.conftest import Msd
 
@@ -44,7 +45,7 @@ def test_attention_is_counted_on_the_meta_device_as_on_the_cpu() -> None:
     settings = EdmNetworkSettings(arguments={"model_channels": 64, "channel_mult": [1], "attn_resolutions": [8]})
     options = {"shape": (3, 8, 8), "num_classes": 4, "sigma_data": 0.5}
     with torch.device("meta"):
-        counted = estimate.forward_flops(nets.build(settings, **options))
+        counted = forward_flops(nets.build(settings, **options))
     net = nets.build(settings, **options)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, 3, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.int64))
@@ -54,7 +55,7 @@ def test_attention_is_counted_on_the_meta_device_as_on_the_cpu() -> None:
 def test_saved_bytes_are_those_of_the_activations() -> None:
     with torch.device("meta"):
         net = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Sigmoid())
-        with estimate.saved_bytes() as saved:
+        with saved_bytes() as saved:
             net(torch.empty(7, 3))
     assert sum(saved.values()) == 4 * (7 * 3 + 7 * 5)  # the layer's input and the sigmoid's output
 

@@ -13,7 +13,7 @@ from PIL import Image
 import msdcli
 from msdcli.data.images import to_uint8
 from msdcli.data.latents import RECORD
-from msdcli.engine import checkpoint
+from msdcli.engine.checkpoints.model import load_model
 from tests.conftest import Msd
 from tests.latent_teacher import RECIPE, latent_pipeline, picture_folder
 
@@ -58,7 +58,7 @@ def test_a_latent_teacher_from_pictures_to_a_bundle(msd: Msd, tmp_path: Path) ->
     wanted = to_uint8(vae.decode(z / 0.6).sample).permute(0, 2, 3, 1).numpy().astype(int)
     drawn = np.stack([np.asarray(Image.open(f)) for f in sorted((tmp_path / "drawn").glob("*.png"))]).astype(int)
     assert np.abs(drawn - wanted).max() <= 1, "one step of rounding at most"
-    assert checkpoint.load_model(students.folders[1])[0].shape == (4, 4, 4)
+    assert load_model(students.folders[1])[0].shape == (4, 4, 4)
 
     # Measured on pictures.
     done = msd("fid", "runs/latent", "--json")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from msdcli.data.images import open_images
+from msdcli.data.opening import open_images
 from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet, cache_key, collect, evaluate, open_reference
 from msdcli.metrics.frechet import frechet_distance

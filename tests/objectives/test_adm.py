@@ -50,12 +50,12 @@ def test_the_discriminator_approaches_the_true_log_ratio() -> None:
     """At its optimum the logit is log p_real(x) / p_generated(x), both diffused by the same noise."""
     torch.manual_seed(0)
     settings = AdmSettings(features="teacher", pairs="none", head_weight=1.0, gan_span=[0.4, 0.401])
-    goal = AdversarialDistributionMatching(settings, Shift(GENERATED, VAR), Seeing(REAL, VAR))
-    goal.head.double()
-    source, optimizer = Source(Cloud(), [0]), torch.optim.Adam(goal.head.parameters(), 5e-3)
+    objective = AdversarialDistributionMatching(settings, Shift(GENERATED, VAR), Seeing(REAL, VAR))
+    objective.head.double()
+    source, optimizer = Source(Cloud(), [0]), torch.optim.Adam(objective.head.parameters(), 5e-3)
     for step in range(600):
-        goal._batches = {}
-        goal.fake_loss(Draws(source, 512, ("test", step), 0)).mean().backward()
+        objective._batches = {}
+        objective.fake_loss(Draws(source, 512, ("test", step), 0)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -63,7 +63,7 @@ def test_the_discriminator_approaches_the_true_log_ratio() -> None:
     x = (REAL + GENERATED).double() / 2 + 0.6 * torch.randn(500, 2, generator=torch.Generator().manual_seed(1)).double()
     variance = (VAR + sigma**2).double()
     wanted = ((x - GENERATED).square() / variance - (x - REAL).square() / variance).sum(1) / 2
-    logit = goal.logits(x, sigma.expand(500), torch.zeros(500, dtype=torch.int64)).detach()
+    logit = objective.logits(x, sigma.expand(500), torch.zeros(500, dtype=torch.int64)).detach()
     assert (logit - wanted).abs().mean() < 0.1 * wanted.abs().mean()
 
 
@@ -96,24 +96,24 @@ class Pictures(Cloud):
 @pytest.mark.parametrize("gan_noise", ["own", "shared"])
 @pytest.mark.parametrize(("features", "encoder_learns"), [("fake", True), ("teacher", False)])
 def test_both_published_forms_train_what_they_say(features: str, encoder_learns: bool, gan_noise: str) -> None:
-    goal = unet_goal(features=features, gan_noise=gan_noise, taps=["8x8_0", "middle"])
-    assert len(goal.head.heads) == 2
+    objective = unet_goal(features=features, gan_noise=gan_noise, taps=["8x8_0", "middle"])
+    assert len(objective.head.heads) == 2
     draws = Draws(Source(Pictures(), [3, 4]), 6, ("test",), 0)
-    goal.fake.requires_grad_(True)  # as the loop does when it is the fake network's turn
-    _, c = goal.fake_batch(draws)
+    objective.fake.requires_grad_(True)  # as the loop does when it is the fake network's turn
+    _, c = objective.fake_batch(draws)
     y_real, _ = draws.real()
-    logit = goal.logits(*goal.see(y_real, draws, "real"), c)
+    logit = objective.logits(*objective.see(y_real, draws, "real"), c)
     (-logit).mean().backward()
-    encoder = [p.grad for p in goal.fake.net.encoder.parameters()]
+    encoder = [p.grad for p in objective.fake.net.encoder.parameters()]
     assert any(g is not None and g.abs().sum() > 0 for g in encoder) == encoder_learns
-    assert all(p.grad is not None for p in goal.head.parameters())
-    assert all(p.grad is None for p in goal.teacher.parameters())
+    assert all(p.grad is not None for p in objective.head.parameters())
+    assert all(p.grad is None for p in objective.teacher.parameters())
 
-    goal.student.zero_grad()
-    loss = goal.student_loss(draws)
+    objective.student.zero_grad()
+    loss = objective.student_loss(draws)
     assert loss.shape == (6,)
     without = unet_goal(features=features, gan_noise=gan_noise, taps=["8x8_0", "middle"])
-    without.settings = goal.settings.model_copy(update={"gan_weight": 0.0})
+    without.settings = objective.settings.model_copy(update={"gan_weight": 0.0})
     assert not torch.equal(loss, without.student_loss(draws)), "the GAN term is part of the student's loss"
 
 

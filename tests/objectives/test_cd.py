@@ -25,9 +25,11 @@ class Consistency(nn.Module):
 
 
 def loss_of(student: nn.Module, levels: int) -> float:
-    goal = ConsistencyDistillation(CdSettings(levels=levels, sigma_init=10.0), student, GaussianDenoiser(REAL, VAR))
+    objective = ConsistencyDistillation(
+        CdSettings(levels=levels, sigma_init=10.0), student, GaussianDenoiser(REAL, VAR)
+    )
     draws = Draws(Source(Cloud(), [0]), 4096, ("test",), 0)
-    return goal.loss(draws).mean().item()
+    return objective.loss(draws).mean().item()
 
 
 def test_the_true_consistency_function_has_no_loss_but_the_solvers() -> None:
@@ -38,11 +40,11 @@ def test_the_true_consistency_function_has_no_loss_but_the_solvers() -> None:
 
 def test_training_finds_it() -> None:
     student = Consistency(torch.zeros(2), torch.tensor([1.0, 0.1]))
-    goal = ConsistencyDistillation(CdSettings(levels=40, sigma_init=10.0), student, GaussianDenoiser(REAL, VAR))
+    objective = ConsistencyDistillation(CdSettings(levels=40, sigma_init=10.0), student, GaussianDenoiser(REAL, VAR))
     optimizer = torch.optim.Adam(student.parameters(), 0.02)
     source = Source(Cloud(), [0])
     for step in range(500):
-        for _, loss in goal.turns(step):
+        for _, loss in objective.turns(step):
             loss(Draws(source, 256, ("test", step), 0)).mean().backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -67,25 +67,25 @@ def test_alternating_turns_bring_the_student_to_the_teacher(fake_batch: str) -> 
     """The fake network follows the student, and the student's mean moves to the teacher's, by the loop's own turns."""
     student = Shift(MEAN_Q, VAR)
     settings = DmSettings(pairs="none", sigma_span=[0.1, 0.7], fake_batch=fake_batch, batch=256)
-    goal = DistributionMatching(settings, student, GaussianDenoiser(MEAN_P, VAR))
+    objective = DistributionMatching(settings, student, GaussianDenoiser(MEAN_P, VAR))
     optimizers = {
-        "fake": torch.optim.SGD(goal.fake.parameters(), 0.05),
+        "fake": torch.optim.SGD(objective.fake.parameters(), 0.05),
         "student": torch.optim.Adam(student.parameters(), 0.05),
     }
     source = Source(Points(), [0])
     for step in range(150):
-        for turn, (names, loss) in enumerate(goal.turns(step)):
+        for turn, (names, loss) in enumerate(objective.turns(step)):
             loss(Draws(source, 256, ("test", step), turn)).mean().backward()
             for name in names:
                 optimizers[name].step()
                 optimizers[name].zero_grad()
-    assert goal.nets["student"] is student
+    assert objective.nets["student"] is student
     torch.testing.assert_close(student.mean.detach(), MEAN_P.double(), atol=0.08, rtol=0)
 
 
 def test_turns_are_the_papers_order() -> None:
-    goal = DistributionMatching(DmSettings(fake_updates=3), Shift(MEAN_Q, VAR), GaussianDenoiser(MEAN_P, VAR))
-    assert [names for names, _ in goal.turns(0)] == [("fake",)] * 3 + [("student",)]
+    objective = DistributionMatching(DmSettings(fake_updates=3), Shift(MEAN_Q, VAR), GaussianDenoiser(MEAN_P, VAR))
+    assert [names for names, _ in objective.turns(0)] == [("fake",)] * 3 + [("student",)]
 
 
 def test_fake_weight_is_a_switch() -> None:
@@ -93,8 +93,8 @@ def test_fake_weight_is_a_switch() -> None:
     losses = {}
     for weight in ("dmd2", "none"):
         settings = DmSettings(fake_weight=weight, sigma_span=[0.4, 0.5])
-        goal = DistributionMatching(settings, Shift(MEAN_Q, VAR), GaussianDenoiser(MEAN_P, VAR))
-        losses[weight] = goal.fake_loss(draws)
+        objective = DistributionMatching(settings, Shift(MEAN_Q, VAR), GaussianDenoiser(MEAN_P, VAR))
+        losses[weight] = objective.fake_loss(draws)
     sigma = d.karras_draw(draws.uniform("sigma"), [0.4, 0.5])
     torch.testing.assert_close(losses["dmd2"], losses["none"] * (sigma**-2 + 4))
 

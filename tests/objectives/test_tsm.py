@@ -44,11 +44,11 @@ class Cloud:
 def test_tsm_reaches_the_teacher() -> None:
     teacher = GaussianDenoiser(torch.tensor([0.3, -0.2]), torch.tensor([0.25, 0.49]))
     student = Linear()
-    goal = TeacherScoreMatching(TsmSettings(), student, teacher)
+    objective = TeacherScoreMatching(TsmSettings(), student, teacher)
     optimizer = torch.optim.Adam(student.parameters(), 0.05)
     source = Source(Cloud(), [0])
     for step in range(400):
-        for names, loss in goal.turns(step):
+        for names, loss in objective.turns(step):
             assert names == ("student",)
             loss(Draws(source, 128, ("test", step), 0)).mean().backward()
             optimizer.step()

@@ -1,0 +1,40 @@
+"""`msd plot`: figures for papers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from msdcli import console
+from msdcli.cli import options
+
+
+def register(app: typer.Typer) -> None:
+    app.command("plot")(plot)
+
+
+def plot(
+    kind: Annotated[
+        Literal["toy", "curves", "table"],
+        typer.Argument(help="toy: points in the plane; curves: losses and distances; table: the figures of every run."),
+    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several share a figure.")],
+    out: Annotated[
+        Path | None, typer.Option(help="FILE.pdf, .svg or .png; RUN/KIND.pdf of the first if absent.")
+    ] = None,
+    health: Annotated[bool, typer.Option("--health", help="curves: the health figures instead of the losses.")] = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Draw a figure for a paper, as vectors: PDF, SVG, or PNG at 300 dpi."""
+    target = out or runs[0] / f"{kind}.pdf"
+    if dry_run:
+        from msdcli.engine.report.facts import load_runs
+
+        console.say(f"would draw {kind} of {', '.join(facts.label for facts in load_runs(runs))} to {target}")
+        return
+    from msdcli.engine.report.plot import plot as engine
+
+    engine(kind, runs, target, health=health)
+    console.say(f"figure: {target}")

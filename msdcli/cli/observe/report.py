@@ -1,0 +1,44 @@
+"""`msd report`: one HTML file that shows runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msdcli import console
+from msdcli.cli import options
+
+
+def register(app: typer.Typer) -> None:
+    app.command("report")(report)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; report.html in the first run if absent.")] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Draw samples, which needs the networks.")
+    ] = True,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Write one HTML file with figures, curves, samples, partition, cost and recipe; it opens anywhere, offline."""
+    from msdcli.engine.report.facts import load_runs
+    from msdcli.errors import UserError
+
+    target = out or runs[0] / "report.html"
+    if target.is_dir():
+        raise UserError(f"{target} is a folder", hint=f"--out {target / 'report.html'}")
+    if dry_run:
+        found = load_runs(runs)
+        console.say(f"would write {target} about {', '.join(facts.label for facts in found)}")
+        return
+    from msdcli.engine.report import report as engine
+
+    with console.Monitor() as monitor:
+        found = engine.write(runs, target, monitor, pictures=pictures)
+    for facts in found:
+        for line in facts.missing[:5]:
+            console.tell(f"{facts.label}: {line}")
+    console.say(f"report: {target} ({target.stat().st_size / 1e6:.1f} MB)")

@@ -1,0 +1,94 @@
+"""`msd partition`: who gets which classes or prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msdcli import console
+from msdcli.cli import options
+
+if TYPE_CHECKING:
+    from msdcli.engine.inputs.partition import Explanation
+    from msdcli.partition import Partition
+
+EXAMPLES = 5  # prompts shown of every student
+
+
+def register(app: typer.Typer) -> None:
+    app.command("partition")(partition)
+
+
+def partition(
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="PROMPT", help="Where this prompt (or class) goes, by how much, and with whom."),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw a PNG: one row of images per student.")] = None,
+    json_: options.Json = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Show which student owns which classes or prompts: of a run as it was made, of a recipe as it would be."""
+    from msdcli.engine.inputs import partition as engine
+    from msdcli.recipe import load
+
+    loaded = load(recipe, overrides)
+    if dry_run and (count := engine.to_embed(loaded, explaining=explain is not None)):
+        console.say(f"would embed {count:,} prompts first")
+        return
+    with console.Monitor(quiet=json_) as monitor:
+        if explain is not None:
+            _show_explanation(engine.explain(loaded, explain, monitor), json_)
+            return
+        result, data = engine.preview(loaded, monitor)
+    _show(result, data.class_names, loaded.has_prompts, json_)
+    if picture is None:
+        return
+    if dry_run:
+        console.say(f"would draw {picture}")
+        return
+    engine.draw(picture, result, data)
+    if not json_:
+        console.say(f"picture: {picture}")
+
+
+def _show(result: Partition, names: Sequence[str], prompts: bool, json_: bool) -> None:
+    """Print the parts; of prompts their number and examples."""
+    if json_:
+        if prompts:
+            parts = [{"number": len(part), "examples": [names[c] for c in part[:EXAMPLES]]} for part in result.parts]
+            console.print_json({"method": result.method, "parts": parts})
+        else:
+            console.print_json({"method": result.method, "parts": result.parts, "class_names": names})
+        return
+    shown = [[names[c] for c in (part[:EXAMPLES] if prompts else part)] for part in result.parts]
+    between = "\n" if prompts else ", "
+    rows = [[str(k), between.join(s), f"{len(p):,}"] for k, (s, p) in enumerate(zip(shown, result.parts, strict=True))]
+    columns = ["student", "prompts (the first)" if prompts else "classes", "number"]
+    console.table(f"partition: {result.method}", columns, rows, text_columns=2)
+
+
+def _show_explanation(found: Explanation, json_: bool) -> None:
+    if json_:
+        console.print_json(found.to_json())
+        return
+    console.say(f"{found.condition}: student {found.student}")
+    if found.margin is None:
+        console.say("no border: this partition does not look at what the conditions are like")
+    else:
+        console.say(
+            f"margin {found.margin:.4g} (distance to the border, in the units of the embeddings); "
+            f"{found.percentile:.0f} % of those trained on lie nearer to a border"
+        )
+        console.say(f"second choice: student {found.second}")
+    for near in found.neighbours:
+        how = f" (similarity {near['similarity']:.3f})" if "similarity" in near else ""
+        console.say(f"  {'like' if how else 'with'} {near['name']}: student {near['student']}{how}")
+    if found.seconds:
+        times = ", ".join(f"{what} {1e3 * seconds:.3g} ms" for what, seconds in found.seconds.items())
+        console.say(times)

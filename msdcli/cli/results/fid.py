@@ -1,0 +1,179 @@
+"""`msd fid`: measure a run, or pictures in files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from msdcli import console
+from msdcli.cli import options
+
+if TYPE_CHECKING:
+    from msdcli.engine.measure.fid import FidOptions, Measurement
+
+Protocols = Literal["data", "clean", "edm", "legacy-pytorch", "legacy-tensorflow", "clip", "dinov2"]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("fid")(fid)
+
+
+def fid(
+    images: Annotated[Path, typer.Argument(metavar="RUN|FOLDER|ZIP|NPZ", help="A run directory, or pictures.")],
+    reference: Annotated[
+        str | None,
+        typer.Argument(help="Pictures, or statistics (.npz, .pkl, a name of clean-fid's). Of a run: its own data."),
+    ] = None,
+    protocol: Annotated[
+        Protocols | None,
+        typer.Option(help="Whose numbers; for a run the data's own classifier if absent, for pictures clean."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The protocol's weights, if not where msd looks; trusted as code is.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Samples, or pictures; a run's recipe says if absent.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass; changes no figure.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 1,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps; a run's recipe says if absent.")] = None,
+    bootstrap: Annotated[
+        int | None, typer.Option(min=0, help="Resamples behind the intervals; 100 for small features, else none.")
+    ] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure these classes too: even=0,2,4 or low=0-4, or another run's parts. Repeatable."),
+    ] = None,
+    infinity: Annotated[bool, typer.Option("--infinity", help="Also extrapolate to infinitely many samples.")] = False,
+    lean: Annotated[
+        bool, typer.Option("--lean", help="Distances only: memory does not grow with the number of images.")
+    ] = False,
+    save: Annotated[int, typer.Option(min=0, help="Keep the first so many samples of a run as PNG.")] = 0,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow a run's checkpoints until it is finished.")] = False,
+    json_: options.Json = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Measure a run (teacher and students against the data: whole, per student, per class), or pictures in files."""
+    from msdcli.engine.measure.fid import FidOptions
+
+    chosen = FidOptions(
+        *(protocol, weights, reference, samples, batch, workers, device, bootstrap, infinity, lean, save),
+        groups=tuple(group or ()),
+    )
+    if lean and (infinity or bootstrap):
+        from msdcli.errors import UserError
+
+        raise UserError("--lean keeps no features: without them there is no --infinity and no --bootstrap")
+    if (images / "recipe.yaml").is_file():
+        _run(images, chosen, watch=watch, json_=json_, dry_run=dry_run)
+    else:
+        _files(images, chosen, watch=watch, json_=json_, dry_run=dry_run)
+
+
+def _run(path: Path, chosen: FidOptions, *, watch: bool, json_: bool, dry_run: bool) -> None:
+    from msdcli.engine.measure import fid as engine
+    from msdcli.rundir import RunDir
+
+    run = RunDir(path)
+    if dry_run:
+        count, protocol = engine.check(run, chosen)
+        console.say(f"would draw {count:,} samples of the students and of the teacher of {path}; protocol: {protocol}")
+        return
+    with console.Monitor(quiet=json_) as monitor:
+        if watch:
+            from msdcli.engine.measure.watch import watch as follow
+
+            for line in follow(run, monitor, chosen):
+                console.print_json(line, compact=True) if json_ else console.say(line_of(line))
+            return
+        result = engine.measure(run, monitor, chosen)
+    if json_:
+        console.print_json(result.to_json())
+        return
+    show(result, brief=False)
+    console.say(f"written: {run.metrics / (result.metric + '.json')}")
+
+
+def _files(path: Path, chosen: FidOptions, *, watch: bool, json_: bool, dry_run: bool) -> None:
+    from msdcli.engine.measure import fid_files as engine
+    from msdcli.errors import UserError
+
+    if watch:
+        raise UserError(f"--watch follows a run directory; {path} is none: it has no recipe.yaml")
+    request = engine.check(path, chosen.reference, chosen)
+    if dry_run:
+        console.say(f"would compare {request.count:,} images of {path} with {request.reference}; writes nothing else")
+        return
+    with console.Monitor(quiet=json_) as monitor:
+        result = engine.compare(request, monitor)
+    if json_ and result is not None:
+        console.print_json(result)
+    elif result is not None:
+        _show_files(result)
+
+
+def _show_files(result: dict[str, Any]) -> None:
+    record, spans = result["record"], result["intervals"]
+    rows = [[name, f"{v:.6g}", _span(spans.get(name))] for name, v in result.items() if isinstance(v, float)]
+    rows += [[f"fid of {name}", f"{group['fid']:.6g}", ""] for name, group in result["groups"].items() if group["fid"]]
+    console.table(f"protocol {result['protocol']}", ["", "value", "95 % interval"], rows)
+    count = record["reference_count"]
+    console.say(
+        f"{record['count']:,} images of {record['images']} against "
+        f"{'an unknown number of' if count is None else f'{count:,}'} images of {record['reference']}; "
+        f"weights {(record['weights_sha256'] or '')[:8]}"
+        f"{'' if record['weights_published'] else ' (not the published ones)'}"
+    )
+
+
+def show(result: Measurement, *, brief: bool) -> None:
+    """Print the table; `brief` leaves out the single classes and what stands beside distance and accuracy."""
+    rows = [row for row in result.rows if not (brief and row.group.startswith("class "))]
+    names = list(dict.fromkeys(name for row in rows for name in row.values))[: 2 if brief else None]
+    cells = [
+        [row.who, row.group, f"{row.samples:,}", _count(row.reference), *(_value(row.values.get(n)) for n in names)]
+        for row in rows
+    ]
+    console.table(f"{result.metric}: {result.protocol}", ["", "of", "n", "real n", *names], cells, text_columns=2)
+    if not brief:
+        for row in (row for row in rows if row.intervals and row.group == "whole"):
+            spans = "; ".join(f"{name} {_span(span)}" for name, span in row.intervals.items())
+            console.say(f"95 % of {row.who}: {spans}")
+        for warning in result.record["warnings"]:
+            console.say(warning)
+
+
+def line_of(line: dict[str, Any]) -> str:
+    """One measured checkpoint as a sentence."""
+    parts = [f"student {k} {s['stage']} step {s['step']}: {_value(s['value'])}" for k, s in line["students"].items()]
+    whole = "" if line["whole"] is None else f"; whole: {line['whole']:.4f}"
+    return f"{line['metric']}: {'; '.join(parts)}{whole}"
+
+
+def _value(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _count(count: int | None) -> str:
+    return "" if count is None else f"{count:,}"
+
+
+def _span(span: dict[str, float] | None) -> str:
+    return "" if span is None else f"{span['low']:.4g} to {span['high']:.4g}"
+
+
+def cost_table(costs: list[dict[str, Any]]) -> None:
+    """Print what every part of a run has cost."""
+    rows = [
+        [
+            c["part"],
+            f"{c['seconds']:.0f}",
+            f"{c['images']:,.0f}",
+            f"{c['flops']:.3g}",
+            f"{c['peak_bytes'] / 2**20:,.0f}",
+        ]
+        for c in costs
+    ]
+    console.table("cost", ["", "seconds", "images", "FLOP", "peak MiB"], rows)

@@ -1,0 +1,122 @@
+"""`msd sample`: routed one-step samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from msdcli import console
+from msdcli.cli import options
+
+if TYPE_CHECKING:
+    from msdcli.engine.sample import Students
+
+
+def register(app: typer.Typer) -> None:
+    app.command("sample")(sample)
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run directory or an exported bundle.")],
+    classes: Annotated[str | None, typer.Option(help="Classes by number, e.g. 3,7 (drawn in turn).")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All classes in turn.")] = False,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; several by repeating the option.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts: one a line, or JSONL.")] = None,
+    number: Annotated[
+        int | None, typer.Option("-n", min=1, help="How many samples in all; 64, or one per prompt, if absent.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Sample i depends on the seed, i and its class alone.")] = 0,
+    format_: Annotated[
+        Literal["grid", "png", "zip", "npz", "latents"],
+        typer.Option(
+            "--format", help="One picture, a folder or a zip of PNGs, one .npz, or one .npz of undecoded latents."
+        ),
+    ] = "grid",
+    out: Annotated[Path | None, typer.Option(help="Where to write; RUN/samples/... if absent.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 500,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    json_: options.Json = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Draw samples, one network evaluation each; every class or prompt goes to the student that owns it."""
+    import time
+
+    from msdcli.engine import sample as engine
+    from msdcli.engine.distributed.device import resolve
+    from msdcli.errors import UserError
+    from msdcli.partition import parse_classes
+
+    students = engine.load(run, resolve(device))
+    if prompt or prompts:
+        if classes is not None or all_:
+            raise UserError("either classes or prompts")
+        _of_prompts(
+            students, engine.texts(prompt or [], prompts, number), run, seed, format_, out, batch, json_, dry_run
+        )
+        return
+    number = number or 64
+    if (classes is None) == (not all_):
+        raise UserError("say which classes: --classes 3,7 or --all; or which prompts: --prompt or --prompts FILE")
+    wanted = list(range(len(students.class_names))) if classes is None else parse_classes(classes, students.class_names)
+    asked = [wanted[i % len(wanted)] for i in range(number)]
+    target = out or engine.default_target(run, format_, wanted, seed, everything=all_)
+    serving = sorted(students.route(asked))
+    if dry_run:
+        console.say(f"would draw {number} samples from students {', '.join(map(str, serving))} and write {target}")
+        return
+    begun = time.perf_counter()
+    engine.draw(students, target, asked, format_, seed=seed, batch=batch)
+    seconds = time.perf_counter() - begun
+    if json_:
+        console.print_json(
+            {"file": str(target), "classes": asked, "seed": seed, "students": serving, "seconds": seconds}
+        )
+    else:
+        console.say(f"{number} samples of {len(wanted)} classes from students {', '.join(map(str, serving))}: {target}")
+
+
+def _of_prompts(
+    students: Students,
+    texts: list[str],
+    run: Path,
+    seed: int,
+    format_: str,
+    out: Path | None,
+    batch: int,
+    json_: bool,
+    dry_run: bool,
+) -> None:
+    """Sample prompts, and say what finding their students took."""
+    import time
+
+    from msdcli.engine import sample as engine
+
+    asked = students.numbers(texts)
+    assert students.prompt_router is not None
+    names, owners = [students.name(c) for c in asked], [students.prompt_router.owner_of(c) for c in asked]
+    different, serving = list(dict.fromkeys(names)), ", ".join(map(str, sorted(set(owners))))
+    target = out or engine.prompts_target(run, format_, different, seed)
+    if dry_run:
+        console.say(f"would draw {len(asked)} samples from students {serving} and write {target}")
+        return
+    begun = time.perf_counter()
+    engine.draw(students, target, asked, format_, seed=seed, batch=batch)
+    seconds = time.perf_counter() - begun
+    encoder, routing = students.prompt_router.encoder_seconds, students.prompt_router.routing_seconds
+    if json_:
+        times = {"seconds": seconds, "encoder_seconds": encoder, "routing_seconds": routing}
+        console.print_json({"file": str(target), "prompts": names, "students": owners, "seed": seed} | times)
+        return
+    for text, owner in list(dict(zip(names, owners, strict=True)).items())[:10]:
+        console.say(f"student {owner}: {text}")
+    if len(different) > 10:
+        console.say(f"and {len(different) - 10} more prompts")
+    share = routing / (encoder + routing + seconds)
+    console.say(f"{len(asked)} samples of {len(different)} prompts from students {serving}: {target}")
+    console.say(
+        f"text encoder {1e3 * encoder / len(different):.3g} ms and routing {1e3 * routing / len(different):.3g} ms a "
+        f"prompt, students {1e3 * seconds / len(asked):.3g} ms a sample (weights read and files written on the way): "
+        f"routing is {share:.2%} of it"
+    )

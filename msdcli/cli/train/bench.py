@@ -1,0 +1,159 @@
+"""`msd bench`: how fast a recipe trains and samples on this machine; `msd fid` beside other programs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from msdcli import console
+from msdcli.cli import options
+
+
+class RecipeOrFid(TyperGroup):
+    """`msd bench RECIPE` is `msd bench recipe RECIPE`: what names no command is a recipe, or its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["recipe", *args]
+        return super().parse_args(ctx, args)
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(
+        cls=RecipeOrFid,
+        help="Measure speed on this machine. `msd bench RECIPE`: a recipe's training and sampling; `msd bench fid`: "
+        "`msd fid` beside other programs.",
+        no_args_is_help=True,
+    )
+    group.command("recipe")(recipe)
+    group.command("fid")(fid)
+    app.add_typer(group, name="bench")
+
+
+def recipe(
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often everything is timed, after a round to warm up.")] = 5,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images per update, instead of the recipe's.")] = None,
+    students: Annotated[
+        int | None,
+        typer.Option(min=2, help="Instead: this many students on one device, in processes and in one process."),
+    ] = None,
+    json_: options.Json = False,
+) -> None:
+    """Time a student's update by turn and network, and one-step samples; weights and images are random.
+
+    Needs neither teacher nor data, and writes nothing. On a CPU the batch is cut so that an update takes seconds.
+    """
+    from msdcli.engine.bench import recipe as bench
+    from msdcli.engine.bench import students as bench_students
+    from msdcli.recipe import load
+
+    with console.Monitor(quiet=json_) as monitor:
+        loaded = load(recipe, overrides)
+        if students is None:
+            result = bench.bench(loaded, monitor, repeats=repeats, batch=batch)
+        else:
+            result = bench_students.measure(loaded, monitor, students=students, repeats=repeats, batch=batch)
+    if json_:
+        console.print_json(result)
+    elif students is None:
+        _show(result)
+    else:
+        _show_students(result)
+
+
+def _show(result: dict[str, Any]) -> None:
+    for stage in result["stages"]:
+        _show_stage(stage, result["peak_flops"])
+    _show_sampling(result["sampling"])
+
+
+def _show_stage(stage: dict[str, Any], peaks: dict[str, float]) -> None:
+    modes = stage["modes"]
+    columns = [f"{name} (own)" if name == stage["own"] else name for name in modes]
+    rows = [_row(f"{turn}, s", modes, "seconds", turn) for turn in next(iter(modes.values()))["seconds"]]
+    rows += [_row(f"  {part}, s", modes, "parts", part) for part in next(iter(modes.values()))["parts"]]
+    shares = [m["flops_per_second"] / peaks[name.split()[0]] for name, m in modes.items()]
+    rows += [
+        ["images/s", *(f"{m['images_per_second']:.2f}" for m in modes.values())],
+        ["GFLOP/s", *(f"{m['flops_per_second'] / 1e9:.1f}" for m in modes.values())],
+        ["share of the measured peak", *(f"{share:.0%}" for share in shares)],
+        ["memory, GiB", *(f"{m['memory_bytes'] / 2**30:.2f}" for m in modes.values())],
+        ["times plain float32", *(_spread(m["ratio"]) for m in modes.values())],
+        *(
+            [["  in CPU time", *(_spread(m["cpu_ratio"]) for m in modes.values())]]
+            if modes["float32"]["cpu_ratio"]
+            else []
+        ),
+    ]
+    title = f"{stage['objective']}: one update of the student, batch {stage['batch']}"
+    console.table(f"{title}, {stage['flops_per_update'] / 1e9:.3g} GFLOP", ["", *columns], rows)
+    console.say(f"bound by {stage['bound_by']}")
+
+
+def _show_students(result: dict[str, Any]) -> None:
+    for stage in result["stages"]:
+        per_cpu = result["device"] == "cpu"
+        columns = ["images/s, all together", "times one at a time", *(["per CPU second"] if per_cpu else []), "GiB"]
+        rows = [_way(name, way, per_cpu) for name, way in stage["ways"].items()]
+        title = f"{stage['objective']}: {result['students']} students on one device, batch {stage['batch']} each"
+        console.table(title, ["", *columns], rows)
+        console.say(
+            f"one process is {_spread(stage['one_process_to_processes'])} times as fast as a process each; what it "
+            f"shares, the teacher's forward pass, is {stage['teacher_share']:.1%} of an update"
+        )
+
+
+def _way(name: str, way: dict[str, Any], per_cpu: bool) -> list[str]:
+    threads = f" ({way['threads']} thread{'s' if way['threads'] > 1 else ''} each)" if per_cpu else ""
+    memory = "" if way["memory_bytes"] is None else f"{way['memory_bytes'] / 2**30:.2f}"
+    cpu = [_spread(way["images_per_cpu_second"])] if per_cpu else []
+    return [f"{name}{threads}", _spread(way["images_per_second"]), _spread(way["ratio"]), *cpu, memory]
+
+
+def _row(name: str, modes: dict[str, Any], section: str, key: str) -> list[str]:
+    return [name, *(f"{m[section][key]:.4g}" if key in m[section] else "" for m in modes.values())]
+
+
+def _show_sampling(sampling: dict[str, Any]) -> None:
+    rows = [
+        [name, f"{speed:.1f}", _spread(sampling["share_of_bare"][name]) if name in sampling["share_of_bare"] else ""]
+        for name, speed in sampling["images_per_second"].items()
+    ]
+    console.table(
+        f"one-step samples, batch {sampling['batch']}, float32", ["", "images/s", "of the bare network"], rows
+    )
+    console.say(f"one image: {sampling['latency_seconds'] * 1000:.2f} ms")
+
+
+def _spread(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def fid(
+    images: Annotated[int, typer.Option(min=2, help="Pictures of 64 x 64 on each side.")] = 1000,
+    network_images: Annotated[int, typer.Option(min=1, help="Pictures through the full Inception.")] = 32,
+    json_: options.Json = False,
+) -> None:
+    """Time `msd fid` beside clean-fid and scipy on one core, part by part; about two minutes."""
+    from msdcli.engine.bench.fid import bench_fid
+
+    result = bench_fid(num_images=images, num_network_images=network_images)
+    if json_:
+        console.print_json(result)
+        return
+    rows = [
+        [part, *(f"{t[key]:.2f}" for key in ("ours_s", "theirs_s", "ratio")), _apart(t)] for part, t in result.items()
+    ]
+    console.table(
+        f"one core, {images:,} pictures a side", ["", "msd (s)", "clean-fid, scipy (s)", "ratio", "difference"], rows
+    )
+    console.say("network: random weights of the full architecture; whole: the parts added up for all pictures")
+
+
+def _apart(timing: dict[str, float]) -> str:
+    """How far the two sides' results are apart, where both were computed."""
+    return f"{timing['relative_difference']:.1g}" if "relative_difference" in timing else ""

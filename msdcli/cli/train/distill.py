@@ -1,0 +1,146 @@
+"""`msd distill`: everything from a recipe to measured students."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from msdcli import console
+from msdcli.cli import options
+from msdcli.errors import UserError
+
+if TYPE_CHECKING:
+    from msdcli.engine.distributed.group import ProcessGroup
+    from msdcli.engine.pipeline import DistillResult
+    from msdcli.engine.tracking.events import Progress
+    from msdcli.recipe import Recipe
+
+
+def register(app: typer.Typer) -> None:
+    app.command("distill")(distill)
+
+
+def distill(
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    student: Annotated[int | None, typer.Option(help="Train this student only: one Slurm array task or GPU.")] = None,
+    students_per_device: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Train this many students at once on each device, a process each."),
+    ] = None,
+    json_: options.Json = False,
+    dry_run: options.DryRun = False,
+    worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
+) -> None:
+    """Train teacher and students, sample and measure: whatever of it is not done yet.
+
+    Run the same command again to resume, also while other processes or hosts work on the same run.
+    """
+    torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if students_per_device is not None:
+        _check_alone(overrides, {"--student": student is not None, "--worker": worker, "torchrun": torchrun})
+    if torchrun and not dry_run:
+        from msdcli.engine.distributed import group as distributed
+
+        with distributed.together() as group:
+            _distill(recipe, overrides, student, json_, worker=False, group=group)
+        return
+    _distill(recipe, overrides, student, json_, dry_run=dry_run, worker=worker, per_device=students_per_device)
+
+
+def _check_alone(overrides: list[str] | None, others: dict[str, bool]) -> None:
+    """Raise UserError where something else says, too, which students this process trains."""
+    others["workers=..."] = any(override.partition("=")[0].strip() == "workers" for override in overrides or [])
+    for name, given in others.items():
+        if given:
+            raise UserError(
+                f"--students-per-device and {name} do not go together: each says who trains which students",
+                hint=f"leave out one of the two{'; start it without torchrun' if name == 'torchrun' else ''}",
+            )
+
+
+def _distill(
+    recipe: str,
+    overrides: list[str] | None,
+    student: int | None,
+    json_: bool,
+    *,
+    worker: bool,
+    dry_run: bool = False,
+    per_device: int | None = None,
+    group: ProcessGroup | None = None,
+) -> None:
+    from msdcli.recipe import load
+
+    loaded = load(recipe, overrides)
+    if per_device is not None:
+        from msdcli.engine.distributed.device import with_students_per_device
+
+        loaded = with_students_per_device(loaded, per_device)
+    if dry_run:
+        _plan(loaded)
+        return
+    from msdcli.engine import pipeline
+    from msdcli.engine.distributed.group import SINGLE_PROCESS
+
+    group = group or SINGLE_PROCESS
+    if worker:
+        from msdcli.engine.distributed.workers import die_with_parent, encode
+
+        def tell(event: Progress | str) -> None:
+            sys.stdout.write(encode(event) + "\n")
+            sys.stdout.flush()
+
+        die_with_parent()
+        pipeline.distill(loaded, tell, worker=True)
+        return
+    with console.Monitor(quiet=json_ or not group.is_leader) as monitor:
+        outcome = pipeline.distill(loaded, monitor, student=student, group=group)
+    if group.is_leader:
+        _show(outcome, json_)
+
+
+def _plan(recipe: Recipe) -> None:
+    from msdcli.engine import pipeline
+
+    sys.stdout.write(recipe.to_yaml())
+    for line in pipeline.plan(recipe):
+        console.tell(line)
+
+
+def _show(outcome: DistillResult, json_: bool) -> None:
+    from msdcli.cli.results.fid import cost_table, show
+    from msdcli.engine.tracking.accounting import costs
+
+    if json_:
+        result = outcome.measurement.to_json() if outcome.measurement else None
+        console.print_json(
+            {
+                "run": str(outcome.run.root),
+                "unfinished": outcome.unfinished,
+                "measurement": result,
+                "cost": costs(outcome.run),
+            }
+        )
+        return
+    cost_table(costs(outcome.run))
+    if outcome.grid is None:
+        left = (
+            f"students still to do: {', '.join(map(str, outcome.unfinished))}"
+            if outcome.unfinished
+            else "all students are done"
+        )
+        console.say(f"{outcome.run.root}: {left}; `msd distill {outcome.run.root}` finishes and measures the run")
+        return
+    if outcome.measurement is not None:
+        show(outcome.measurement, brief=True)
+    console.say(f"samples: {outcome.grid}  (the teacher's left of or behind the students')")
+    how = "--all" if outcome.measurement is not None else '--prompt "a red fox"'
+    console.say(
+        f"run:     {outcome.run.root}  (next: msd report {outcome.run.root}, or msd sample {outcome.run.root} {how})"
+    )
+    if outcome.measurement is None:
+        console.say(f"measure: msd fid {outcome.run.root} --protocol clean --reference PICTURES")

@@ -1,0 +1,320 @@
+"""How fast a recipe trains and samples on this machine, part by part, beside the same networks in plain eager float32.
+
+Weights and images are random: neither teacher nor data need to be here. Paths are run in turn, so that what else the
+machine does meets all of them; ratios are medians over the repeats, with the least and the greatest.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from msdcli import nets
+from msdcli.data import open_data
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.draws import Draws
+from msdcli.diffusion.ema import EMA
+from msdcli.diffusion.guidance import Guided
+from msdcli.engine import estimate, pipeline
+from msdcli.engine.bench import sampling as bench_sample
+from msdcli.engine.bench.clock import NetworkTimer, peak_flops, ratios
+from msdcli.engine.distributed import device
+from msdcli.engine.tracking.events import Report
+from msdcli.engine.train import compiling, precision
+from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, saved_bytes
+from msdcli.engine.train.loop import optimizers
+from msdcli.objectives import objective_class
+from msdcli.recipe import Recipe
+from msdcli.recipe.stages import StageSettings
+
+EAGER = "float32"
+HOPELESS = 0.5  # of plain float32's speed, where bfloat16 is emulated: an update would take minutes
+LAUNCH_BOUND, WELL_USED = 0.75, 0.5
+
+
+class RandomDraws(MetaDraws):
+    """Draws of the right shapes, random and on the device, with nothing behind them."""
+
+    def __init__(self, net: Denoiser, batch: int, on: torch.device) -> None:
+        super().__init__(net.shape, batch)
+        self.num_classes, self.on = max(net.num_classes, 1), on
+
+    def uniform(self, purpose: str) -> torch.Tensor:
+        return torch.rand(self.batch, device=self.on)
+
+    def labels(self, how: str, count: int | None = None) -> torch.Tensor:
+        return torch.randint(self.num_classes, (count or self.batch,), device=self.on)
+
+    def numbers(self, count: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(count, *shape, device=self.on)
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run the same networks."""
+
+    precision: str
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision} compiled" if self.compiled else self.precision
+
+
+class StageTrainer:
+    """A stage's objective with its optimizers and average, run in one mode or another."""
+
+    def __init__(self, stage: StageSettings, teacher: Denoiser, student: Denoiser, on: torch.device) -> None:
+        self.stage, self.on = stage, on
+        self.objective = objective_class(stage.objective)(stage, copy.deepcopy(student).requires_grad_(True), teacher)
+        for net in self.objective.nets.values():
+            net.to(on).train()
+        self.optimizers = optimizers(self.objective.nets, stage)
+        self.ema = EMA(self.objective.nets[self.objective.product], stage.ema)
+        self.timer = NetworkTimer(on)
+        self._held: dict[str, dict[str, Denoiser]] = {}
+
+    def enter(self, mode: Mode) -> None:
+        """Let the networks run in a mode from now on."""
+        if mode.precision not in self._held:
+            precision.lower(self.objective, mode.precision)
+            self._held[mode.precision] = {
+                n: net for n, net in vars(self.objective).items() if isinstance(net, Denoiser)
+            }
+        for name, net in self._held[mode.precision].items():
+            setattr(self.objective, name, net)
+        for net in self.objective.nets.values():
+            if isinstance(net, Denoiser):
+                net.compute_in(precision.dtype(mode.precision))
+        if mode.compiled:
+            compiling.compile_networks(self.objective)
+        else:
+            compiling.undo(self.objective)
+
+    def update(self, draws: Draws) -> dict[str, float]:
+        """Return the seconds of one update of the student by turn: each kind is run once, and counted as often as it
+        comes. CPU time is what other processes on a shared machine disturb less.
+        """
+        took, cpu = dict[str, float](), 0.0
+        for names, losses in self._kinds().items():
+            begun = time.process_time()
+            seconds = precision.timed(lambda names=names, loss=losses[0]: self.turn(names, loss, draws), self.on)
+            cpu += len(losses) * (time.process_time() - begun)
+            took["+".join(names)] = len(losses) * seconds
+        took["EMA"] = precision.timed(self.average, self.on)
+        return took | {"update": sum(took.values())} | ({"CPU time": cpu} if self.on.type == "cpu" else {})
+
+    def parts(self, draws: Draws) -> dict[str, float]:
+        """Return the seconds of one update by network and by what is done, each waited for."""
+        took: dict[str, float] = {}
+        with self.timer.watching(self.objective):
+            for names, losses in self._kinds().items():
+                self.timer.seconds.clear()
+                self.turn(names, losses[0], draws)
+                for part, seconds in self.timer.seconds.items():
+                    took[part] = took.get(part, 0.0) + len(losses) * seconds
+        return took | {"EMA": precision.timed(self.average, self.on)}
+
+    def _kinds(self) -> dict[tuple[str, ...], list[Any]]:
+        kinds: dict[tuple[str, ...], list[Any]] = {}
+        for names, loss in self.objective.turns(0):
+            kinds.setdefault(names, []).append(loss)
+        return kinds
+
+    def turn(self, names: tuple[str, ...], loss: Any, draws: Draws) -> torch.Tensor:
+        """Let the named networks learn from a loss; return its mean."""
+        compiling.learn(self.objective, names)
+        value = loss(draws).mean()
+        with self.timer.part("backward"):
+            value.backward()
+        with self.timer.part("clip, optimizer"):
+            for name in names:
+                if self.stage.clip is not None:
+                    nn.utils.clip_grad_norm_(self.objective.nets[name].parameters(), self.stage.clip)
+                self.optimizers[name].step()
+                self.optimizers[name].zero_grad()
+        mean: torch.Tensor = value.detach()
+        return mean
+
+    def average(self) -> None:
+        """Let the moving average follow."""
+        self.ema.update(self.objective.nets[self.objective.product], 0)
+
+
+def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None = None) -> dict[str, Any]:
+    """Measure every stage of a recipe, and one-step sampling. `batch` replaces the stages' own, which on a CPU are
+    otherwise cut to what takes a few seconds.
+    """
+    on = device.prepare(recipe)
+    data = open_data(recipe.data, planning=True)
+    teacher, student = (build(net, on) for net in pipeline.networks_on_meta(recipe, data, planning=True))
+    chosen, reason, others = settle(recipe, teacher, on)
+    report(reason)
+    result: dict[str, Any] = {
+        "recipe": recipe.name,
+        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else on.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": chosen,
+        "parameters": {"teacher": num_parameters(teacher), "student": num_parameters(student)},
+        "peak_flops": {name: peak_flops(name, on) for name in dict.fromkeys([chosen, *others])},
+        "stages": [],
+    }
+    for stage in recipe.stages:
+        size = batch or fitting_batch(stage, student, on)
+        report(f"{stage.objective}: {repeats} repeats at batch {size}")
+        trainer = StageTrainer(resized(stage, size), teacher, student, on)
+        compared = modes(recipe, chosen, on, others)
+        figures = bench_stage(trainer, compared, RandomDraws(student, size, on), repeats=repeats, report=report)
+        flops = estimate.stage_cost(trainer.stage, meta(student), meta(teacher)).flops
+        for figure in figures.values():
+            figure["images_per_second"] = size / figure["seconds"]["update"]
+            figure["flops_per_second"] = flops / figure["seconds"]["update"]
+        own = next((mode for mode in compared if mode.compiled), Mode(chosen))
+        trainer.enter(own)
+        measured = {"objective": stage.objective, "batch": size, "flops_per_update": flops, "own": own.name}
+        measured |= {"modes": figures, "half_batch": half_batch(trainer, student, repeats=repeats)}
+        result["stages"].append(measured | {"bound_by": bound(measured, result["peak_flops"][chosen], chosen)})
+    report("sampling")
+    result["sampling"] = bench_sample.measure(student, on, batch=batch or fitting_batch(recipe.stages[-1], student, on))
+    return result
+
+
+def settle(recipe: Recipe, teacher: Denoiser, on: torch.device) -> tuple[str, str, list[str]]:
+    """Return the precision that a run of the recipe would take here, why, and what is worth comparing it with."""
+    if recipe.precision != "auto":
+        return recipe.precision, f"precision: {recipe.precision} (the recipe's)", [EAGER, "bf16"]
+    choice = precision.choose(recipe, teacher, on)
+    hopeless = choice.get("ratio", 1.0) < HOPELESS
+    return choice["chosen"], precision.said(choice), [EAGER] if hopeless else [EAGER, "bf16"]
+
+
+def build(described: Denoiser, on: torch.device) -> Denoiser:
+    """Return a network like one without memory, with random weights on the device."""
+    if isinstance(described, Guided):
+        guide = None if described.guide is None else build(described.guide, on)
+        return Guided(build(described.plain, on), scale=described.scale, interval=described.interval, guide=guide)
+    shape, classes, sigma_data = described.shape, described.num_classes, described.sigma_data
+    with torch.device(on):
+        net = nets.build(described.settings, shape=shape, num_classes=classes, sigma_data=sigma_data)
+    return net.to(on).requires_grad_(False).eval()
+
+
+def fitting_batch(stage: StageSettings, student: Denoiser, on: torch.device) -> int:
+    """The stage's batch; on a CPU what an evaluation of the student needs 5e10 operations for."""
+    if on.type == "cuda":
+        return stage.batch
+    with torch.device("meta"):
+        flops = forward_flops(copy.deepcopy(student).to("meta"))
+    return max(1, min(stage.batch, int(5e10 / flops)))
+
+
+def resized(stage: StageSettings, batch: int) -> StageSettings:
+    """Return the stage with another batch (of pairs too) and one step."""
+    pairs = {"pair_batch": None} if hasattr(stage, "pair_batch") else {}
+    return stage.model_copy(update={"batch": batch, "steps": 1} | pairs)
+
+
+def modes(recipe: Recipe, chosen: str, on: torch.device, plain: list[str]) -> list[Mode]:
+    """Return what is compared: the precisions as they are, and the recipe's own, compiled on a GPU or where it asks
+    for it.
+    """
+    compiled = recipe.compile is True or (on.type == "cuda" and recipe.compile == "auto")
+    return [*map(Mode, plain), *([Mode(chosen, compiled=True)] if compiled else [])]
+
+
+def bench_stage(
+    trainer: StageTrainer, compared: list[Mode], draws: Draws, *, repeats: int, report: Report
+) -> dict[str, Any]:
+    """Measure a stage in every mode in turn; the first round warms up, and compiles."""
+    seconds: dict[str, list[dict[str, float]]] = {mode.name: [] for mode in compared}
+    memory: dict[str, int] = {}
+    for repeat in range(-1, repeats):
+        for mode in compared:
+            trainer.enter(mode)
+            if trainer.on.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(trainer.on)
+            took = trainer.update(draws)
+            if repeat >= 0:
+                seconds[mode.name].append(took)
+            elif mode.compiled:
+                report(f"compiled in {took['update']:.0f} s at most")
+            if trainer.on.type == "cuda":
+                memory[mode.name] = torch.cuda.max_memory_allocated(trainer.on)
+    figures: dict[str, Any] = {}
+    for mode in compared:
+        trainer.enter(mode)
+        figures[mode.name] = {
+            "seconds": medians(seconds[mode.name]),
+            "parts": {} if mode.compiled else medians([trainer.parts(draws) for _ in range(2)]),
+            "ratio": ratio(seconds[EAGER], seconds[mode.name]),
+            "cpu_ratio": ratio(seconds[EAGER], seconds[mode.name], of="CPU time") if trainer.on.type == "cpu" else None,
+            "memory_bytes": memory.get(mode.name) or kept_bytes(trainer, draws),
+        }
+    return figures
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+
+
+def ratio(plain: list[dict[str, float]], other: list[dict[str, float]], *, of: str = "update") -> dict[str, float]:
+    """How many times faster an update is than in plain float32: of the repeats, which were taken in turn."""
+    return ratios([row[of] for row in plain], [row[of] for row in other])
+
+
+def meta(net: Denoiser) -> Denoiser:
+    """Return a network without memory, like one that has it."""
+    return build(net, torch.device("meta"))
+
+
+def kept_bytes(trainer: StageTrainer, draws: Draws) -> int:
+    """Weights, gradients, moments and average, and the most that a turn keeps for its backward pass: counted, where
+    the device does not tell.
+    """
+    most = 0
+    for names, losses in trainer._kinds().items():
+        compiling.learn(trainer.objective, names)
+        with saved_bytes() as saved:
+            losses[0](draws)
+        most = max(most, sum(saved.values()))
+    networks = [*vars(trainer.objective).values(), *trainer.objective.nets.values(), trainer.ema.net]
+    weights = {p.data_ptr(): p.nbytes for n in networks if isinstance(n, nn.Module) for p in n.parameters()}
+    moments = [t.nbytes for o in trainer.optimizers.values() for s in o.state.values() for t in s.values()]
+    gradients = [p.nbytes for net in trainer.objective.nets.values() for p in net.parameters()]
+    return most + sum(weights.values()) + sum(moments) + sum(gradients)
+
+
+def half_batch(trainer: StageTrainer, student: Denoiser, *, repeats: int) -> float | None:
+    """Return the time of an update at half the batch as a share of that at the whole one; None for a batch of one."""
+    whole, seconds = trainer.stage.batch, dict[int, list[float]]()
+    if whole < 2:
+        return None
+    for repeat in range(-1, max(2, repeats // 2)):
+        for n in (whole // 2, whole):
+            took = trainer.update(RandomDraws(student, n, trainer.on))["update"]
+            if repeat >= 0:
+                seconds.setdefault(n, []).append(took)
+    return min(seconds[whole // 2]) / min(seconds[whole])
+
+
+def bound(measured: dict[str, Any], peak: float, chosen: str) -> str:
+    """Say in one sentence what bounds the mode that a run takes."""
+    own = measured["modes"][measured["own"]]
+    parts = own["parts"] or measured["modes"][chosen]["parts"]
+    share = own["flops_per_second"] / peak
+    largest = max(parts, key=lambda part: parts[part])
+    if (measured["half_batch"] or 0) > LAUNCH_BOUND:
+        what = "launches and fixed costs: half the batch takes nearly as long, so a larger one is nearly free"
+    elif share > WELL_USED:
+        what = "arithmetic: convolutions and matrix products run near what the device multiplies"
+    else:
+        what = "memory traffic and narrow kernels: the time grows with the batch, and the multipliers wait"
+    most = f"{largest} takes {parts[largest] / sum(parts.values()):.0%}"
+    return f"{what} ({share:.0%} of the {chosen} peak; {most})"

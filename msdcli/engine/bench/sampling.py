@@ -1,0 +1,76 @@
+"""How fast one-step sampling is: a single image, a batch, and files written, beside the bare network."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine.bench.clock import ratios
+from msdcli.engine.pictures import save_pngs, save_zip
+from msdcli.engine.sample import Students
+from msdcli.engine.train.precision import timed
+from msdcli.partition import Partition
+
+SIGMA_INIT = 80.0
+ENOUGH = 0.5  # seconds of the bare network, in batches that are written in one piece
+
+
+@torch.no_grad()
+def measure(student: Denoiser, on: torch.device, *, batch: int, repeats: int = 5) -> dict[str, Any]:
+    """Return seconds of one image, images per second of a batch, and the share that is left of the bare network's.
+
+    `routed` is a request as `msd sample` serves it, with noise, routing and the copy to the host; `zip` and `png` also
+    make an archive and a folder of PNGs, of several batches (absent for points): what lies between them is the file
+    system's.
+    """
+    num_classes = max(student.num_classes, 1)
+    names = [str(k) for k in range(num_classes)]
+    students = Students([], Partition([list(range(num_classes))], num_classes, "consecutive"), names, on)
+    students.put(0, student, SIGMA_INIT)
+    classes = [i % num_classes for i in range(batch)]
+    x, sigma = torch.randn(batch, *student.shape, device=on), torch.full((batch,), SIGMA_INIT, device=on)
+    condition = torch.tensor(classes, device=on)
+
+    def bare() -> None:
+        student(x, sigma, condition)
+
+    many = max(1, round(ENOUGH / min(timed(bare, on) for _ in range(2))))
+
+    def written(save: Callable[..., None]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            save(Path(folder) / "images", students.stream(classes * many, batch=batch), {})
+
+    calls: dict[str, Callable[[], Any]] = {
+        "bare": bare,
+        "routed": lambda: students.sample(classes, batch=batch),
+        "one": lambda: students.sample(classes[:1]),
+    }
+    if len(student.shape) == 3:
+        calls |= {"zip": lambda: written(save_zip), "png": lambda: written(save_pngs)}
+    seconds = interleaved(calls, on, repeats)
+    for name in seconds.keys() & {"zip", "png"}:
+        seconds[name] = [s / many for s in seconds[name]]
+    shares = {name: ratios(seconds["bare"], seconds[name]) for name in calls if name not in ("bare", "one")}
+    return {
+        "batch": batch,
+        "latency_seconds": statistics.median(seconds["one"]),
+        "images_per_second": {n: batch / statistics.median(s) for n, s in seconds.items() if n != "one"},
+        "share_of_bare": shares,
+    }
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], on: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of every call in every repeat; one round before warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(-1, repeats):
+        for name, call in calls.items():
+            took = timed(call, on)
+            if repeat >= 0:
+                seconds[name].append(took)
+    return seconds

@@ -1,0 +1,59 @@
+"""Tensors of which every process may hold a part only: torch's DTensors, or plain ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@lru_cache
+def row_of_processes(device_type: str, size: int) -> Any:
+    """Return all processes in a row; all must ask for it."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_type, (size,))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this is a DTensor; a second to import, and most runs need none."""
+    return hasattr(tensor, "to_local")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor that may be sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that may be sharded; then all processes must ask for it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a copy in host memory, of this process' part only where the tensor is sharded; then all must ask."""
+    copied = own_part(tensor.detach()).to("cpu", copy=True)
+    if not is_sharded(tensor):
+        return copied
+    from torch.distributed.tensor import DTensor
+
+    mesh = row_of_processes("cpu", tensor.device_mesh.size())
+    layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+    return DTensor.from_local(copied, mesh, tensor.placements, **layout)
+
+
+def split(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return those that are sharded and those that are not, each if there are any: torch's kernels take no mixture."""
+    found: dict[bool, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(is_sharded(tensor), []).append(tensor)
+    return list(found.values())
+
+
+def norm_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the norm of tensors of which some may be sharded, everywhere the same."""
+    norms = [whole(nn.utils.get_total_norm(some)) for some in split(tensors)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))

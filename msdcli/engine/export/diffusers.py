@@ -1,0 +1,109 @@
+"""Students as a pipeline folder of the diffusers library, for networks that came from there."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from msdcli.engine.checkpoints.model import MODEL
+from msdcli.engine.export.format import ExportResult, described
+from msdcli.errors import UserError
+from msdcli.nets.diffusers.sections import WEIGHTS
+from msdcli.rundir import read_json, write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from msdcli.engine import sample
+    from msdcli.engine.export.format import ExportResult, ExportSource
+
+TEMPLATE = Path(__file__).parent / "given" / "pipeline.py"
+USAGE = """from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{folder}", custom_pipeline="{folder}", trust_remote_code=True)
+"""
+
+
+def check(students: sample.Students) -> None:
+    """Raise UserError where the networks are not the library's, or the library is missing."""
+    kinds = {read_json(folder / MODEL)["network"]["kind"] for folder in students.folders}
+    if other := sorted(kinds - {"diffusers"}):
+        raise UserError(
+            f"these students have networks of kind {other[0]}, which are not the diffusers library's",
+            hint="--format bundle or --format onnx takes any network",
+        )
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"this format needs the library diffusers ({error})", hint="pip install 'msdcli[diffusers]'"
+        ) from None
+
+
+def write(source: ExportSource) -> ExportResult:
+    """Write the pipeline's code, and let the library save its students."""
+    names = [f"student_{k}" for k in range(len(source.students.folders))]
+    code = TEMPLATE.read_text(encoding="utf-8")
+    arguments = "".join(f"        {name}: Any,\n" for name in names)
+    write_text(source.folder / "pipeline.py", code.replace("        student_0: Any,\n", arguments))
+    networks = list(source.each())
+    net, sigma_init = networks[0]
+    assert hasattr(net, "prediction"), "checked before"
+    pipeline = pipeline_class(source.folder)(
+        **{name: one.net for name, (one, _) in zip(names, networks, strict=True)},
+        parts=dict(zip(names, source.students.partition.parts, strict=True)),
+        class_names={str(number): name for number, name in enumerate(source.students.class_names)},
+        sigma_init=sigma_init,
+        timestep=timestep(net, sigma_init),
+        prediction=net.prediction,
+        num_classes=net.num_classes,
+    )
+    pipeline.save_pretrained(source.folder)
+    last = len(source.students.class_names) - 1
+    usage = USAGE + f"images = pipe(class_labels=[0, {last}]).images\nprint(images)\n"
+    files = [source.folder / name / WEIGHTS for name in names]
+    record = {"students": described(source, files)}
+    return ExportResult(
+        open=lambda most, memory: Loaded(source.folder), usage=usage, record=record, library="diffusers", limited=False
+    )
+
+
+def timestep(net: Any, sigma_init: float) -> float:
+    """What the network's schedule calls this noise level."""
+    if net.prediction == "flow":
+        return float(net.steps * sigma_init / (1 + sigma_init))
+    return float(net.timestep(torch.tensor([sigma_init])).item())
+
+
+def pipeline_class(folder: Path) -> Any:
+    """Import the pipeline that was just written."""
+    spec = importlib.util.spec_from_file_location("msd_exported_pipeline", folder / "pipeline.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.OneStepPipeline
+
+
+class Loaded:
+    """The pipeline as the library reads it back."""
+
+    def __init__(self, folder: Path) -> None:
+        from diffusers.utils import logging
+
+        logging.disable_progress_bar()  # the library's own; the command has its progress already
+        try:
+            self.pipeline = pipeline_class(folder).from_pretrained(folder)
+        finally:
+            logging.enable_progress_bar()
+
+    def generate(self, z: Any, classes: Sequence[int]) -> Tensor:
+        images: Tensor = self.pipeline(classes, latents=torch.as_tensor(z), output_type="pt").images
+        return images
+
+    def sample(self, classes: Sequence[int]) -> Tensor:
+        images: Tensor = self.pipeline(classes, output_type="pt").images
+        return images

@@ -1,0 +1,157 @@
+"""Give the students away, in one of several formats, each checked against the run's own samples before it is there."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msdcli.diffusion.draws import image_noise
+from msdcli.engine import sample
+from msdcli.engine.checkpoints.model import FORMAT, MODEL
+from msdcli.engine.export import card as export_card
+from msdcli.engine.export import speed as export_bench
+from msdcli.engine.export.format import (
+    EXPORT,
+    TOLERANCES,
+    ExportOptions,
+    ExportResult,
+    ExportSource,
+    RoutedModels,
+    RunStudents,
+)
+from msdcli.engine.tracking.events import Report, silent
+from msdcli.errors import MismatchError, UserError
+from msdcli.rundir import RunDir, building, read_json, write_json
+
+FORMATS = ("bundle", "onnx", "torch", "diffusers", "triton")
+
+
+def export(
+    run: RunDir, folder: Path, kind: str = "bundle", *, options: ExportOptions | None = None, report: Report = silent
+) -> dict[str, Any]:
+    """Write the students of a finished run to `folder`, which appears when it is complete and checked.
+
+    Returns the record: `max_difference` from the run's samples, `speed`, and at a lower precision the `distance`.
+    UserError if the run is not finished, `folder` holds something else or the format cannot take these students;
+    MismatchError if the samples differ: then nothing is written.
+    """
+    options = options or ExportOptions()
+    check(run, folder, kind, options)
+    students = sample.load(run.root)
+    with building(folder) as place:
+        source = ExportSource(run, students, place, options, report)
+        students.partition.save(place / "partition.json")
+        exported = _module(kind).write(source)
+        record = {
+            "format": FORMAT,
+            "kind": kind,
+            "name": run.root.resolve().name,
+            "class_names": students.class_names if students.prompt_router is None else [],
+            "shape": list(source.shape),
+            "students_sha256": [read_json(f / MODEL)["sha256"] for f in students.folders],
+        } | verify(source, exported)
+        record |= exported.record
+        if options.precision != "float32":
+            record |= {"distance": _distance(source, exported)}
+        if options.bench and students.prompt_router is None:  # what a prompt costs, msd sample says
+            record["speed"] = export_bench.measure(source, exported)
+        write_json(place / (sample.BUNDLE if kind == "bundle" else EXPORT), record)
+        export_card.write(source, exported, record, folder)
+    return record | {"folder": str(folder)}
+
+
+def folder_name(kind: str, options: ExportOptions) -> str:
+    """What an export is called inside a run."""
+    return kind if options.precision == "float32" else f"{kind}-{options.precision}"
+
+
+def check(run: RunDir, folder: Path, kind: str, options: ExportOptions) -> sample.Students:
+    """Raise UserError for what can be known before anything is written."""
+    if kind not in FORMATS:
+        raise UserError(f"format {kind!r} does not exist: there are {', '.join(FORMATS)}")
+    if options.precision not in TOLERANCES:
+        raise UserError(f"precision {options.precision!r} does not exist: there are {', '.join(TOLERANCES)}")
+    students = sample.load(run.root)
+    if students.prompt_router is not None and kind != "bundle":
+        raise UserError(f"format {kind} carries no text encoder; these students read prompts", hint="--format bundle")
+    if options.precision != "float32" and kind not in ("onnx", "triton"):
+        raise UserError(f"format {kind} is float32; {options.precision} is for onnx and triton")
+    if options.aot and kind != "torch":
+        raise UserError(f"--aot is for format torch, not for {kind}")
+    if folder.exists() and not _is_export(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no export of msd: nothing was written", hint="--out another folder")
+    if prepare := getattr(_module(kind), "check", None):
+        prepare(students)
+    return students
+
+
+def _is_export(folder: Path) -> bool:
+    return (folder / sample.BUNDLE).is_file() or (folder / EXPORT).is_file()
+
+
+def _module(kind: str) -> Any:
+    return importlib.import_module(f"msdcli.engine.export.{kind}")
+
+
+# What students make, in the run and exported.
+
+
+class ExportedStudents(sample.Students):
+    """The run's students as the exported ones are: their samples are the export's."""
+
+    def __init__(self, students: sample.Students, routed: RoutedModels) -> None:
+        how = students.class_names, students.device, students.autoencoder
+        super().__init__(students.folders, students.partition, *how)
+        self.routed = routed
+
+    def generate(self, number: int, z: Tensor, c: Tensor) -> Tensor:
+        return torch.as_tensor(self.routed.generate(z.cpu().numpy(), c.tolist())).to(z.device)
+
+
+def verify(source: ExportSource, exported: ExportResult, *, most: int = 256) -> dict[str, Any]:
+    """Compare samples of the run and of the export, from the same noise, of every student; MismatchError if they
+    differ by more than the tolerance.
+    """
+    parts = source.students.partition.parts
+    each = max(2, min(32, most // len(parts)))
+    classes = [part[i * len(part) // each % len(part)] for i in range(each) for part in parts]  # neighbours mixed
+    z = image_noise(0, range(len(classes)), source.shape)
+    opened, asked = exported.open(None, None), classes
+    if source.students.prompt_router is not None and isinstance(
+        opened, RunStudents
+    ):  # prompts, embedded anew on either side
+        prompts = [source.students.class_names[c] for c in classes]
+        classes, asked = source.students.numbers(prompts), opened.students.numbers(prompts)
+    wanted = RunStudents(source.students).generate(z, classes)
+    got = torch.as_tensor(opened.generate(z.numpy(), asked))
+    difference = (got - wanted).abs().max().item()
+    allowed = exported.tolerance * max(1.0, wanted.abs().max().item())
+    if not difference <= allowed:  # not a number is no agreement
+        raise MismatchError(
+            f"the exported students differ from the run's by {difference:.3g}; allowed is {allowed:.3g}. "
+            "Nothing was written"
+        )
+    return {"max_difference": difference, "tolerance": allowed, "compared": len(classes)}
+
+
+def _distance(source: ExportSource, exported: ExportResult) -> dict[str, Any] | None:
+    """The run's own distance before and after, from as many samples; None where the run was not measured by it."""
+    from msdcli.engine.measure import fid
+
+    stored = [read_json(path) for path in source.run.results()]
+    own = next((s for s in stored if s["metric"].startswith(("fd_", "l1_"))), None)
+    count = source.options.samples if source.options.samples is not None else (own or {}).get("samples", 0)
+    if own is None or not count:
+        return None
+    context = fid.EvaluationContext(source.run, fid.FidOptions(samples=count, device="cpu"), source.report)
+    reference = context.teacher() if context.planar else context.real()
+    values = [
+        context.metric.compare(context.students(students), reference, 0, False)[0][context.metric.name]
+        for students in (source.students, ExportedStudents(source.students, exported.open(None, None)))
+    ]
+    names = {"metric": context.metric.name, "protocol": context.metric.protocol, "samples": count}
+    return names | {"float32": values[0], source.options.precision: values[1], "change": values[1] - values[0]}

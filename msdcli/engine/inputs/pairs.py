@@ -1,0 +1,140 @@
+"""Pairs of noise and image from the teacher's deterministic sampler, made once per teacher, shard by shard."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from msdcli.data.base import Dataset, fingerprint, in_turn
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.draws import image_noise
+from msdcli.diffusion.guidance import drawn
+from msdcli.diffusion.sampler import solve
+from msdcli.engine.checkpoints.tensors import load_tensors, save_tensors
+from msdcli.engine.tracking.events import Progress, Report
+from msdcli.errors import LockedError
+from msdcli.recipe import Recipe, SolverSettings
+from msdcli.rundir import RunDir, holder_of, key, lock, sweep_temporaries, write_json
+from msdcli.seeds import derive, generator
+
+RECORD = "pairs.json"
+
+
+def labels_for(data: Dataset, numbers: range) -> Tensor:
+    """Return the classes of samples: those of the data's images in turn, so that classes are as frequent."""
+    return data.labels(in_turn(data, numbers))
+
+
+def sample_teacher(
+    teacher: Denoiser, z: Tensor, classes: Tensor, solver: SolverSettings, *, u: Tensor | None = None, batch: int = 512
+) -> Tensor:
+    """Return the teacher's samples from unit noise `z`, in batches.
+
+    `u`, a number in [0, 1) per sample, says where in a range of guidance scales each one lies; 1/2 if absent.
+    """
+    device = next(teacher.parameters()).device
+    u = torch.full((len(z),), 0.5) if u is None else u
+    samples, options = [], solver.model_dump()
+    for chunk in zip(z.split(batch), classes.split(batch), u.split(batch), strict=True):
+        z_, c_, u_ = (t.to(device) for t in chunk)
+        samples.append(solve(drawn(teacher, lambda purpose, u_=u_: u_), z_, c_, **options).cpu())  # type: ignore[misc]
+    return torch.cat(samples)
+
+
+class Pairs:
+    """The pairs of one teacher: folder, shards, and the rule that pair i depends on the seed and on i alone."""
+
+    def __init__(self, run: RunDir, recipe: Recipe, data: Dataset, teacher_hash: str) -> None:
+        settings = recipe.pairs
+        self.settings, self.solver, self.data = settings, recipe.teacher.solver, data
+        parts = (
+            teacher_hash,
+            fingerprint(data),
+            self.solver.model_dump(),
+            settings.seed,
+            settings.shard,
+            getattr(data, "mixed", False),
+        )
+        self.folder = run.shared / f"pairs-{key('pairs', *parts)}"
+        self.teacher_hash = teacher_hash
+
+    def shards(self) -> list[tuple[Path, range]]:
+        """The files that are needed and the pairs in each (the last may hold more than are asked for)."""
+        size = self.settings.shard
+        return [
+            (self.folder / f"{i // size:06d}.safetensors", range(i, i + size))
+            for i in range(0, self.settings.count, size)
+        ]
+
+    def provide(self, teacher: Denoiser, report: Report) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (z, y, c) after making the shards that nobody has made; several processes share the work."""
+        begun, made = time.monotonic(), 0
+        sweep_temporaries(self.folder)
+        while todo := [(path, numbers) for path, numbers in self.shards() if not path.exists()]:
+            before = made
+            for path, numbers in todo:
+                made += self._make_unless_held(path, numbers, teacher)
+                done = sum(len(numbers) for path, numbers in self.shards() if path.exists())
+                speed = made / (time.monotonic() - begun)
+                report(Progress("pairs", min(done, self.settings.count), self.settings.count, "pairs", {}, speed))
+            if made == before:
+                time.sleep(0.2)  # others are at what is left
+        return self.read()
+
+    def examples(self, teacher: Denoiser, classes: list[int], per_class: int) -> list[Tensor] | None:
+        """Return up to `per_class` of the teacher's samples of each class: pairs that are there, points drawn anew.
+
+        None where neither is to be had quickly.
+        """
+        if len(self.data.shape) == 1:
+            numbers = range(per_class)
+            z = self.noise(numbers)
+            asked = [torch.full((per_class,), c) for c in classes]
+            u = self.uniform(numbers)
+            return [sample_teacher(teacher, z, c, self.solver, u=u, batch=per_class) for c in asked]
+        if not (made := [path for path, _ in self.shards() if path.exists()]):
+            return None
+        parts = [load_tensors(path)[0] for path in made]
+        y, c = torch.cat([p["y"] for p in parts]), torch.cat([p["c"] for p in parts])
+        return [y[c == k][:per_class] for k in classes]
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (z, y, c) from complete shards; the noise is derived again."""
+        parts = [load_tensors(path)[0] for path, _ in self.shards()]
+        count = self.settings.count
+        y, c = torch.cat([p["y"] for p in parts])[:count], torch.cat([p["c"] for p in parts])[:count]
+        return self.noise(range(count)), y, c
+
+    def noise(self, numbers: range) -> Tensor:
+        """Return the unit noise of the pairs `numbers`."""
+        return image_noise(derive("pairs", self.settings.seed), list(numbers), self.data.shape)
+
+    def uniform(self, numbers: range) -> Tensor:
+        """Return a number in [0, 1) for each of the pairs `numbers`: its guidance, where that is a range."""
+        seed = derive("pairs", self.settings.seed)
+        return torch.cat([torch.rand(1, generator=generator("guidance", seed, number)) for number in numbers])
+
+    def _make_unless_held(self, path: Path, numbers: range, teacher: Denoiser) -> int:
+        """Make one shard, unless another process is at it or has made it; return the number of pairs made."""
+        if path.exists() or holder_of(self.folder / f".{path.stem}"):
+            return 0
+        try:
+            with lock(self.folder / f".{path.stem}", "a shard of pairs"):
+                if path.exists():
+                    return 0
+                self._make(path, numbers, teacher)
+                return len(numbers)
+        except LockedError:
+            return 0
+
+    def _make(self, path: Path, numbers: range, teacher: Denoiser) -> None:
+        classes = labels_for(self.data, numbers)
+        y = sample_teacher(teacher, self.noise(numbers), classes, self.solver, u=self.uniform(numbers))
+        save_tensors(path, {"y": y, "c": classes}, hashed=True)
+        write_json(
+            self.folder / RECORD,
+            {"teacher": self.teacher_hash, "solver": self.solver.model_dump(), "seed": self.settings.seed},
+        )

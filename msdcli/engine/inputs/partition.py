@@ -1,0 +1,255 @@
+"""Divide the conditions among the students, as the recipe says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from msdcli import partition as p
+from msdcli import routing
+from msdcli.data.base import Dataset, PromptDataset, has_images, in_turn
+from msdcli.data.prompts import clean
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine import pictures
+from msdcli.engine.checkpoints.model import is_complete, load_model
+from msdcli.engine.distributed import device
+from msdcli.engine.inputs import dataset, prompts
+from msdcli.engine.tracking.events import Report, silent
+from msdcli.errors import UserError
+from msdcli.nets.edm.unet_taps import TappedUNet
+from msdcli.partition import Partition
+from msdcli.recipe import PartitionSettings, Recipe
+from msdcli.recipe.data import PromptsSettings
+from msdcli.rundir import RunDir
+
+TEXT_METHODS = ("quadrants", "kmeans", "random")
+
+
+def check(settings: PartitionSettings, num_conditions: int, *, prompts: bool = False) -> None:
+    """Raise UserError if the section cannot give a partition of so many classes or `prompts`; needs no teacher."""
+    p.sizes(num_conditions, settings.students)
+    if prompts and settings.students > 1 and settings.method not in TEXT_METHODS:
+        raise UserError(
+            f"partition.method {settings.method} could not place a new prompt; for prompts there are "
+            f"{', '.join(TEXT_METHODS)}",
+            hint="partition.method=quadrants",
+        )
+    if settings.method == "quadrants":
+        if not prompts:
+            raise UserError(
+                "partition.method quadrants divides prompts, and the data have classes", hint="partition.method=kmeans"
+            )
+        routing.check_quadrants(settings.students)
+    if settings.parts is not None:
+        Partition(settings.parts, num_conditions, "explicit")
+
+
+def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -> Partition:
+    """Return the partition. `teacher` is needed for k-means on class embeddings, and has the prompts' embeddings."""
+    if isinstance(data, PromptDataset):
+        pooled = None if teacher is None or teacher.prompts is None else teacher.prompts.pooled
+        return of_prompts(settings, data.prompts, pooled)
+    num = len(data.class_names)
+    if settings.parts is not None:
+        return Partition([sorted(part) for part in settings.parts], num, "explicit")
+    if settings.method == "consecutive":
+        return p.consecutive(num, settings.students)
+    if settings.method == "random":
+        return p.shuffled(num, settings.students, seed=settings.seed)
+    return p.kmeans(class_vectors(settings, data, teacher), settings.students, seed=settings.seed)
+
+
+def of_prompts(settings: PartitionSettings, prompts: Sequence[str], pooled: np.ndarray | None) -> Partition:
+    """Return the partition of prompts, with the rule for new ones; `random` and one student need no embeddings."""
+    num, method = settings.students, settings.method
+    if num == 1 or method == "random":
+        return p.of_rule(routing.Hash(num, settings.seed), num, prompts, None, method if num > 1 else "random")
+    assert pooled is not None, "this partition looks at embeddings"
+    if method == "kmeans":
+        return p.kmeans(pooled, num, seed=settings.seed)
+    return p.of_rule(routing.Quadrants.fit(pooled, num), num, prompts, pooled, method)
+
+
+def class_vectors(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -> np.ndarray:
+    """The vector of every class that k-means looks at."""
+    return _embeddings(teacher) if settings.features == "embedding" else _mean_images(data)
+
+
+def _embeddings(teacher: Denoiser | None) -> np.ndarray:
+    """The teacher's learned vector of every class [classes, width]."""
+    assert teacher is not None, "k-means on class embeddings needs the teacher"
+    found = (m for m in teacher.modules() if isinstance(m, TappedUNet | nn.Embedding))
+    table = next(found, None)
+    vectors = table.class_vectors() if isinstance(table, TappedUNet) else getattr(table, "weight", None)
+    if vectors is None:
+        raise UserError("partition: this teacher has no class embeddings", hint="partition.features=images")
+    return vectors.detach().double().cpu().numpy()
+
+
+def _mean_images(data: Dataset) -> np.ndarray:
+    """The mean image of every class [classes, numbers], over about 10,000 images."""
+    each = _of_classes(data, max(1, 10_000 // len(data.class_names)))
+    return torch.stack([data.images(numbers).flatten(1).double().mean(0) for numbers in each]).numpy()
+
+
+def _of_classes(data: Dataset, count: int, *, most: int = 200_000) -> list[list[int]]:
+    """Return the numbers of up to `count` images of every class, among the first `most` in turn."""
+    numbers = torch.tensor(in_turn(data, range(min(len(data), most))))
+    labels = data.labels(numbers.tolist())
+    return [numbers[labels == k][:count].tolist() for k in range(len(data.class_names))]
+
+
+def preview(recipe: Recipe, report: Report = silent) -> tuple[Partition, Dataset]:
+    """Return the partition that a recipe's run has, or would get.
+
+    Prompts are embedded for it, once. UserError where it needs a teacher that is not trained yet.
+    """
+    data, run = dataset.look(recipe), RunDir(recipe.run_dir)
+    check(recipe.partition, len(data.class_names), prompts=recipe.has_prompts)
+    if run.partition.is_file() and run.recipe().partition == recipe.partition:
+        return Partition.load(run.partition), data
+    if isinstance(data, PromptDataset):
+        store = prompts.for_recipe(run, recipe, data, report) if _looks(recipe.partition) else None
+        return of_prompts(recipe.partition, data.prompts, None if store is None else store.pooled), data
+    return make(recipe.partition, data, _teacher(run, recipe)), data
+
+
+def _looks(settings: PartitionSettings) -> bool:
+    """Whether a partition of prompts looks at their embeddings."""
+    return settings.students > 1 and settings.method != "random"
+
+
+def to_embed(recipe: Recipe, *, explaining: bool) -> int:
+    """Return how many prompts showing (or explaining) the partition would have to embed first."""
+    data, run = dataset.look(recipe), RunDir(recipe.run_dir)
+    looks = isinstance(data, PromptDataset) and (explaining or _looks(recipe.partition))
+    if not looks or (run.prompts / prompts.RECORD).is_file():
+        return 0
+    assert isinstance(data, PromptDataset)
+    return 0 if (prompts.folder_for(run, recipe, data) / prompts.RECORD).is_file() else len(data.prompts)
+
+
+def _teacher(run: RunDir, recipe: Recipe) -> Denoiser | None:
+    """The teacher, where the partition looks at it."""
+    if recipe.partition.method != "kmeans" or recipe.partition.features != "embedding":
+        return None
+    if not is_complete(run.teacher):
+        raise UserError(
+            "partition: k-means on class embeddings needs the teacher, which is not trained yet",
+            hint="msd distill trains it first; partition.features=images needs none",
+        )
+    return load_model(run.teacher)[0]
+
+
+NEIGHBOURS = 5
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a condition goes where it goes: its student, the second choice, how far the border to that one is and what
+    part of the conditions that were trained on lie nearer to theirs (None without borders), and its neighbours.
+    """
+
+    condition: str
+    student: int
+    second: int | None
+    margin: float | None
+    percentile: float | None
+    neighbours: list[dict[str, Any]]  # name, student and similarity (cosine) of conditions that were trained on
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def explain(recipe: Recipe, asked: str, report: Report = silent) -> Explanation:
+    """Explain where a prompt, or a class by number or name, goes. UserError for a class that does not exist."""
+    partition, data = preview(recipe, report)
+    run = RunDir(recipe.run_dir)
+    if isinstance(data, PromptDataset):
+        return _explain_prompt(run, recipe, partition, data, clean(asked), report)
+    number = p.parse_classes(asked, data.class_names)
+    if len(number) != 1:
+        raise UserError("one class at a time")
+    vectors = None
+    if recipe.partition.method == "kmeans":
+        vectors = class_vectors(recipe.partition, data, _teacher(run, recipe))
+    others = partition.parts[partition.owner[number[0]]]
+    if vectors is None:  # no geometry: its companions are all there is to say
+        near = [{"name": data.class_names[c], "student": partition.owner[c]} for c in others if c != number[0]]
+        name = data.class_names[number[0]]
+        return Explanation(name, partition.owner[number[0]], None, None, None, near[:NEIGHBOURS], {})
+    return _explain(data.class_names[number[0]], vectors[number[0]], vectors, partition, data.class_names, {}, number)
+
+
+def _explain_prompt(
+    run: RunDir, recipe: Recipe, partition: Partition, data: PromptDataset, prompt: str, report: Report
+) -> Explanation:
+    if not prompt:
+        raise UserError("a prompt is empty")
+    store = prompts.for_recipe(run, recipe, data, report)
+    dtype = recipe.data.embeddings if isinstance(recipe.data, PromptsSettings) else "float32"
+    with prompts.text_folder(run, recipe) as text:
+        prompt_router = prompts.PromptRouter(
+            text, partition, store=store, device=device.resolve(recipe.device), dtype=dtype
+        )
+        prompt_router.number([prompt])
+        pooled = prompt_router.look_up(torch.tensor([prompt_router.known]))[1][0].numpy()
+    seconds = {"encoder": prompt_router.encoder_seconds, "routing": prompt_router.routing_seconds}
+    same = [data.prompts.index(prompt)] if prompt in data.prompts else []
+    return _explain(prompt, pooled, store.pooled, partition, data.prompts, seconds, same)
+
+
+def _explain(
+    name: str,
+    vector: np.ndarray,
+    vectors: np.ndarray,
+    partition: Partition,
+    names: Sequence[str],
+    seconds: dict[str, float],
+    itself: Sequence[int],
+) -> Explanation:
+    placed, rule = None, partition.rule
+    if rule is not None:
+        placed = rule.place([name], vector[None])
+    student = partition.owner[itself[0]] if itself or placed is None else int(placed.owner[0])
+    second = margin = percentile = None
+    if rule is not None and placed is not None and placed.margin is not None and placed.second is not None:
+        second, margin = int(placed.second[0]), float(placed.margin[0])
+        theirs = rule.place(names, vectors).margin
+        assert theirs is not None
+        percentile = float((theirs < margin).mean() * 100)
+    similar = cosine(vectors, vector)
+    nearest = [int(i) for i in np.argsort(-similar, kind="stable") if int(i) not in itself][:NEIGHBOURS]
+    near = [{"name": names[i], "student": partition.owner[i], "similarity": float(similar[i])} for i in nearest]
+    return Explanation(name, student, second, margin, percentile, near, seconds)
+
+
+def cosine(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """The cosine between each of `vectors` [n, width] and `vector`, both after subtracting the mean of all."""
+    mean = np.asarray(vectors, np.float64).mean(0)
+    here, rows = vector.astype(np.float64) - mean, list[np.ndarray]()
+    for start in range(0, len(vectors), routing.CHUNK):
+        chunk = np.asarray(vectors[start : start + routing.CHUNK], np.float64) - mean
+        rows.append(chunk @ here / np.maximum(np.linalg.norm(chunk, axis=1) * np.linalg.norm(here), 1e-300))
+    return np.concatenate(rows)
+
+
+def draw(path: Path, partition: Partition, data: Dataset, *, columns: int = 16) -> None:
+    """Write a PNG with one row of data per student (points: one scatter plot per student)."""
+    if not has_images(data):
+        raise UserError("these prompts have no pictures to draw", hint="data.images names a folder of pictures")
+    wanted = 4000 if len(data.shape) == 1 else columns
+    each = _of_classes(data, wanted)
+    rows = []
+    for part in partition.parts:
+        per_class = -(-wanted // len(part))
+        numbers = [n for c in part for n in each[c][:per_class]]
+        rows.append(data.images(numbers[:wanted]))
+    pictures.save_grid(path, rows, class_names=[f"student {k}" for k in range(len(rows))])

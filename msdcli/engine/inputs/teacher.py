@@ -1,0 +1,242 @@
+"""The teacher: trained once per recipe section and shared by every later run, or loaded from a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from msdcli import nets
+from msdcli.data.base import Dataset, fingerprint
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.draws import Source
+from msdcli.diffusion.guidance import Guided
+from msdcli.engine.checkpoints.model import is_complete, load_model, save_model
+from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
+from msdcli.engine.distributed.sharding import whole_state
+from msdcli.engine.inputs import autoencoder as autoencoders
+from msdcli.engine.inputs import hub, importing, prompts
+from msdcli.engine.tracking.events import Report, silent
+from msdcli.engine.train.loop import TrainOptions, train
+from msdcli.engine.train.student import is_finished, peak_memory
+from msdcli.errors import UserError
+from msdcli.nets.diffusers.autoencoder import Geometry
+from msdcli.objectives.edm import DenoisingScoreMatching
+from msdcli.recipe import LatentShapeSettings, Recipe, TeacherSettings
+from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings
+from msdcli.rundir import RunDir, key, link, lock
+from msdcli.seeds import generator
+
+
+def provide(
+    run: RunDir,
+    recipe: Recipe,
+    data: Dataset,
+    device: torch.device,
+    report: Report,
+    *,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> tuple[Denoiser, str]:
+    """Return the frozen teacher and its weights' hash, after loading, importing, reusing or training it; link it into
+    the run.
+    """
+    if recipe.teacher.path is not None:
+        path = hub.resolve(recipe.teacher.path)
+        folder = group.leader_first(lambda: located(run, path, report))
+    else:
+        folder = run.shared / f"teacher-{teacher_key(recipe, data)}"
+        with group.while_leader_holds(lambda: lock(folder, "the teacher", wait=report)):
+            if group.broadcast(is_finished(folder, recipe.teacher.training)):
+                report(f"teacher: reused from {folder}")
+            else:
+                _train(folder, recipe, data, device, report, group)
+    _check_fit(load_model(folder)[0], recipe, data, autoencoders.find(folder))
+    group.leader_first(lambda: link(folder, run.teacher))
+    if recipe.has_prompts:
+        group.leader_first(lambda: prompts.provide(run, recipe, data, device, report))
+    teacher, sha256 = load(run, recipe)
+    return teacher.to(device), sha256
+
+
+def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
+    """Return the run's teacher, guided as the recipe says, and the hash of all its weights and of its guidance."""
+    teacher, description = load_model(run.teacher)
+    store = prompts.open_store(run.prompts) if teacher.reads_text else None
+    prompts.give(teacher, store)
+    sha256, guidance = description["sha256"], recipe.teacher.guidance
+    if autoencoder := autoencoders.find(run.teacher):
+        sha256 = key(sha256, description.get("autoencoder") or autoencoders.identity(autoencoder))
+    if teacher.reads_text:
+        sha256 = key(sha256, description["text_sha256"])
+    if guidance is None:
+        return teacher, sha256
+    sha256s, guide = [sha256], None
+    if guidance.guide is not None:
+        guide, weaker = load_model(located(run, hub.resolve(guidance.guide), silent))
+        prompts.give(guide, store)
+        sha256s.append(weaker["sha256"])
+    guided = _guided(teacher, recipe, guide)
+    said = json.dumps([sha256s, guidance.scale, guidance.interval])
+    return guided, hashlib.sha256(said.encode()).hexdigest()
+
+
+def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoiser:
+    """Return the teacher without memory: it is checked as far as it exists, and its parameters can be counted.
+
+    UserError where it cannot be had or does not fit; with `planning`, a file that is missing is taken on trust.
+    """
+    settings = recipe.teacher
+    path = None if settings.path is None else (hub.cached if planning else hub.resolve)(settings.path)
+    if path is None:
+        shape = data.shape if settings.latent is None or recipe.has_prompts else _planned(settings.latent, data)
+        num_classes = 0 if recipe.has_prompts else len(data.class_names)
+        options = {"shape": shape, "num_classes": num_classes, "sigma_data": settings.sigma_data}
+        with torch.device("meta"):
+            teacher = nets.build(settings.network, **options)
+    else:
+        teacher = _given_on_meta(path, settings.source)
+        _check_fit(teacher, recipe, data, importing.find_autoencoder(path))
+    if settings.guidance is None:
+        return teacher
+    guide = settings.guidance.guide
+    return _guided(teacher, recipe, None if guide is None else _given_on_meta(hub.resolve(guide), None))
+
+
+def _given_on_meta(path: Path, source: str | None) -> Denoiser:
+    if not path.exists():
+        raise UserError(f"no model at {path}", hint=f"get it from {source}" if source else None)
+    return importing.inspect(path) if importing.is_foreign(path) else load_model(path)[0].to("meta")
+
+
+def _guided(teacher: Denoiser, recipe: Recipe, guide: Denoiser | None) -> Denoiser:
+    """Wrap the teacher in the recipe's guidance. UserError where there is nothing to move away from."""
+    guidance = recipe.teacher.guidance
+    assert guidance is not None
+    if guide is not None and _makes(guide) != _makes(teacher):
+        raise UserError(f"the guide at {guidance.guide} makes other images or classes than the teacher")
+    if guide is None and teacher.num_classes == 0 and not teacher.reads_text:
+        raise UserError("teacher.guidance: this teacher knows no classes", hint="guidance.guide names a weaker teacher")
+    if guide is None and _label_dropout(teacher, recipe) == 0:
+        raise UserError(
+            "teacher.guidance: this teacher never trained without a class (its label_dropout is 0)",
+            hint="guidance.guide names a weaker teacher; teacher.training.label_dropout=0.1 trains one that can",
+        )
+    return Guided(teacher, scale=guidance.scale, interval=guidance.interval, guide=guide)
+
+
+def _makes(net: Denoiser) -> tuple[tuple[int, ...], int, bool]:
+    return net.shape, net.num_classes, net.reads_text
+
+
+def _label_dropout(teacher: Denoiser, recipe: Recipe) -> float | None:
+    """How often the teacher trained without a class; None where nobody says."""
+    if recipe.teacher.path is None:
+        return recipe.teacher.training.label_dropout
+    if isinstance(teacher.settings, DiffusersNetworkSettings):
+        return 0.0 if teacher.settings.class_name == "UNet2DModel" else None
+    return getattr(teacher.settings, "arguments", {}).get("label_dropout")
+
+
+def located(run: RunDir, path: Path, report: Report) -> Path:
+    """Return the folder of a given teacher; one from elsewhere is imported once, next to the runs that share it."""
+    if not importing.is_foreign(path):
+        return path
+    folder = run.shared / f"teacher-{importing.identity(path)}"
+    with lock(folder, "the teacher", wait=report):
+        if not is_complete(folder):
+            report(f"teacher: importing {path}")
+            importing.write(importing.read(path), folder)
+    return folder
+
+
+def teacher_key(recipe: Recipe, data: Dataset) -> str:
+    """Name the teacher by everything that its weights depend on."""
+    section = recipe.teacher.model_dump(mode="json", exclude={"path", "source", "latent", "solver", "guidance"})
+    return key("teacher", fingerprint(data), section, recipe.threads)
+
+
+def new_network(settings: TeacherSettings, data: Dataset) -> Denoiser:
+    """Build the teacher's network with the random weights of its seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator("network", "teacher", settings.seed).initial_seed())
+        num_classes = len(data.class_names)
+        return nets.build(settings.network, shape=data.shape, num_classes=num_classes, sigma_data=settings.sigma_data)
+
+
+def _train(
+    folder: Path, recipe: Recipe, data: Dataset, device: torch.device, report: Report, group: ProcessGroup
+) -> None:
+    settings = recipe.teacher
+    options = TrainOptions.of(recipe, group)
+    network = new_network(settings, data).train()
+    if not options.fsdp:  # sharding moves it
+        network.to(device)
+    source = Source(data, range(len(data.class_names)), device=device)
+    objective = DenoisingScoreMatching(settings.training, network, None)
+    key_ = ("teacher", settings.seed)
+    state = train(
+        objective, settings.training, source, folder, key=key_, what="teacher", options=options, report=report
+    )
+    product = whole_state(state.ema.net, group)
+    if group.is_leader:
+        record = {"steps": settings.training.steps, "cost": state.cost | peak_memory(device)}
+        save_model(folder, state.ema.net, record, product)
+    group.broadcast(None)
+
+
+def _planned(settings: LatentShapeSettings, data: Dataset) -> tuple[int, ...]:
+    """The shape of latents whose autoencoder is not here yet."""
+    return Geometry(data.shape[0], settings.channels, settings.factor).latent_shape(tuple(data.shape))
+
+
+def _check_fit(teacher: Denoiser, recipe: Recipe, data: Dataset, autoencoder: Path | None) -> None:
+    """Raise UserError unless a teacher from elsewhere makes what the data hold, and is what the recipe expects."""
+    where, num_classes = recipe.teacher.path, len(data.class_names)
+    if teacher.reads_text != recipe.has_prompts:
+        kinds = ("prompts, and the data have classes", "classes, and the data are prompts")
+        raise UserError(f"the teacher at {where} is conditioned on {kinds[not teacher.reads_text]}")
+    if teacher.reads_text:
+        num_classes = 1
+    shape = autoencoders.shape_seen(data, autoencoder)
+    if where is not None and recipe.teacher.latent is not None:
+        _check_latent(recipe.teacher.latent, autoencoder, where)
+    if teacher.num_classes == 0 and num_classes > 1:
+        raise UserError(
+            f"the teacher at {where} knows no classes, the data have {num_classes}",
+            hint="data.labels=false (data folder) makes them one class, for one student",
+        )
+    if teacher.shape != shape or max(teacher.num_classes, 1) != num_classes:
+        made = "images" if autoencoder is None else "latents"
+        seen = "" if shape == tuple(data.shape) else f", as latents {list(shape)},"
+        raise UserError(
+            f"the teacher at {where} makes {made} of shape {list(teacher.shape)} in {teacher.num_classes} classes; "
+            f"the data have shape {list(data.shape)}{seen} and {num_classes} classes"
+        )
+    expected = recipe.teacher.network
+    if where is not None and isinstance(expected, EdmNetworkSettings):
+        _check_expected(teacher, expected, where)
+
+
+def _check_latent(expected: LatentShapeSettings, autoencoder: Path | None, where: str) -> None:
+    found = None if autoencoder is None else autoencoders.read_geometry(autoencoder)
+    if found is None or (found.channels, found.factor) != (expected.channels, expected.factor):
+        what = "no latent model" if found is None else f"one of {found.channels} channels and factor {found.factor}"
+        raise UserError(
+            f"the recipe expects a latent teacher of {expected.channels} channels and factor {expected.factor}; "
+            f"the one at {where} is {what}",
+            hint="teacher.latent must describe it, or be left out",
+        )
+
+
+def _check_expected(teacher: Denoiser, expected: EdmNetworkSettings, where: str) -> None:
+    found = teacher.settings
+    if not isinstance(found, EdmNetworkSettings) or found.preconditioning != expected.preconditioning:
+        raise UserError(f"the teacher at {where} is no {expected.preconditioning} network of kind edm")
+    for name, value in expected.arguments.items():
+        if name != "dropout" and found.arguments.get(name) != value:
+            raise UserError(
+                f"the teacher at {where} has {name} {found.arguments.get(name)}, the recipe expects {value}",
+                hint="teacher.network must describe that file, or be left out",
+            )

@@ -1,0 +1,121 @@
+"""Measure pictures in files: a folder, a zip or an npz against a reference, under a published protocol."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from msdcli.data.opening import Images, content_hash, open_images
+from msdcli.engine.distributed import group as distributed
+from msdcli.engine.measure import features, groups
+from msdcli.engine.measure.fid import FidOptions, Measurement, Row
+from msdcli.engine.tracking.events import Report
+from msdcli.errors import UserError
+from msdcli.metrics.evaluate import FeatureSet, collect
+from msdcli.metrics.inception import FeatureNetwork, open_network
+from msdcli.metrics.reference import is_statistics
+
+BATCH = 64
+MAX_CLASSES = 100  # a distance of 2048 dimensions for each of more would take longer than the network
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is compared with what, after all that can be checked cheaply has been."""
+
+    images: Path
+    reference: str
+    options: FidOptions
+    groups: groups.Groups
+    count: int
+    network: FeatureNetwork
+
+
+def check(images: Path, reference: str | None, options: FidOptions) -> Request:
+    """Open both sides and the network. UserError for what is missing, empty, or of fewer images than asked for."""
+    if not images.exists():
+        raise UserError(f"{images} does not exist", hint="a run directory, or a folder, zip or npz of images")
+    if is_statistics(images):
+        raise UserError(f"{images} holds statistics and no images", hint="statistics are the second argument")
+    with closing(open_images(images)) as source:
+        have, classes = len(source), _classes(source)
+    if reference is None:
+        raise UserError(f"{images} is compared with what?", hint=f"msd fid {images} REFERENCE")
+    if options.protocol == "data" or options.save:
+        what = "--protocol data" if options.protocol == "data" else "--save"
+        raise UserError(f"{what} is for a run directory; {images} holds pictures")
+    if (options.samples or 1) > have:
+        raise UserError(
+            f"{images} holds {have} images, fewer than the {options.samples} asked for",
+            hint="a FID of fewer images is another figure: ask for fewer",
+        )
+    path = features.find_reference(reference)
+    theirs: set[int] = set()
+    if not is_statistics(path):
+        with closing(open_images(path)) as source:
+            theirs = _classes(source)
+    if options.groups and not classes & theirs:
+        raise UserError("--group: both sides must be images with labels", hint="a dataset.json beside them")
+    where = distributed.local_device(options.device or "auto")
+    network = open_network(options.protocol or "clean", weights=options.weights, device=where)
+    asked = groups.parse(options.groups, classes & theirs)
+    return Request(images, reference, options, asked, options.samples or have, network)
+
+
+def compare(request: Request, report: Report) -> dict[str, Any] | None:
+    """Return every figure as plain data; the key of the distance is `fid`. The reference comes first: it is kept.
+
+    Under torchrun every process takes its share of the images; the first has the result, the others None.
+    """
+    options, network = request.options, request.network
+    how = {"workers": options.workers}
+    batch = options.batch or BATCH
+    theirs = features.of_reference(request.reference, network, batch=batch, report=report, **how)
+    share = distributed.share()
+    part = collect(
+        *(request.images, network),
+        **{"batch_size": batch, "limit": options.samples, "keep_features": not options.lean, "share": share, **how},
+    )
+    mine = distributed.merged(part, share)
+    if mine is None:
+        return None
+    named = request.groups | _single(mine, theirs)
+    result = mine.summary(theirs, groups=named, replicates=options.bootstrap or 0, extrapolate=options.infinity)
+    for warning in result["warnings"]:
+        report(warning)
+    sides = {
+        "images": str(request.images),
+        "images_sha256": content_hash(request.images),
+        "reference": request.reference,
+        "reference_sha256": content_hash(features.find_reference(request.reference)),
+    }
+    return result | {"protocol": network.protocol, "record": result["record"] | sides}
+
+
+def measurement(request: Request, report: Report) -> Measurement:
+    """Return the same figures in the form that a run's have; the line of the whole is `images`."""
+    result = compare(request, report)
+    assert result is not None, "one process alone has the result"
+    values = {name: value for name, value in result.items() if isinstance(value, float)}
+    counts = result["record"]["count"], result["record"]["reference_count"]
+    rows = [Row("images", "whole", *counts, values, result["intervals"])]
+    rows += [
+        Row("images", name, group["count"], group["reference_count"], {"fid": group["fid"]})
+        for name, group in result["groups"].items()
+        if group["fid"] is not None
+    ]
+    return Measurement("fid", result["protocol"], rows, result["record"] | {"warnings": result["warnings"]})
+
+
+def _classes(source: Images) -> set[int]:
+    return set() if source.labels is None else {int(c) for c in source.labels}
+
+
+def _single(mine: FeatureSet, theirs: Any) -> groups.Groups:
+    """A group for each class that both sides label."""
+    if not isinstance(theirs, FeatureSet):
+        return {}
+    both = sorted((mine.moments.classes.keys() & theirs.moments.classes.keys()) - {-1})
+    return {f"class {c}": [c] for c in both} if len(both) <= MAX_CLASSES else {}

@@ -1,0 +1,192 @@
+"""A run as it is at this moment, from its files alone, on whatever host it is trained; imports no torch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from msdcli.engine.report.status import status
+from msdcli.engine.tracking.history import METRICS, Training, figures, history, teacher_folder
+from msdcli.rundir import RunDir, holder_of, read_json, read_lines
+
+FRESH = 120.0  # seconds since its last line in which a part counts as running where no lock can be seen
+OVER = 60.0  # seconds without a change after which a run that nobody measures has ended
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """The teacher or a stage of a student: how far it is, and what it last wrote."""
+
+    who: str
+    student: int | None
+    stage: str
+    state: str  # waiting, running, stopped, done
+    step: int
+    steps: int
+    losses: dict[str, float] = field(default_factory=dict)
+    speed: float | None = None  # images per second
+    health: dict[str, float] = field(default_factory=dict)
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """All parts, the newest distances and whether the run has ended."""
+
+    name: str
+    parts: list[StageProgress]
+    distances: list[str]
+    seconds_left: float | None
+    done: bool
+    shared: bool  # somebody is at the teacher, pairs or features beside the run
+
+    @property
+    def running(self) -> list[StageProgress]:
+        return [part for part in self.parts if part.state == "running"]
+
+
+class ProgressTracker:
+    """Takes frames of a run; what it saw before tells how fast the steps are."""
+
+    def __init__(self, run: RunDir) -> None:
+        self.run = run
+        self._first: dict[tuple[str, str], tuple[float, int]] = {}  # when a part was first seen to move, and its step
+
+    def frame(self) -> RunProgress:
+        """Return the run's state. UserError if it is no run directory."""
+        state = status(self.run)
+        trainings = history(self.run)
+        done = {(s["student"], i): stage for s in state["students"] for i, stage in enumerate(s["stages"])}
+        holders = {s["student"]: s["running"] for s in state["students"]}
+        parts = []
+        for training in trainings:
+            if training.student is None:
+                known = {"state": state["teacher"], "step": training.lines[-1]["step"] if training.lines else 0}
+                folder, held = teacher_folder(self.run), False
+            else:
+                known = done[training.student, training.number]
+                folder = self.run.stage(training.student, training.number, training.stage.objective)
+                held = holders[training.student] is not None
+            parts.append(self._part(training, known, folder, held))
+        left = _left(parts)
+        return RunProgress(
+            self.run.root.resolve().name, parts, distances(self.run), left, self._ended(state), self._shared()
+        )
+
+    def _part(self, training: Training, known: dict[str, Any], folder: Path, held: bool) -> StageProgress:
+        last = training.lines[-1] if training.lines else {}
+        steps, step = training.stage.steps, int(last.get("step", 0))
+        changed = _changed(folder / METRICS)
+        if known["state"] == "done":
+            state, step = "done", max(step, int(known["step"]))
+        elif not last:
+            # A student is held from its first stage on; the others wait for that one.
+            state = "running" if held and self._stage_before_done(training) else "waiting"
+        else:
+            state = "running" if held or (changed is not None and time.time() - changed < FRESH) else "stopped"
+        found = figures(last) | _measured(training.lines)
+        pace = self._pace(training, step, changed) if state == "running" else None
+        return StageProgress(
+            training.who,
+            training.student,
+            training.stage.objective,
+            state,
+            step,
+            steps,
+            {k.removeprefix("losses."): v for k, v in found.items() if k.startswith("losses.")},
+            found.get("images_per_second"),
+            {k: v for k, v in found.items() if not k.startswith("losses.") and k != "images_per_second"},
+            None if pace is None else pace * (steps - step),
+        )
+
+    def _pace(self, training: Training, step: int, changed: float | None) -> float | None:
+        """Return seconds per step since this part was first seen here, or, at first, since its student was begun."""
+        if changed is None or not step:
+            return None
+        since, first = self._first.setdefault((training.who, training.stage.objective), (changed, step))
+        if step > first:
+            return (changed - since) / (step - first)
+        begun = self._begun(training)
+        return (changed - begun) / step if begun is not None and changed > begun else None
+
+    def _begun(self, training: Training) -> float | None:
+        if training.student is None:
+            return None
+        before = training.number - 1
+        if before >= 0:
+            objective = self.run.recipe().stages[before].objective
+            return _changed(self.run.stage(training.student, before, objective) / "model.json")
+        return _changed(self.run.student(training.student) / ".lock")
+
+    def _stage_before_done(self, training: Training) -> bool:
+        if training.student is None or training.number == 0:
+            return True
+        stage = self.run.recipe().stages[training.number - 1]
+        folder = self.run.stage(training.student, training.number - 1, stage.objective)
+        return (folder / "model.json").is_file()
+
+    def _shared(self) -> bool:
+        return any(holder_of(path.parent) for path in self.run.shared.glob("*/.lock"))
+
+    def _ended(self, state: dict[str, Any]) -> bool:
+        """Whether all is done; a run of single students (an array job) is not measured by them."""
+        if state["done"]:
+            return True
+        if not all(stage["state"] == "done" for student in state["students"] for stage in student["stages"]):
+            return False
+
+        newest = max(
+            (
+                _changed(file) or 0.0
+                for file in [self.run.metrics, self.run.samples, *self.run.students.glob("*/*/model.json")]
+            ),
+            default=0,
+        )
+        return time.time() - newest > OVER
+
+
+def _measured(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the last distance that was measured while a stage trained; most lines are without one."""
+    return next((figures(line["measured"], "measured.") for line in reversed(lines) if "measured" in line), {})
+
+
+def distances(run: RunDir) -> list[str]:
+    """Return the newest distances as lines: those under way, then the results."""
+    found = []
+    if watched := read_lines(run.watched):
+        last = watched[-1]
+        values = [f"student {k} {s['value']:.4g}" for k, s in last["students"].items() if s.get("value") is not None]
+        whole = [] if last.get("whole") is None else [f"whole {last['whole']:.4g}"]
+        found.append(f"{last['metric']} under way: {', '.join([*whole, *values[:8]])}")
+    for path in run.results():
+        result = read_json(path)
+        metric = result.get("metric")
+        rows = [r for r in result.get("rows", []) if r["group"] == "whole" and metric in r["values"]]
+        found.append(f"{metric}: " + ", ".join(f"{r['who']} {r['values'][metric]:.4g}" for r in rows))
+    return found
+
+
+def _left(parts: list[StageProgress]) -> float | None:
+    """Estimate the time to the last step: steps that are left at the mean pace of their stage, shared by who works."""
+    running = [part for part in parts if part.seconds_left is not None]
+    if not running:
+        return None
+    pace: dict[str, list[float]] = {}
+    for part in running:
+        if part.steps > part.step and part.seconds_left is not None:
+            pace.setdefault(part.stage, []).append(part.seconds_left / (part.steps - part.step))
+    total = 0.0
+    for part in (p for p in parts if p.state != "done"):
+        if part.stage not in pace:
+            return None  # nobody has shown how fast that is
+        total += (part.steps - part.step) * sum(pace[part.stage]) / len(pace[part.stage])
+    return total / len(running)
+
+
+def _changed(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None

@@ -1,0 +1,257 @@
+"""A run told in sentences: what was distilled, how good it is, what it cost, and what deserves a look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from msdcli.engine.report.facts import RunFacts, group_name, lower_is_better, main_result, row
+
+ONES = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+COMPANIONS = {
+    "recall": "are less varied than the teacher's",
+    "coverage": "reach fewer of the real images than the teacher's",
+    "precision": "less often look like real ones than the teacher's",
+    "accuracy": "are less often recognised as their class than the teacher's",
+}
+
+
+def summary(facts: RunFacts) -> list[str]:
+    """Return the sentences that open a report."""
+    finished = [models[-1] for models in facts.students if len(models) == len(facts.recipe.stages)]
+    return [_what(facts), *_how_good(facts), *chosen(finished), *_cost(facts)]
+
+
+def _what(facts: RunFacts) -> str:
+    recipe, count = facts.recipe, len(facts.class_names)
+    number = recipe.partition.students
+    stages = " then ".join(f"{s.objective} ({s.steps:,} steps of {s.batch})" for s in recipe.stages)
+    done = sum(all(s["state"] == "done" for s in student["stages"]) for student in facts.state["students"])
+    verb = "was" if number == 1 else "were"
+    if done < number:
+        verb = "is being" if number == 1 else "are being"
+    classes = f", {word(count)} {plural(count, 'class', 'classes')}" if count else ""
+    head = (
+        f"{word(number).capitalize()} one-step {plural(number, 'student')} {verb} distilled from one diffusion teacher"
+    )
+    text = f"{head} of {recipe.data.name}{classes}, by {stages}."
+    if done < number:
+        text += f" {word(done).capitalize()} of them {plural(done, 'is', 'are')} finished."
+    return text + _sizes(facts)
+
+
+def _sizes(facts: RunFacts) -> str:
+    sizes = sorted({models[-1]["parameters"] for models in facts.students if models})
+    teacher = facts.teacher.get("parameters")
+    if not sizes or not teacher:
+        return ""
+    if sizes == [teacher]:
+        return f" Each has the teacher's own network, {short(teacher)} parameters."
+    largest = sizes[-1]
+    each = "Each has" if len(sizes) == 1 else "The largest has"
+    return f" {each} {short(largest)} parameters, {largest / teacher:.0%} of the teacher's {short(teacher)}."
+
+
+def _how_good(facts: RunFacts) -> list[str]:
+    result = main_result(facts)
+    if result is None:
+        return []
+    metric = result["metric"]
+    students, teacher = row(result, "students"), row(result, "teacher")
+    if students is None:
+        return []
+    against = "the teacher's samples" if result.get("students_against") == "teacher" else "the data"
+    text = (
+        f"By {metric} ({result['protocol']}) {students['samples']:,} samples of the students are "
+        f"{measured(students, metric)} from {against}, at one network evaluation each."
+    )
+    comparable = teacher is not None and result.get("students_against") != "teacher"
+    if comparable:
+        assert teacher is not None
+        text += f" The teacher, with {facts.evaluations} evaluations each, is {measured(teacher, metric)} away: "
+        text += verdict(students, teacher, metric)
+    halves = row(result, "real halves")
+    if halves is not None:
+        text += (
+            f" For scale, two random halves of the real data ({halves['samples']:,} each) are "
+            f"{figure(halves['values'][metric])} apart."
+        )
+    return [text]
+
+
+def verdict(students: dict[str, Any], teacher: dict[str, Any], metric: str) -> str:
+    """Compare two rows by their 95 % intervals, or by their values where there are none."""
+    mine, theirs = students["values"][metric], teacher["values"][metric]
+    closer = mine < theirs
+    a, b = students["intervals"].get(metric), teacher["intervals"].get(metric)
+    if a and b and a["low"] <= b["high"] and b["low"] <= a["high"]:
+        return "their 95 % intervals overlap, so the samples do not tell the two apart."
+    by = f", by a factor of {max(mine, theirs) / min(mine, theirs):.2g}" if min(mine, theirs) > 0 else ""
+    sure = "" if a and b else " (no intervals were computed)"
+    return f"the students are {'closer' if closer else 'farther'}{by}{sure}."
+
+
+def chosen(students: Sequence[dict[str, Any]]) -> list[str]:
+    """Say which averages finished students are, by their model.json; nothing where they are simply the last ones."""
+    found = [model for model in students if "selected" in model]
+    if not found:
+        return []
+    first, at = found[0]["selected"], sorted(model["selected"]["step"] for model in found)
+    steps = f"step {at[0]:,}" if at[0] == at[-1] else f"steps {at[0]:,} to {at[-1]:,}"
+    whose = "The student is" if len(found) == 1 else "Every student is"
+    seconds = sum(model["selected"]["seconds"] for model in found)
+    return [
+        f"{whose} the best of {word(first['of'])} averages that were measured while it trained, by {first['metric']} "
+        f"on {first['samples']:,} samples: of {steps} of {found[0]['steps']:,}. A figure flatters what it chose, so "
+        f"the result is measured with other noise. Choosing took {duration(seconds)} beside the training."
+    ]
+
+
+def _cost(facts: RunFacts) -> list[str]:
+    total = next((c for c in facts.costs if c["part"] == "all students"), None)
+    if total is None or not total["seconds"]:
+        return []
+    teacher = next((c for c in facts.costs if c["part"] == "teacher"), None)
+    text = (
+        f"The students took {duration(total['seconds'])} of one device's time in all, {flop(total['flops'])} on "
+        f"{short(total['images'])} images, and at most {size(total['peak_bytes'])} of memory."
+    )
+    if teacher is not None:
+        text += f" Training the teacher took {duration(teacher['seconds'])} and {flop(teacher['flops'])}."
+    return [text]
+
+
+# What deserves a look.
+
+
+def remarks(facts: RunFacts) -> list[str]:
+    """Return what a careful reader would look at first; empty where nothing stands out."""
+    result = main_result(facts)
+    found = [] if result is None else [*_companions(result), *_worst(facts, result), *_cautions(result)]
+    return [*found, *_health(facts)]
+
+
+def _companions(result: dict[str, Any]) -> list[str]:
+    students, teacher = row(result, "students"), row(result, "teacher")
+    if students is None or teacher is None or result.get("students_against") == "teacher":
+        return []
+    found = []
+    for name, meaning in COMPANIONS.items():
+        if name not in students["values"] or name not in teacher["values"]:
+            continue
+        mine, theirs = students["values"][name], teacher["values"][name]
+        highest = students["intervals"].get(name, {"high": mine})["high"]
+        if highest < teacher["intervals"].get(name, {"low": theirs})["low"]:
+            found.append(f"The students' samples {meaning}: {name} {mine:.3f} against {theirs:.3f}.")
+    return found
+
+
+def _worst(facts: RunFacts, result: dict[str, Any]) -> list[str]:
+    """Name the part and the class with the largest distance, against the teacher's on the same."""
+    metric, found, told = result["metric"], list[str](), list[dict[str, Any]]()
+    for kind in ("student ", "class "):
+        rows = [
+            r
+            for r in result["rows"]
+            if r["who"] == "students" and r["group"].startswith(kind) and metric in r["values"]
+        ]
+        if len(rows) < 2:
+            continue
+        worst = max(rows, key=lambda r: r["values"][metric])
+        if any(worst["values"] == other["values"] for other in told):
+            continue  # a student of one class
+        told.append(worst)
+        usual = sorted(r["values"][metric] for r in rows)[len(rows) // 2]
+        teacher = row(result, "teacher", worst["group"])
+        text = f"Farthest: {group_name(worst['group'], facts.class_names)}, {figure(worst['values'][metric])}"
+        text += f" (the median {kind.strip()} is {figure(usual)}"
+        if teacher is not None and metric in teacher["values"] and result.get("students_against") != "teacher":
+            text += f", the teacher there {figure(teacher['values'][metric])}"
+        found.append(text + ").")
+    return found
+
+
+def _cautions(result: dict[str, Any]) -> list[str]:
+    found = [str(warning) for warning in result.get("warnings", [])]
+    network = result.get("network", {})
+    if result["metric"].startswith("fid") and network.get("weights_published") is False:
+        found.append("The weights behind the FID are not the published ones: compare it with nobody else's.")
+    return found
+
+
+def _health(facts: RunFacts) -> list[str]:
+    found, skipped = list[str](), dict[str, float]()
+    for training in facts.trainings:
+        where = f"{training.who}, {training.stage.objective}"
+        for name, points in training.curves().items():
+            if "skipped" in name.split("."):
+                skipped[where] = skipped.get(where, 0) + sum(value for _, value in points)
+            if name.startswith("losses.") and any(not math.isfinite(value) for _, value in points):
+                found.append(f"{where}: the loss {name.removeprefix('losses.')} was not finite.")
+    most = sorted((where for where in skipped if skipped[where]), key=lambda where: -skipped[where])
+    if most:
+        total, first = sum(skipped.values()), f"{most[0]} ({skipped[most[0]]:.0f})"
+        found.append(f"{total:.0f} updates were skipped because they were not finite, most of them by {first}.")
+    return found
+
+
+# Numbers for people.
+
+
+def word(count: int) -> str:
+    """Return a small number as a word, a larger one with commas."""
+    return ONES[count] if 0 <= count < len(ONES) else f"{count:,}"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    return one if count == 1 else many or f"{one}s"
+
+
+def figure(value: float | None) -> str:
+    """Return a measured number with the digits that matter."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def measured(line: dict[str, Any], metric: str) -> str:
+    """Return a value with its 95 % interval, if it has one."""
+    span = line["intervals"].get(metric)
+    value = figure(line["values"][metric])
+    return value if span is None else f"{value} ({figure(span['low'])} to {figure(span['high'])})"
+
+
+def short(number: float) -> str:
+    """Return 151281 as 151 k, 7.03e12 as 7.03 T."""
+    for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def flop(number: float) -> str:
+    """Return 7.03e12 as 7.03 TFLOP."""
+    text = short(number)
+    return f"{text}FLOP" if " " in text else f"{text} FLOP"
+
+
+def size(number: float) -> str:
+    """Return bytes as MiB or GiB."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as 48 s, 6 min 10 s or 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def better(metric: str) -> str:
+    return "lower is better" if lower_is_better(metric) else "higher is better"

@@ -1,0 +1,79 @@
+"""Parameters, operations and kept bytes of networks, counted without memory or time: on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.draws import Draws
+from msdcli.diffusion.guidance import drawn
+
+
+class MetaDraws(Draws):
+    """Draws of the right shapes and of no numbers: those of one of `passes` equal passes over a batch."""
+
+    def __init__(self, shape: tuple[int, ...], batch: int, passes: int = 1) -> None:
+        self.shape, self.batch, self.part = shape, batch // passes, (0, passes)
+
+    def of_step(self) -> Draws:
+        return self
+
+    def normal(self, purpose: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        return self.numbers(self.batch, self.shape if shape is None else shape)
+
+    def uniform(self, purpose: str) -> Tensor:
+        return torch.empty(self.batch, device="meta")
+
+    def real(self) -> tuple[Tensor, Tensor]:
+        return self.normal("real"), self.labels("data")
+
+    def labels(self, how: str, count: int | None = None) -> Tensor:
+        return torch.empty(count or self.batch, dtype=torch.int64, device="meta")
+
+    def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        count = count // self.part[1] if count else self.batch
+        z = self.numbers(count, self.shape)
+        return z, z.clone(), self.labels("data", count)
+
+    def numbers(self, count: int, shape: tuple[int, ...]) -> Tensor:
+        """Return what stands for unit normal numbers [count, *shape]."""
+        return torch.empty(count, *shape, device="meta")
+
+
+@contextmanager
+def saved_bytes() -> Iterator[dict[int, int]]:
+    """Give the bytes of every storage that is kept for the backward pass, weights aside."""
+    found: dict[int, int] = {}
+    alive: list[Any] = []  # a freed storage's number would be given out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not isinstance(tensor, nn.Parameter) and storage._cdata not in found:
+            found[storage._cdata] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+@torch.no_grad()
+def forward_flops(net: Denoiser) -> int:
+    """Operations of one evaluation of one image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    draws = MetaDraws(net.shape, 1)
+    with FlopCounterMode(display=False) as counter:
+        drawn(net, draws.uniform)(draws.normal("x"), draws.uniform("sigma"), draws.labels("data"))
+    total: int = counter.get_total_flops()
+    return total
+
+
+def num_parameters(net: nn.Module) -> int:
+    """Parameters of a network."""
+    return sum(parameter.numel() for parameter in net.parameters())

@@ -1,0 +1,207 @@
+"""The training loop: it knows optimizers, devices, seeds and checkpoints, and neither networks nor students."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msdcli.diffusion.draws import Draws, Source
+from msdcli.diffusion.ema import EMA
+from msdcli.engine.checkpoints.manager import CheckpointManager
+from msdcli.engine.checkpoints.train_state import TrainState
+from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup, slices
+from msdcli.engine.distributed.interrupt import interruptible
+from msdcli.engine.distributed.sharded_tensors import norm_of, split
+from msdcli.engine.distributed.sharding import shard
+from msdcli.engine.tracking.events import Report, silent
+from msdcli.engine.train import compiling
+from msdcli.engine.train.log import METRICS, Log
+from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection
+from msdcli.objectives import Objective
+from msdcli.recipe import Recipe
+from msdcli.recipe.stages import StageSettings
+from msdcli.seeds import derive
+
+GO_ON, SAVE, STOP = 0, 1, 2  # what a process may wish for after a step
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How training is carried out, and by whom; what is learnt does not depend on it."""
+
+    checkpoint_seconds: float = 30.0
+    keep: int = 2
+    max_skipped: int = 10
+    micro_batch: int | None = None
+    fsdp: bool = False
+    group: ProcessGroup = SINGLE_PROCESS
+
+    @classmethod
+    def of(cls, recipe: Recipe, group: ProcessGroup) -> TrainOptions:
+        fsdp = recipe.fsdp and group.size > 1
+        return cls(recipe.checkpoint_seconds, recipe.keep, recipe.max_skipped, recipe.micro_batch, fsdp, group)
+
+
+def train(
+    objective: Objective,
+    stage: StageSettings,
+    source: Source,
+    folder: Path,
+    *,
+    key: tuple[int | str, ...],
+    what: str,
+    options: TrainOptions,
+    report: Report = silent,
+    selection: AverageSelection = LAST_AVERAGE,
+) -> TrainState:
+    """Run `objective` for `stage.steps` steps, from the checkpoint in `folder` if there is one; return the final state.
+
+    `key` (seed, student, stage) and the step are all that the random draws depend on, so an interrupted run, resumed,
+    ends with the same bits, and several processes see the images that one would. Raises Interrupted after a checkpoint,
+    UserError when too many updates in a row are not finite.
+    """
+    group = options.group
+    parts = slices(stage.batch, getattr(stage, "pair_batch", None), group, options.micro_batch)
+    ema = EMA(objective.nets[objective.product], stage.ema)
+    for net in [*objective.nets.values(), ema.net] if options.fsdp else []:
+        shard(net, group)
+    state = TrainState(objective.nets, optimizers(objective.nets, stage), ema)
+    checkpoints = CheckpointManager(state, folder, options.keep, group)
+    checkpoints.load(report)
+    log = Log(folder / METRICS, state, stage, what, report, group=group, max_skipped=options.max_skipped)
+    selection.begin(state.step)
+    with interruptible() as stop, seeded_apart(source.device), checkpoints:
+        while state.step < stage.steps:
+            torch.manual_seed(layers_seed(key, state.step, group))
+            set_learning_rates(state, stage)
+            with counting_flops(state, first=state.cost["flops"] == 0) as count:
+                for turn, (names, loss) in enumerate(objective.turns(state.step)):
+                    for name, net in objective.nets.items():
+                        net.requires_grad_(name in names)
+                    draws = [Draws(source, stage.batch, (*key, state.step), turn, part) for part in parts]
+                    update(state, names, gradients(objective, names, loss, draws, group, log), stage.clip, log)
+            state.ema.update(objective.nets[objective.product], state.step)
+            state.step += 1
+            log.tick(count, objective, selection.after_step(state))
+            wish = STOP if stop.requested else SAVE if checkpoints.seconds() > options.checkpoint_seconds else GO_ON
+            agreed = group.vote(wish, last=state.step == stage.steps)
+            if (agreed == STOP or (agreed == SAVE and state.step < stage.steps)) and log.sound():
+                checkpoints.save()
+                selection.saved(state.step)
+            if agreed == STOP:
+                checkpoints.close()
+                raise stop.error(f"at step {state.step} of {stage.steps}")
+        checkpoints.save()
+    return state
+
+
+def gradients(
+    objective: Objective,
+    names: tuple[str, ...],
+    loss: Callable[[Draws], Tensor],
+    draws: Sequence[Draws],
+    group: ProcessGroup,
+    log: Log,
+) -> Tensor:
+    """Leave the gradient of the mean loss in the named networks, one pass per slice of the batch; return that mean.
+
+    Both are of the whole batch, that of all processes.
+    """
+    params = [p for name in names for p in objective.nets[name].parameters()]
+    means: list[Tensor] = []
+    for own in draws:
+        per_image = loss(own)
+        mean = per_image.mean() / len(draws)
+        means.append(mean.detach())
+        log.images(names[0], per_image.detach(), objective.sigma)
+        if len(means) < len(draws):
+            mean.backward()
+    total = torch.stack(means).sum()
+    with group.averaging_gradients(params, total):
+        mean.backward()
+    return total
+
+
+def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float | None, log: Log) -> None:
+    """Let the named networks take a step, or none of them where a loss or a gradient is not finite.
+
+    The optimizers' kernels skip the step themselves (`found_inf`), so the host never waits for the device.
+    """
+    norms = torch.stack([gradient_norm(state.nets[name], clip) for name in names])
+    skipped = (norms.sum() + loss).isfinite().logical_not().float()
+    for name in names:
+        state.optimizers[name].found_inf = skipped
+        state.optimizers[name].step()
+        state.optimizers[name].zero_grad()
+    log.turn(names, loss, norms, skipped)
+
+
+def gradient_norm(net: nn.Module, clip: float | None) -> Tensor:
+    """Return the norm of a network's gradient, cut to at most `clip` afterwards."""
+    params = [p for p in net.parameters() if p.grad is not None]
+    norm = norm_of([p.grad for p in params])
+    for some in split(params) if clip is not None else []:
+        nn.utils.clip_grads_with_norm_(some, clip, norm)
+    return norm
+
+
+def layers_seed(key: tuple[int | str, ...], step: int, group: ProcessGroup) -> int:
+    """Return the seed of what layers draw from the global generator, dropout above all: each process its own."""
+    return derive(*key, step, "layers", *([] if group.is_leader else [group.rank]))
+
+
+@contextmanager
+def seeded_apart(device: torch.device) -> Iterator[None]:
+    """Give the global generators back as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def optimizers(networks: dict[str, nn.Module], stage: StageSettings) -> dict[str, torch.optim.Optimizer]:
+    """One optimizer per network; what is sharded in it and what is not are groups of their own."""
+    kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
+    options = {"betas": (stage.betas[0], stage.betas[1]), "weight_decay": stage.weight_decay, "fused": True}
+    found = {
+        name: kind([{"params": some} for some in split(net.parameters())], **options) for name, net in networks.items()
+    }
+    for optimizer in found.values():
+        optimizer.register_step_post_hook(_count_as_change)
+    return found
+
+
+def _count_as_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let the weights know that they have changed, which fused kernels forget: EDM2 normalises what has."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
+
+
+def set_learning_rates(state: TrainState, stage: StageSettings) -> None:
+    """Constant for `lr_hold` of the stage, then linear to `lr_end`; a linear rise over `warmup` steps before."""
+    left = (stage.steps - state.step) / stage.steps
+    fall = min(1.0, left / (1 - stage.lr_hold)) if stage.lr_hold < 1 else 1.0
+    factor = stage.lr_end + (1 - stage.lr_end) * fall
+    if state.step < stage.warmup:
+        factor *= (state.step + 1) / stage.warmup
+    for name, optimizer in state.optimizers.items():
+        for group in optimizer.param_groups:
+            group["lr"] = stage.lr_of.get(name, stage.lr) * factor
+
+
+@contextmanager
+def counting_flops(state: TrainState, *, first: bool) -> Iterator[list[int]]:
+    """Count the floating-point operations of the stage's first step; later steps cost the same."""
+    count: list[int] = []
+    if not first:
+        yield count
+        return
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and needed once per stage
+
+    with compiling.eagerly(), FlopCounterMode(display=False) as counter:
+        yield count
+    count.append(counter.get_total_flops())

@@ -1,0 +1,173 @@
+"""What the networks compute in while students train: bfloat16 where this device is faster at it, else float32.
+
+Weights that learn, their gradients, optimizers and averages are float32, as are preconditioning, statistics and losses;
+a frozen network's convolutions are held in bfloat16. Sampling and measuring are float32 whatever a student trained in.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from msdcli import nets
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.guidance import Guided
+from msdcli.engine.tracking.events import Report
+from msdcli.engine.train.counting import forward_flops
+from msdcli.nets.diffusers.denoiser import FromDiffusers
+from msdcli.objectives import Objective
+from msdcli.recipe import Recipe
+from msdcli.recipe.networks import NetworkSettings
+from msdcli.rundir import RunDir, lock, read_json, write_json
+
+# Under this many operations per image and evaluation little time goes into arithmetic, and nothing is measured: so a
+# recipe of tiny networks is float32 on every machine.
+TINY_FLOPS = 1e8
+WORTH = 1.1  # how many times faster bfloat16 must be
+SECONDS = {"cpu": 10.0, "cuda": 2.0}  # about what the measurement may take
+KEY = "precision"
+
+
+def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, device: torch.device, report: Report) -> Recipe:
+    """Return the recipe with `precision: auto` settled; a run measures once, and keeps to what run.json says."""
+    if recipe.precision != "auto":
+        return recipe
+    with lock(run.root, "the run directory", wait=report):
+        known: dict[str, Any] = read_json(run.record_file)
+        if KEY not in known:
+            known[KEY] = choose(recipe, teacher, device)
+            write_json(run.record_file, known)
+            report(said(known[KEY]))
+    return recipe.model_copy(update={KEY: known[KEY]["chosen"]})
+
+
+def said(choice: dict[str, Any]) -> str:
+    """Return a choice as a sentence."""
+    why = f"bf16 is {choice['ratio']:.2f} times as fast here" if "ratio" in choice else "the networks are tiny"
+    return f"precision: {choice['chosen']} ({why})"
+
+
+def choose(recipe: Recipe, teacher: Denoiser, device: torch.device) -> dict[str, Any]:
+    """Measure the student's network forward and backward in both types, and say which is used and why."""
+    settings = recipe.student.network_for(teacher.settings)
+    flops = evaluation_flops(settings, teacher)
+    if flops < TINY_FLOPS:
+        return {"chosen": "float32", "flops_per_image": flops}
+    batch = max(1, min(recipe.stages[-1].batch, int((2e10 if device.type == "cpu" else 1e13) / flops)))
+    seconds = measure(_build(settings, teacher).to(device).train(), batch, device)
+    ratio = seconds["float32"] / seconds["bf16"]
+    chosen = "bf16" if ratio >= WORTH else "float32"
+    return {"chosen": chosen, "ratio": round(ratio, 3), "seconds": seconds, "batch": batch, "device": str(device)}
+
+
+def measure(net: Denoiser, batch: int, device: torch.device, *, repeats: int = 5) -> dict[str, float]:
+    """Return the least seconds of a forward and backward pass in each type, taken in turn within the time allowed."""
+    x, sigma = torch.randn(batch, *net.shape, device=device), torch.ones(batch, device=device)
+    condition = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def once() -> None:
+        net(x, sigma, condition).square().mean().backward()
+        net.zero_grad(set_to_none=True)
+
+    times: dict[str, list[float]] = {"float32": [], "bf16": []}
+    end = time.perf_counter() + SECONDS.get(device.type, SECONDS["cpu"])
+    with torch.random.fork_rng():
+        for _ in range(1 + repeats):
+            for name, seconds in times.items():
+                net.compute_in(dtype(name))
+                seconds.append(timed(once, device))
+            if time.perf_counter() > end:
+                break
+    # The first round warms up; where it alone took all the time, as where bfloat16 is emulated, it has to do.
+    return {name: min(seconds[1:] or seconds) for name, seconds in times.items()}
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds that a call takes, with all that it started on the device."""
+    synchronize(device)
+    begun = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - begun
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def dtype(precision: str) -> torch.dtype | None:
+    """Return what networks compute in under a settled `precision`; None: in the type of their weights."""
+    return torch.bfloat16 if precision == "bf16" else None
+
+
+def lower(objective: Objective, precision: str, *, hold: bool = True) -> None:
+    """Let the objective's networks compute in `precision`; with `hold` those that do not learn are replaced by copies
+    that are held in it.
+    """
+    low = dtype(precision)
+    if low is None:
+        return
+    learning = [id(net) for net in objective.nets.values()]
+    for name, net in list(vars(objective).items()):
+        if not isinstance(net, Denoiser):
+            continue
+        if id(net) in learning or not hold:
+            for plain in parts(net):
+                plain.compute_in(low)
+        else:
+            setattr(objective, name, held(net, low))
+
+
+def parts(net: Denoiser) -> list[Denoiser]:
+    """Return the networks that a denoiser asks: itself, or, of a guided one, the teacher and its guide."""
+    if not isinstance(net, Guided):
+        return [net]
+    return [net.plain] if net.guide is None else [net.plain, net.guide]
+
+
+_HELD: WeakKeyDictionary[Denoiser, Denoiser] = WeakKeyDictionary()
+
+
+def held(net: Denoiser, low: torch.dtype) -> Denoiser:
+    """Return a frozen network's copy that computes in `low` and holds its convolutions in it, made once.
+
+    The network itself stays: students start from its float32 weights.
+    """
+    if net not in _HELD:
+        _HELD[net] = _guided(net, low) if isinstance(net, Guided) else _plain(net, low)
+    return _HELD[net]
+
+
+def _guided(net: Guided, low: torch.dtype) -> Guided:
+    guide = None if net.guide is None else held(net.guide, low)
+    return Guided(held(net.plain, low), scale=net.scale, interval=net.interval, guide=guide)
+
+
+def _plain(net: Denoiser, low: torch.dtype) -> Denoiser:
+    copied = copy.deepcopy(net).compute_in(low).requires_grad_(False)
+    cast = (nn.Conv2d, nn.Linear) if isinstance(net, FromDiffusers) else nn.Conv2d  # embeddings stay float32
+    for module in copied.modules():
+        if isinstance(module, cast):
+            module.to(low)
+    return copied
+
+
+def evaluation_flops(settings: NetworkSettings, teacher: Denoiser) -> int:
+    """Operations of one evaluation of one image by the network of a section."""
+    with torch.device("meta"):
+        return forward_flops(_build(settings, teacher))
+
+
+def _build(settings: NetworkSettings, teacher: Denoiser) -> Denoiser:
+    shape, classes = teacher.shape, teacher.num_classes
+    return nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)

@@ -1,0 +1,179 @@
+"""A student on its way through the stages, each of which inherits the networks of the one before."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msdcli import nets
+from msdcli.diffusion import guidance
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.draws import Draws, Source
+from msdcli.engine.checkpoints import storage
+from msdcli.engine.checkpoints.files import DamagedError
+from msdcli.engine.checkpoints.model import MODEL, is_complete, save_model
+from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup, slices
+from msdcli.engine.distributed.sharding import shard
+from msdcli.engine.tracking.events import Report
+from msdcli.engine.train import compiling, precision
+from msdcli.engine.train.loop import TrainOptions, seeded_apart, train
+from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection, BestAverage, StudentEvaluator
+from msdcli.errors import UserError
+from msdcli.nets.prune import prune
+from msdcli.objectives import Objective, objective_class
+from msdcli.recipe import Recipe
+from msdcli.recipe.stages import OneStepSettings, StageSettings
+from msdcli.rundir import read_json
+from msdcli.seeds import derive, generator
+
+
+@dataclass(frozen=True)
+class Student:
+    """What one student is trained from."""
+
+    number: int
+    recipe: Recipe
+    teacher: Denoiser
+    source: Source
+    folders: list[Path]  # one per stage
+    device: torch.device
+    group: ProcessGroup = SINGLE_PROCESS
+    evaluator: Callable[[OneStepSettings], StudentEvaluator] | None = (
+        None  # of what it makes; only where a stage selects
+    )
+
+
+def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
+    """Return a student as its first stage finds it, with the weights that `student.init` asks for."""
+    settings, init = recipe.student.network_for(teacher.settings), recipe.student.init
+    if init == "teacher" and settings != teacher.settings:
+        raise UserError("student.init: teacher is for students with the teacher's network", hint="student.init=pruned")
+    if settings == teacher.settings and init != "random":
+        return copy.deepcopy(teacher).requires_grad_(True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator("network", recipe.seed, number).initial_seed())
+        shape, classes = teacher.shape, teacher.num_classes
+        student = nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+    student.to(next(teacher.parameters()).device)
+    student.prompts = teacher.prompts
+    if init == "pruned":
+        prune(copy.deepcopy(teacher), student)  # a copy is plain, without guidance
+    return student
+
+
+def check_stage(stage: StageSettings, student: Denoiser, teacher: Denoiser) -> Objective:
+    """Build and return a stage's objective, on the meta device say. UserError if it cannot be trained."""
+    objective = objective_class(stage.objective)(stage, student, teacher)
+    if unknown := sorted(stage.lr_of.keys() - objective.nets.keys()):
+        raise UserError(
+            f"stage {stage.objective}: lr_of names {unknown[0]!r}; what learns is {', '.join(objective.nets)}"
+        )
+    return objective
+
+
+def distill_student(student: Student, report: Report) -> None:
+    """Take one student through the stages that it has not finished; each inherits the networks of the one before.
+
+    Hold the student's lock.
+    """
+    for number, (stage, folder) in enumerate(zip(student.recipe.stages, student.folders, strict=True)):
+        if not student.group.broadcast(is_finished(folder, stage)):
+            train_stage(student, number, report)
+
+
+def train_stage(student: Student, number: int, report: Report) -> None:
+    """Train a student's stage to its end and write its model."""
+    recipe, options = student.recipe, TrainOptions.of(student.recipe, student.group)
+    stage, folder = recipe.stages[number], student.folders[number]
+    network = new_network(recipe, student.teacher, student.number)
+    with torch.random.fork_rng(devices=[]):  # heads that the objective makes begin the same in every process
+        torch.manual_seed(derive("networks", recipe.seed, student.number, number))
+        teacher = guidance.copied(student.teacher) if options.fsdp else student.teacher
+        objective = objective_class(stage.objective)(stage, network, teacher)
+    for net in objective.nets.values():
+        net.train()
+        if not options.fsdp:  # sharding moves them
+            net.to(student.device)
+    if number > 0:
+        inherit(objective, student, number, report)
+    accelerate(objective, stage, student, options, report)
+    if options.fsdp:
+        shard(teacher, student.group)
+    key, what = (recipe.seed, student.number, number), f"student {student.number} {stage.objective}"
+    chosen = selection(student, stage, folder, what, report)
+    state = train(
+        objective, stage, student.source, folder, key=key, what=what, options=options, report=report, selection=chosen
+    )
+    product, choice = chosen.product(state, student.group)
+    if student.group.is_leader:
+        record = {
+            "steps": stage.steps,
+            "stage": stage.model_dump(mode="json"),
+            "cost": state.cost | peak_memory(student.device),
+            **choice,
+        }
+        save_model(folder, state.ema.net, record, product)
+    student.group.broadcast(None)  # the next stage reads what was written
+
+
+def selection(student: Student, stage: StageSettings, folder: Path, what: str, report: Report) -> AverageSelection:
+    """Return how a stage chooses what it ends with. The next stage goes on from its last networks either way."""
+    if not isinstance(stage, OneStepSettings) or stage.select is None:
+        return LAST_AVERAGE
+    assert student.evaluator is not None, "a stage that selects needs an examiner"
+    evaluator, keep = student.evaluator(stage), student.recipe.keep
+    return BestAverage(evaluator, stage, folder, keep=keep, what=what, group=student.group, report=report)
+
+
+def inherit(objective: Objective, student: Student, number: int, report: Report) -> None:
+    """Give a stage the networks that the one before ended with; where they are damaged, that one ends once more."""
+    before = student.folders[number - 1]
+    try:
+        storage.inherit(objective.nets, before, student.group)
+    except DamagedError:
+        train_stage(student, number - 1, report)  # goes on from an earlier checkpoint, and says so
+        storage.inherit(objective.nets, before, student.group)
+
+
+def accelerate(
+    objective: Objective, stage: StageSettings, student: Student, options: TrainOptions, report: Report
+) -> None:
+    """Let the stage's networks compute as the recipe says: in its precision, compiled where that pays.
+
+    What is sharded is not compiled, and keeps its frozen weights in float32.
+    """
+    recipe = student.recipe
+    precision.lower(objective, recipe.precision, hold=not options.fsdp)
+    part = slices(stage.batch, getattr(stage, "pair_batch", None), student.group, options.micro_batch)[0]
+
+    def trial() -> None:
+        with seeded_apart(student.device):
+            compiling.run_turns(objective, lambda turn: Draws(student.source, stage.batch, ("trial",), turn, part))
+
+    if not options.fsdp:
+        wanted, device = recipe.compile, student.device
+        compiling.prepare(objective, trial, wanted=wanted, steps=stage.steps, device=device, report=report)
+
+
+def is_finished(folder: Path, stage: StageSettings) -> bool:
+    """Whether the stage in `folder` has run for all of its steps."""
+    if not is_complete(folder):
+        return False
+    steps: int = read_json(folder / MODEL)["steps"]
+    return steps >= stage.steps
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Return the peak memory of this process so far: of the device, or of the host on a CPU."""
+    if device.type == "cuda":
+        return {"peak_bytes": torch.cuda.max_memory_allocated(device)}
+    import resource
+
+    scale = 1024 if os.uname().sysname == "Linux" else 1  # kilobytes on Linux, bytes on macOS
+    return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}

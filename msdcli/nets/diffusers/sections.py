@@ -1,0 +1,56 @@
+"""A saved pipeline as a recipe's network section: which network it holds, and what that was trained to predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from msdcli.errors import UserError
+from msdcli.nets.diffusers.files import read_index, read_object
+from msdcli.nets.diffusers.text_encoder import describe
+from msdcli.recipe.networks import DiffusersNetworkSettings
+
+PARTS = {
+    "unet": ("UNet2DModel", "UNet2DConditionModel"),
+    "transformer": ("DiTTransformer2DModel", "SD3Transformer2DModel"),
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TEXT = ("UNet2DConditionModel", "SD3Transformer2DModel")
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+
+
+def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, Path]:
+    """Return the network section of a saved pipeline and its file of weights. UserError for what is not supported."""
+    index = read_index(folder)
+    if "vqvae" in index:
+        raise UserError(f"{folder} has a VQ autoencoder, msd knows AutoencoderKL")
+    found = [(part, name) for part, names in PARTS.items() for name in names if index.get(part, [None])[1:] == [name]]
+    if not found:
+        known = ", ".join(f"{part}: {' or '.join(names)}" for part, names in PARTS.items())
+        raise UserError(f"{folder} holds no network msd knows; it knows {known}")
+    part, class_name = found[0]
+    scheduler = read_object(folder / "scheduler" / "scheduler_config.json")
+    flow = scheduler.get("_class_name") == FLOW_SCHEDULER
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise UserError(
+            f"{folder}: its schedule ends without any signal (rescale_betas_zero_snr), which sigma cannot say"
+        )
+    config = {k: v for k, v in read_object(folder / part / "config.json").items() if not k.startswith("_")}
+    try:
+        section = DiffusersNetworkSettings(
+            class_name=class_name,  # type: ignore[arg-type]
+            config=config,
+            prediction="flow" if flow else scheduler.get("prediction_type", "epsilon"),
+            schedule={k: scheduler[k] for k in SCHEDULE_KEYS if scheduler.get(k) is not None},
+            tokens=text_part(folder, config)["tokens"] if class_name in TEXT else None,
+        )
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
+    return section, folder / part / WEIGHTS
+
+
+def text_part(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """What text.json will say of a pipeline's text encoders, which must fit its network's configuration."""
+    width = config.get("joint_attention_dim") or config.get("cross_attention_dim")
+    return describe(folder, read_index(folder), width or 1280)
