@@ -87,11 +87,11 @@ def fid(
     from msdcli.engine.measure import fid as engine
     from msdcli.rundir import RunDir
 
-    _known(options, engine.ExportOptions.__dataclass_fields__, "fid")
+    _known(options, engine.FidOptions.__dataclass_fields__, "fid")
     if options.get("weights") is not None:
         options["weights"] = Path(options["weights"])
     options["groups"] = tuple(options.get("groups", ()))
-    chosen = engine.ExportOptions(reference=None if reference is None else str(reference), **options)
+    chosen = engine.FidOptions(reference=None if reference is None else str(reference), **options)
     path = Path(images)
     with _reporting(report) as tell:
         if (path / "recipe.yaml").is_file():

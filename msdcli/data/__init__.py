@@ -24,7 +24,7 @@ def open_data(settings: DataSettings, *, planning: bool = False, made: tuple[int
         captions = prompts.read(settings)
         if settings.pictures is None:
             return prompts.Prompts(captions, made or ())
-        pictures = folder.Pictures(settings.pictures)
+        pictures = folder.PictureFiles(settings.pictures)
         skip = settings.on_bad == "skip"
         return prompts.with_pictures(captions, pictures, pictures.names, skip=skip, where=str(settings.images))
     if settings.name == "digits":
@@ -38,7 +38,7 @@ def open_data(settings: DataSettings, *, planning: bool = False, made: tuple[int
     if settings.name == "folder":
         from msdcli.data import folder
 
-        return folder.expected(settings) if planning else folder.Pictures(settings)
+        return folder.expected(settings) if planning else folder.PictureFiles(settings)
     from msdcli.data.toy2d import Toy2d
 
     return Toy2d(settings)

@@ -4,6 +4,8 @@ import importlib
 
 from msdcli.objectives.base import Objective
 
+__all__ = ["Objective", "objective_class"]
+
 
 def objective_class(name: str) -> type[Objective]:
     """Return the objective that `objectives/<name>.py` defines."""

@@ -78,7 +78,7 @@ def _log(watcher: ProgressTracker, every: float) -> None:
 
 def render(frame: RunProgress, *, height: int, width: int) -> RenderableType:
     """Return one picture of the run that fits a terminal of this size."""
-    from rich.console import ProcessGroup
+    from rich.console import Group
     from rich.text import Text
 
     done, total = sum(p.step for p in frame.parts), sum(p.steps for p in frame.parts)
@@ -101,7 +101,7 @@ def render(frame: RunProgress, *, height: int, width: int) -> RenderableType:
         lines.append(Text("somebody is at what runs share: teacher, pairs or features"))
     elif not frame.running:
         lines.append(Text("nobody is at work on it now: msd distill RUN goes on", style="yellow"))
-    return ProcessGroup(*lines)
+    return Group(*lines)
 
 
 def _shown(parts: list[StageProgress], most: int) -> list[StageProgress]:

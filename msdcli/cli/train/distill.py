@@ -45,7 +45,7 @@ def distill(
     if torchrun and not dry_run:
         from msdcli.engine.distributed import group as distributed
 
-        with distributed.together() as group:
+        with distributed.join_torchrun() as group:
             _distill(recipe, overrides, student, json_, worker=False, group=group)
         return
     _distill(recipe, overrides, student, json_, dry_run=dry_run, worker=worker, per_device=students_per_device)

@@ -64,7 +64,7 @@ def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
     """Return the run's teacher, guided as the recipe says, and the hash of all its weights and of its guidance."""
     teacher, description = load_model(run.teacher)
     store = prompts.open_store(run.prompts) if teacher.reads_text else None
-    prompts.give(teacher, store)
+    prompts.attach_prompts(teacher, store)
     sha256, guidance = description["sha256"], recipe.teacher.guidance
     if autoencoder := autoencoders.find(run.teacher):
         sha256 = key(sha256, description.get("autoencoder") or autoencoders.identity(autoencoder))
@@ -75,7 +75,7 @@ def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
     sha256s, guide = [sha256], None
     if guidance.guide is not None:
         guide, weaker = load_model(located(run, hub.resolve(guidance.guide), silent))
-        prompts.give(guide, store)
+        prompts.attach_prompts(guide, store)
         sha256s.append(weaker["sha256"])
     guided = _guided(teacher, recipe, guide)
     said = json.dumps([sha256s, guidance.scale, guidance.interval])

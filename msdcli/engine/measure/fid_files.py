@@ -78,7 +78,7 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
         *(request.images, network),
         **{"batch_size": batch, "limit": options.samples, "keep_features": not options.lean, "share": share, **how},
     )
-    mine = distributed.merged(part, share)
+    mine = distributed.gather_features(part, share)
     if mine is None:
         return None
     named = request.groups | _single(mine, theirs)

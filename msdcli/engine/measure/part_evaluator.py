@@ -73,7 +73,7 @@ class PartEvaluator:
         options = FidOptions(protocol=protocol, device=str(device), lean=protocol != "data")
         context = group.leader_first(lambda: EvaluationContext(run, options, report))
         self.metric, self.samples, self.sigma_init = context.metric.name, stage.select.samples, stage.sigma_init
-        self.metric, self.device, self.group, self.batch = context.metric, device, group, context.batch
+        self.feature_metric, self.device, self.group, self.batch = context.metric, device, group, context.batch
         self.extractor = features.FeatureExtractor(context.metric.network, context.batch, keep=context.planar)
         self.reference: Reference = group.leader_first(lambda: _of_part(context, part))
         self.decode = autoencoder.decoder(run.teacher, device)
@@ -85,8 +85,8 @@ class PartEvaluator:
     def record(self) -> dict[str, Any]:
         return {
             "metric": self.metric,
-            "protocol": self.metric.protocol,
-            "network": self.metric.network.record(),
+            "protocol": self.feature_metric.protocol,
+            "network": self.feature_metric.network.record(),
             "samples": self.samples,
             "reference": self.reference.count,
             "seed": self.seed,
@@ -129,7 +129,7 @@ class PartEvaluator:
             return None
         for other in sets[1:]:
             sets[0].merge(other)
-        value = self.metric.compare(sets[0], self.reference, 0, False)[0][self.metric]
+        value = self.feature_metric.compare(sets[0], self.reference, 0, False)[0][self.metric]
         return value if math.isfinite(value) else None
 
 
