@@ -21,6 +21,7 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # inputs and fixtures of other people's programs; tests skip where it is absent
 TINY = """
 name: tiny
 threads: 1

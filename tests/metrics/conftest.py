@@ -2,12 +2,13 @@
 
 import json
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-FID = Path(__file__).parents[2].parent / "shared" / "fixtures" / "fid"
+from tests.conftest import SHARED
+
+FID = SHARED / "fixtures" / "fid"
 
 
 @pytest.fixture(scope="session")

@@ -158,7 +158,7 @@ def test_bench_says_that_all_ways_compute_the_same(figures: dict) -> None:
 def test_speeds_are_of_all_students_together() -> None:
     from msdcli.recipe import load
 
-    jobs = bench_students.ways(bench_students.Job(load("digits"), 0, 8, "float32", (0, 1), 1), 1)
+    jobs = bench_students.strategies(bench_students.BenchJob(load("digits"), 0, 8, "float32", (0, 1), 1), 1)
     took = {"one at a time": (1.0, 1.0), "a process each": (2.0, 4.0), "one process": (1.0, 2.0)}
     rounds = [{name: bench_students.RoundSeconds(*seconds) for name, seconds in took.items()}] * 2
     found = bench_students.summary(jobs, dict.fromkeys(jobs, 3), rounds, clocked=True)
@@ -171,21 +171,21 @@ def test_speeds_are_of_all_students_together() -> None:
 def test_cores_are_the_same_for_every_way() -> None:
     from msdcli.recipe import load
 
-    one = bench_students.Job(load("digits"), 0, 8, "float32", (0, 1, 2), 2)
-    threads = {n: [job.threads for job in jobs] for n, jobs in bench_students.ways(one, 8).items()}
+    one = bench_students.BenchJob(load("digits"), 0, 8, "float32", (0, 1, 2), 2)
+    threads = {n: [job.threads for job in jobs] for n, jobs in bench_students.strategies(one, 8).items()}
     assert threads == {
         "one at a time": [2],
         "one at a time, all threads": [6],
         "a process each": [2, 2, 2],
         "one process": [2],
     }
-    assert bench_students.ways(one, 4)["one at a time, all threads"][0].threads == 4
+    assert bench_students.strategies(one, 4)["one at a time, all threads"][0].threads == 4
 
 
 def test_a_process_that_fails_is_told(msd: Msd) -> None:
     from msdcli.recipe import load
 
-    one = bench_students.Job(load("digits"), 1, 8, "float32", (0,), 1)  # there is one stage only
+    one = bench_students.BenchJob(load("digits"), 1, 8, "float32", (0,), 1)  # there is one stage only
     with bench_students.WorkerPool([one]) as pool, pytest.raises(IndexError):
         pool.check()
     alone = msd("bench", "digits", "--students", "1")

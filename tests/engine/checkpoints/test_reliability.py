@@ -23,6 +23,7 @@ from msdcli.engine.checkpoints.tensors import load_tensors
 from msdcli.engine.checkpoints.train_state import TrainState
 from msdcli.engine.train import loop as distill
 from msdcli.engine.train.loop import TrainOptions
+from msdcli.engine.train.student import check_stage
 from msdcli.errors import UserError
 from msdcli.objectives import Objective
 from msdcli.objectives.base import Turn
@@ -188,7 +189,7 @@ def test_the_bytes_said_are_the_bytes_written(finished: Path, msd: Msd, tmp_path
     data = pipeline.check(recipe)
     frozen, student = pipeline.networks_on_meta(recipe, data)
     with torch.device("meta"):
-        objectives = [distill.check_stage(stage, student, frozen) for stage in recipe.stages]
+        objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]
     files = list(finished.glob("students/*/0-dm/*.safetensors"))
     written = sum(p.stat().st_size for p in files)
     fresh = disk.needed(RunDir(tmp_path / "nowhere"), recipe, objectives, 1)

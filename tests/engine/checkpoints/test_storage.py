@@ -24,7 +24,7 @@ from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.checkpoints.files import DamagedError
 from msdcli.engine.checkpoints.manager import CheckpointManager
 from msdcli.engine.checkpoints.train_state import TrainState
-from msdcli.engine.distributed import sharding
+from msdcli.engine.distributed import sharded_tensors, sharding
 from msdcli.engine.distributed.group import SINGLE_PROCESS
 from msdcli.engine.train import loop as distill
 from msdcli.engine.train.loop import TrainOptions
@@ -49,7 +49,7 @@ def sharing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     yield
-    sharding._mesh.cache_clear()
+    sharded_tensors.row_of_processes.cache_clear()
     distributed.destroy_process_group()
 
 
@@ -84,7 +84,7 @@ def load(folder: Path, *, fsdp: bool) -> tuple[TrainState, list[str]]:
 
 
 def content(state: TrainState) -> dict[str, torch.Tensor]:
-    return {name: sharding.whole(tensor).clone() for name, tensor in state.tensors()}
+    return {name: sharded_tensors.whole(tensor).clone() for name, tensor in state.tensors()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -102,7 +102,7 @@ def test_either_kind_is_read_by_either_to_the_bit(tmp_path: Path, written: bool)
     for fsdp in (True, False):
         state, said = load(tmp_path / "t", fsdp=fsdp)
         assert same(content(state), wanted) and (state.step, state.cost, said) == (2, before.cost, [])
-        kinds = {sharding.is_sharded(t) for name, t in state.tensors() if name.endswith("exp_avg")}
+        kinds = {sharded_tensors.is_sharded(t) for name, t in state.tensors() if name.endswith("exp_avg")}
         assert kinds == {fsdp}
     whole = content(run(tmp_path / "whole", 4, fsdp=written))
     assert same(content(run(tmp_path / "t", 4, fsdp=written)), whole)
@@ -169,7 +169,7 @@ def test_saving_and_loading_parts_puts_no_tensor_together(tmp_path: Path, monkey
         storage.StoredCheckpoint(tmp_path / "t/state").verify()
     assert same(content(before), content(after))
     for name, tensor in storage.PartsWriter(tmp_path, 2, SINGLE_PROCESS).copy(before.tensors()).items():
-        assert sharding.own_part(tensor).device.type == "cpu", name
+        assert sharded_tensors.own_part(tensor).device.type == "cpu", name
 
 
 def test_what_a_process_meets_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def test_single_numbers_stay_whole_and_keep_their_places(tmp_path: Path, written
     for i, param in enumerate(net.parameters()):
         param.grad = torch.full_like(param, 0.01 * i)
     count = sum((0.01 * i) ** 2 * param.numel() for i, param in enumerate(net.parameters()))
-    assert sharding.norm_of([p.grad for p in net.parameters()]).item() == pytest.approx(count**0.5)
+    assert sharded_tensors.norm_of([p.grad for p in net.parameters()]).item() == pytest.approx(count**0.5)
     optimizer.step()
     with CheckpointManager(state, tmp_path, 2, SINGLE_PROCESS) as checkpoints:
         checkpoints.save()
@@ -295,7 +295,7 @@ def test_filters_of_edm2_are_normalised_after_every_update(fsdp: bool) -> None:
     @torch.no_grad()
     def furthest() -> float:
         """How far a filter's magnitude is from 1."""
-        weights = [sharding.own_part(m.weight) for m in net.net.modules() if isinstance(m, MPConv)]
+        weights = [sharded_tensors.own_part(m.weight) for m in net.net.modules() if isinstance(m, MPConv)]
         return max((w.flatten(1).square().mean(1).sqrt() - 1).abs().max().item() for w in weights)
 
     for _ in range(3):

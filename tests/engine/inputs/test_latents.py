@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from msdcli.data.base import StoredCheckpoint, to_float
+from msdcli.data.base import StoredImages, to_float
 from msdcli.data.images import to_uint8
 from msdcli.data.latents import LATENTS, RECORD, Latents
 from msdcli.diffusion.draws import Draws, Source, image_noise
@@ -73,7 +73,7 @@ def test_latents_of_several_channels_have_their_own_mean_and_scale(tmp_path: Pat
 
 def test_a_data_set_is_encoded_once_and_mapped(latent: Path) -> None:
     mean = encoded(latent, "latents.posterior=mean")
-    assert isinstance(mean, StoredCheckpoint) and (mean.shape, len(mean)) == ((4, 4, 4), 24)
+    assert isinstance(mean, StoredImages) and (mean.shape, len(mean)) == ((4, 4, 4), 24)
     assert mean.class_names == ["ant", "bee", "cow", "doe"]
     network = autoencoder.open_autoencoder(latent / "teacher/autoencoder")
     wanted, std = network.encode(mean.pictures.images(range(24)))

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from msdcli.errors import UserError
 from msdcli.nets.edm.importing import build_edm, check_against, import_edm, load_weights
+from tests.conftest import SHARED
 from tests.nets.edm.edm_format import Call, Persistent, _reconstruct_persistent_obj, dumps, shake, snapshot, write
 from tests.nets.edm.hostile_pickles import storage_bytes
 
-FIXTURES = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "teachers"
+FIXTURES = SHARED / "fixtures" / "teachers"
 TEACHERS = sorted(path.stem for path in FIXTURES.glob("*.pkl"))
 TINY = {"img_resolution": 8, "img_channels": 2, "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
 
