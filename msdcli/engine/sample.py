@@ -12,7 +12,6 @@ from torch import Tensor
 
 from msdcli.data.prompts import read_lines
 from msdcli.diffusion.denoiser import Denoiser, one_step
-from msdcli.diffusion.draws import noises
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.inputs.autoencoder import find, open_autoencoder
 from msdcli.engine.inputs.importing import TEXT
@@ -20,6 +19,7 @@ from msdcli.engine.inputs.prompts import PromptRouter, attach_prompts, prompt_ro
 from msdcli.engine.pictures import labels_file, prompts_file, save_grid, save_npz, save_pngs, save_zip
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.autoencoder import Autoencoder
+from msdcli.noise import noises
 from msdcli.partition import Partition, class_numbers
 from msdcli.rundir import RunDir, key, read_json
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from msdcli.data.toy2d import Toy2d
-from msdcli.diffusion.draws import Draws, Source, image_noise, noises
+from msdcli.diffusion.draws import Draws, Source
 from msdcli.diffusion.ema import EMA
 from msdcli.diffusion.sampler import num_evaluations, solve
+from msdcli.noise import image_noise, noises
 from msdcli.recipe.data import Toy2dSettings
 from msdcli.seeds import generator
 from tests.gaussians import GaussianDenoiser

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from msdcli.engine.checkpoints.model import MODEL
-from msdcli.engine.report.words import chosen
+from msdcli.engine.tracking.formatting import describe_selected
 from msdcli.rundir import read_json, write_text
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _students(source: ExportSource) -> str:
         shown = ", ".join(names[c] for c in part[:20]) + (f" and {len(part) - 20} more" if len(part) > 20 else "")
         rows.append([str(k), shown.replace("|", "\\|"), f"{card['parameters']:,}", f"`{card['sha256'][:16]}`"])
     table = _table(["student", "classes", "parameters", "sha256 of the trained weights"], rows)
-    return "\n\n".join([table, *chosen(cards)])
+    return "\n\n".join([table, *describe_selected(cards)])
 
 
 def _results(measured: Sequence[dict[str, Any]]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdcli.diffusion.draws import image_noise
 from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import FORMAT, MODEL
 from msdcli.engine.export import card as export_card
@@ -25,6 +24,7 @@ from msdcli.engine.export.format import (
 )
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import MismatchError, UserError
+from msdcli.noise import image_noise
 from msdcli.rundir import RunDir, building, read_json, write_json
 
 FORMATS = ("bundle", "onnx", "torch", "diffusers", "triton")

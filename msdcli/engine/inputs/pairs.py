@@ -10,12 +10,12 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset, fingerprint, in_turn
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.diffusion.draws import image_noise
 from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import solve
 from msdcli.engine.checkpoints.tensors import load_tensors, save_tensors
 from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import LockedError
+from msdcli.noise import image_noise
 from msdcli.recipe import Recipe, SolverSettings
 from msdcli.rundir import RunDir, holder_of, key, lock, sweep_temporaries, write_json
 from msdcli.seeds import derive, generator

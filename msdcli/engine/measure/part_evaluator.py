@@ -11,7 +11,6 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser, one_step
-from msdcli.diffusion.draws import image_noise
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.inputs import autoencoder, pairs
 from msdcli.engine.measure import features
@@ -21,6 +20,7 @@ from msdcli.engine.train import compiling
 from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.inception import open_network
+from msdcli.noise import image_noise
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import OneStepSettings
 from msdcli.rundir import RunDir

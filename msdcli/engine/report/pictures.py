@@ -16,7 +16,6 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset, has_images
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.diffusion.draws import image_noise
 from msdcli.engine import pictures, sample
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.distributed import device
@@ -28,6 +27,7 @@ from msdcli.engine.tracking.events import silent
 from msdcli.engine.train.counting import forward_flops
 from msdcli.engine.train.student import new_network
 from msdcli.errors import UserError
+from msdcli.noise import image_noise
 from msdcli.recipe.stages import OneStepSettings
 
 SIDE = 64  # pixels; larger images are shrunk to it

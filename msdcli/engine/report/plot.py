@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from msdcli.engine.report import charts, words
+from msdcli.engine.report import charts
 from msdcli.engine.report.facts import RunFacts, load_runs, lower_is_better, main_result, metrics, row
+from msdcli.engine.tracking import formatting
 from msdcli.errors import UserError
 from msdcli.rundir import writing
 
@@ -175,8 +176,8 @@ def _cell(line: dict[str, Any], name: str) -> str:
     if name not in line["values"]:
         return ""
     span = line["intervals"].get(name)
-    text = words.figure(line["values"][name])
-    return text if span is None else f"{text}\n{words.figure(span['low'])} to {words.figure(span['high'])}"
+    text = formatting.figure(line["values"][name])
+    return text if span is None else f"{text}\n{formatting.figure(span['low'])} to {formatting.figure(span['high'])}"
 
 
 def _drawn(header: list[str], cells: list[list[str]]) -> Figure:

@@ -14,11 +14,12 @@ import torch
 from msdcli.data.base import StoredImages, to_float
 from msdcli.data.images import to_uint8
 from msdcli.data.latents import LATENTS, RECORD, Latents
-from msdcli.diffusion.draws import Draws, Source, image_noise
+from msdcli.diffusion.draws import Draws, Source
 from msdcli.engine import sample
 from msdcli.engine.inputs import autoencoder, dataset, importing, latents
 from msdcli.engine.tracking.events import silent
 from msdcli.errors import UserError
+from msdcli.noise import image_noise
 from msdcli.recipe import load
 from msdcli.rundir import RunDir
 from tests.conftest import Msd, command, environment
