@@ -122,7 +122,7 @@ class PictureFiles:
             return min(self._source.shape[1:3])
         for number in range(len(self)):
             try:
-                return min(self._raw(number).shape[:2])
+                return int(min(self._raw(number).shape[:2]))
             except UserError:
                 if self.settings.on_bad == "refuse":
                     raise

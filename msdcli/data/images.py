@@ -124,6 +124,11 @@ class ImageArray:
     def __len__(self) -> int:
         return self.shape[0]
 
+    @property
+    def names(self) -> list[str]:
+        """What a picture is called where there is no file of its own."""
+        return [f"image {number}" for number in range(len(self))]
+
     def close(self) -> None:
         self._zip.close()
 

@@ -118,7 +118,7 @@ def train_stage(student: Student, number: int, report: Report) -> None:
             "cost": state.cost | peak_memory(student.device),
             **choice,
         }
-        save_model(folder, state.ema.net, record, product)
+        save_model(folder, state.ema.denoiser, record, product)
     student.group.broadcast(None)  # the next stage reads what was written
 
 
