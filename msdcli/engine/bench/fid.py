@@ -62,10 +62,8 @@ def network_free(folder: Path, rng: np.random.Generator, num_images: int, size: 
     def theirs() -> float:
         options: dict[str, Any] = {"num_workers": 0, "device": "cpu", "mode": "clean", "verbose": False}
         features = [fid.get_folder_features(str(folder / name), _pixels, **options) for name in ("a", "b")]
-        a, b = (
-            Gaussian(np.asarray(np.mean(x, axis=0, dtype=np.float64)), np.atleast_2d(np.cov(x, rowvar=False)))
-            for x in features
-        )
+        means = [np.asarray(np.mean(x, axis=0, dtype=np.float64)) for x in features]
+        a, b = (Gaussian(mean, np.atleast_2d(np.cov(x, rowvar=False))) for mean, x in zip(means, features, strict=True))
         return by_sqrtm(a, b)
 
     return _compare(ours, theirs)

@@ -279,7 +279,7 @@ def _among(arguments: Mapping[str, Any], made: Callable[..., Any], *taken: str) 
     return {name: value for name, value in arguments.items() if name in _keywords(made) and name not in taken}
 
 
-def _reference(path: Path, denoiser: Preconditioned) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _reference(path: Path, denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             arrays = [torch.from_numpy(held[key]).float() for key in ("x", "sigma", "class_labels", "denoised")]
