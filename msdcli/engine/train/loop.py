@@ -21,7 +21,7 @@ from msdcli.engine.distributed.sharded_tensors import norm_of, split
 from msdcli.engine.distributed.sharding import shard
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import compiling
-from msdcli.engine.train.log import METRICS, Log
+from msdcli.engine.train.log import METRICS, TrainLog
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
@@ -74,7 +74,7 @@ def train(
     state = TrainState(objective.nets, optimizers(objective.nets, stage), ema)
     checkpoints = CheckpointManager(state, folder, options.keep, group)
     checkpoints.load(report)
-    log = Log(folder / METRICS, state, stage, what, report, group=group, max_skipped=options.max_skipped)
+    log = TrainLog(folder / METRICS, state, stage, what, report, group=group, max_skipped=options.max_skipped)
     selection.begin(state.step)
     with interruptible() as stop, seeded_apart(source.device), checkpoints:
         while state.step < stage.steps:
@@ -107,7 +107,7 @@ def gradients(
     loss: Callable[[Draws], Tensor],
     draws: Sequence[Draws],
     group: ProcessGroup,
-    log: Log,
+    log: TrainLog,
 ) -> Tensor:
     """Leave the gradient of the mean loss in the named networks, one pass per slice of the batch; return that mean.
 
@@ -128,7 +128,7 @@ def gradients(
     return total
 
 
-def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float | None, log: Log) -> None:
+def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float | None, log: TrainLog) -> None:
     """Let the named networks take a step, or none of them where a loss or a gradient is not finite.
 
     The optimizers' kernels skip the step themselves (`found_inf`), so the host never waits for the device.

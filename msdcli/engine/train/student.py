@@ -126,7 +126,7 @@ def selection(student: Student, stage: StageSettings, folder: Path, what: str, r
     """Return how a stage chooses what it ends with. The next stage goes on from its last networks either way."""
     if not isinstance(stage, OneStepSettings) or stage.select is None:
         return LAST_AVERAGE
-    assert student.evaluator is not None, "a stage that selects needs an examiner"
+    assert student.evaluator is not None, "a stage that selects needs an evaluator"
     evaluator, keep = student.evaluator(stage), student.recipe.keep
     return BestAverage(evaluator, stage, folder, keep=keep, what=what, group=student.group, report=report)
 

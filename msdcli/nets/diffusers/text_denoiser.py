@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from msdcli.diffusion.denoiser import per_image
 from msdcli.errors import UserError
-from msdcli.nets.diffusers.denoiser import FromDiffusers
+from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
 from msdcli.recipe.networks import DiffusersNetworkSettings
 
 # Keys of a configuration that ask for more than prompts (SDXL, image prompts, class labels).
 MORE = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
 
 
-class TextDenoiser(FromDiffusers):
+class TextDenoiser(DiffusersDenoiser):
     """D(x, sigma, condition), condition [n] int64 numbers of prompts; a negative one is the empty prompt."""
 
     reads_text = True
