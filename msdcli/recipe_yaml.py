@@ -39,6 +39,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
 
 
+# Two spellings of one value: an override of one replaces the other.
+SAME = {"sigmas": "sigma_init", "sigma_init": "sigmas"}
+
+
 class Document:
     """A parsed recipe that remembers where every key came from."""
 
@@ -87,6 +91,8 @@ class Document:
             index = self._index(node, part, where)
             self.lines[tuple(_numbers(keys[: depth + 1]))] = where
             if depth == len(keys) - 1:
+                if isinstance(node, dict):
+                    node.pop(SAME.get(part), None)
                 node[index] = value
             elif isinstance(node, dict) and not isinstance(node.get(index), dict | list):
                 node[index] = {}

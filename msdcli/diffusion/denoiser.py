@@ -116,6 +116,27 @@ def one_step(net: nn.Module, z: Tensor, sigma_init: float, condition: Tensor | N
     return net(sigma_init * z, sigma, condition)
 
 
+def denoise(net: nn.Module, x: Tensor, sigma: float, condition: Tensor | None) -> Tensor:
+    """D(x, sigma, c) of images that all have one noise level."""
+    return net(x, torch.full((x.shape[0],), sigma, device=x.device), condition)
+
+
+def few_step(
+    net: nn.Module, z: Tensor, sigmas: Sequence[float], condition: Tensor | None, noise: Tensor | None = None
+) -> Tensor:
+    """The generator of several evaluations (DMD2, arXiv 2405.14867, Section 4.4), from unit noise z [batch, *shape]:
+
+        x_0 = sigma_0 z,  y_i = D(x_i, sigma_i, c),  x_{i+1} = y_i + sigma_{i+1} n_i;  the last y is the sample.
+
+    `noise` [batch, len(sigmas) - 1, *shape] holds the n_i; one level needs none, and is `one_step`.
+    """
+    y = one_step(net, z, sigmas[0], condition)
+    for i, sigma in enumerate(sigmas[1:]):
+        assert noise is not None, "a student of several levels needs noise between them"
+        y = denoise(net, y + sigma * noise[:, i], sigma, condition)
+    return y
+
+
 def matching_gradient(D_fake: Tensor, D_teacher: Tensor, y: Tensor) -> Tensor:
     """Distribution matching's gradient with respect to the image y (DMD, arXiv 2311.18828, Eq. 7 and 8).
 

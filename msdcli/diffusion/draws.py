@@ -118,6 +118,13 @@ class Draws:
             return self.source.image_labels[self._index("labels", len(self.source.numbers), self.batch)]
         return self.source.classes[self._index("labels", len(self.source.classes), self.batch)]
 
+    def one_of(self, purpose: str, count: int) -> int:
+        """Return a number below `count`, the same for all slices; of `count` steps in a row each has another."""
+        *key, step = self.key
+        assert isinstance(step, int), "the last part of a key is the step"
+        order = torch.randperm(count, generator=generator(*key, step // count, self.turn, purpose))
+        return int(order[step % count])
+
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the slice of `count` pairs (or a batch): unit noise z, the teacher's sample y from it, its class."""
         (z, y, c), allowed = self.source.pairs_of(only_part)
@@ -162,6 +169,9 @@ class Batch(Draws):
 
     def labels(self, how: str) -> Tensor:
         return self.c
+
+    def one_of(self, purpose: str, count: int) -> int:
+        return int(torch.randint(count, ()))
 
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         assert self._pairs is not None, "this objective needs the teacher's pairs"

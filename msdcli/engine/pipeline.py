@@ -40,7 +40,7 @@ from msdcli.errors import UserError
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import PromptsSettings
-from msdcli.recipe.stages import OneStepSettings
+from msdcli.recipe.stages import GeneratorSettings
 from msdcli.rundir import RunDir, holder_of, lock, read_json, sweep_temporaries, write_json
 
 
@@ -79,9 +79,9 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
     on = device.resolve(recipe.device)
-    if not isinstance(recipe.stages[-1], OneStepSettings):
+    if not isinstance(recipe.stages[-1], GeneratorSettings):
         raise UserError(
-            f"what stage {recipe.stages[-1].objective} makes is no one-step student", hint="add a stage: dm"
+            f"stage {recipe.stages[-1].objective}, the last, makes no student that gives images", hint="add a stage: dm"
         )
     if not planning:
         run = RunDir(recipe.run_dir)
@@ -240,7 +240,7 @@ class TrainingRun:
         part = self.partition.parts[number]
         source = Source(self.data, part, pairs=pairs, device=self.device)
 
-        def evaluator(stage: OneStepSettings) -> examine.PartEvaluator:
+        def evaluator(stage: GeneratorSettings) -> examine.PartEvaluator:
             return examine.PartEvaluator(self.run, self.recipe, stage, part, self.device, self.group, report)
 
         folders = self.folders(number)

@@ -26,6 +26,7 @@ class Objective:
     """
 
     product: ClassVar[str] = "student"
+    cycle: int = 1  # steps after which the same operations come again: what is counted to know the cost of all
     nets: dict[str, nn.Module]
     sigma: Tensor | None = None
     health: Mapping[str, Callable[[], Tensor]] = MappingProxyType({})

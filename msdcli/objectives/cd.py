@@ -32,7 +32,7 @@ class ConsistencyDistillation(Objective):
 
     def loss(self, draws: Draws) -> Tensor:
         y, c = draws.real()
-        schedule = d.ascending_sigmas(self.settings.levels, like=y, sigma_max=self.settings.sigma_init)
+        schedule = d.ascending_sigmas(self.settings.levels, like=y, sigma_max=self.settings.sigmas[0])
         index = (draws.uniform("level") * (len(schedule) - 1)).long()
         sigma, sigma_next = schedule[index + 1], schedule[index]
         self.sigma = sigma

@@ -11,6 +11,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Seed = Annotated[int, Field(ge=0, le=2**62)]
 NoiseLevel = Annotated[float, Field(gt=0, le=10_000)]
+Levels = Annotated[list[NoiseLevel], Field(min_length=1, max_length=64)]
 Span = list[Fraction]
 Scale = Annotated[float, Field(ge=0, le=100)]
 

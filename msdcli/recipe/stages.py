@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+import itertools
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from msdcli.recipe.section import Count, Fraction, NoiseLevel, Positive, Section, Span
+from msdcli.recipe.section import Count, Fraction, Levels, NoiseLevel, Positive, Section, Span
 
 # The stages: `objective` is a file in objectives/.
 
 
 class StageSettings(Section):
     """One stage of training: what every objective has in common."""
-
-    needs_images: ClassVar[bool] = True  # of the data, beside their conditions
 
     objective: str = Field(description="what is minimised")
     steps: int = Field(1000, ge=1, le=10**9, description="training steps (updates of the student)")
@@ -34,6 +33,11 @@ class StageSettings(Section):
         0.99, description="decay of the average that samples are drawn from"
     )
     log_every: Count = Field(20, description="steps between two lines of metrics.jsonl")
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the stage looks at images of the data, beside their conditions."""
+        return True
 
 
 class EdmSettings(StageSettings):
@@ -60,7 +64,7 @@ class SelectSettings(Section):
     """
 
     every: Count = Field(description="steps between two measurements; the last step is measured too")
-    samples: int = Field(2000, ge=2, le=10**7, description="one-step samples of the student that are measured")
+    samples: int = Field(2000, ge=2, le=10**7, description="samples of the student that are measured")
     protocol: Literal["data", "clean", "edm", "legacy-pytorch", "legacy-tensorflow", "clip", "dinov2"] = Field(
         "data", description="what measures them, as in `msd fid --protocol`; data: the data's own classifier"
     )
@@ -70,13 +74,33 @@ class SelectSettings(Section):
         return -(-steps // self.every)
 
 
-class OneStepSettings(StageSettings):
-    """A stage that makes a one-step student."""
+class GeneratorSettings(StageSettings):
+    """A stage that makes a generator: a student that is evaluated once at each of its noise levels."""
 
-    sigma_init: NoiseLevel = Field(2.5, description="noise level at which the student is evaluated, once")
+    sigmas: Levels = Field([2.5], description="noise levels at which the student is evaluated, one after the other")
+    sigma_init: NoiseLevel | None = Field(
+        None, exclude=True, description="the first noise level; alone it is short for `sigmas: [sigma_init]`"
+    )
     select: SelectSettings | None = Field(
         None, description="keep the best of several averages, by a distance measured in training; absent: the last one"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_level(cls, given: Any) -> Any:
+        """Take `sigma_init: s` for `sigmas: [s]`."""
+        if not isinstance(given, dict) or given.get("sigma_init") is None:
+            return given
+        if "sigmas" in given and given["sigmas"] != [given["sigma_init"]]:
+            raise ValueError("`sigma_init` is short for `sigmas` of one level: give one of them")
+        return {key: value for key, value in given.items() if key != "sigma_init"} | {"sigmas": [given["sigma_init"]]}
+
+    @model_validator(mode="after")
+    def _levels_fall(self) -> Self:
+        if any(low >= high for high, low in itertools.pairwise(self.sigmas)):
+            raise ValueError(f"`sigmas` {self.sigmas} must fall from level to level")
+        object.__setattr__(self, "sigma_init", self.sigmas[0])
+        return self
 
     @model_validator(mode="after")
     def _there_is_something_to_choose(self) -> Self:
@@ -85,10 +109,8 @@ class OneStepSettings(StageSettings):
         return self
 
 
-class DmSettings(OneStepSettings):
+class DmSettings(GeneratorSettings):
     """Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
-
-    needs_images: ClassVar[bool] = False
 
     objective: Literal["dm"] = Field("dm", description="distribution matching")
     fake_updates: int = Field(5, ge=1, le=1000, description="updates of the fake network per update of the student")
@@ -110,12 +132,19 @@ class DmSettings(OneStepSettings):
     )
     pair_weight: float = Field(0.25, ge=0, description="weight of the regression loss (DMD)")
     pair_batch: Count | None = Field(None, description="pairs per update; `batch` if absent")
+    student_input: Literal["simulation", "data"] = Field(
+        "simulation",
+        description="what a student of several levels sees at a later one: what its earlier ones make of noise (DMD2's "
+        "backward simulation), or noisy images of the data (FastGen)",
+    )
+
+    @property
+    def needs_images(self) -> bool:
+        return self.student_input == "data" and len(self.sigmas) > 1
 
 
 class AdmSettings(DmSettings):
     """Adversarial distribution matching: `dm` continued with a GAN loss (DMD2, arXiv 2405.14867)."""
-
-    needs_images: ClassVar[bool] = True
 
     objective: Literal["adm"] = Field("adm", description="adversarial distribution matching")  # type: ignore[assignment]
     features: Literal["fake", "teacher"] = Field(
@@ -136,12 +165,16 @@ class AdmSettings(DmSettings):
         description="noise levels the heads see, as parts of the Karras schedule",
     )
 
+    @property
+    def needs_images(self) -> bool:
+        return True
 
-class CdSettings(OneStepSettings):
+
+class CdSettings(GeneratorSettings):
     """Consistency distillation (Song et al. 2023, arXiv 2303.01469; improved as in arXiv 2310.14189)."""
 
     objective: Literal["cd"] = Field("cd", description="consistency distillation")
-    sigma_init: NoiseLevel = Field(80.0, description="noise level at which the student is evaluated, once")
+    sigmas: Levels = Field([80.0], description="noise levels at which the student is evaluated, one after the other")
     levels: int = Field(18, ge=2, le=10_000, description="noise levels of the schedule")
 
 

@@ -1,4 +1,4 @@
-"""`msd sample`: routed one-step samples."""
+"""`msd sample`: routed samples."""
 
 from __future__ import annotations
 
@@ -36,11 +36,14 @@ def sample(
     ] = "grid",
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN/samples/... if absent.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 500,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Evaluations per image, of students that know several; all if absent.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     json_: options.Json = False,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Draw samples, one network evaluation each; every class or prompt goes to the student that owns it."""
+    """Draw samples, as a rule one network evaluation each; every class or prompt goes to the student that owns it."""
     import time
 
     from msdcli.engine import sample as engine
@@ -48,7 +51,7 @@ def sample(
     from msdcli.errors import UserError
     from msdcli.partition import parse_classes
 
-    students = engine.load(run, resolve(device))
+    students = engine.load(run, resolve(device), steps=steps)
     if prompt or prompts:
         if classes is not None or all_:
             raise UserError("either classes or prompts")

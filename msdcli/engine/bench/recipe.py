@@ -32,7 +32,7 @@ from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameter
 from msdcli.engine.train.loop import optimizers
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import StageSettings
+from msdcli.recipe.stages import GeneratorSettings, StageSettings
 
 EAGER = "float32"
 HOPELESS = 0.5  # of plain float32's speed, where bfloat16 is emulated: an update would take minutes
@@ -48,6 +48,10 @@ class RandomDraws(MetaDraws):
 
     def uniform(self, purpose: str) -> torch.Tensor:
         return torch.rand(self.batch, device=self.on)
+
+    def one_of(self, purpose: str, count: int) -> int:
+        self.step += 1
+        return self.step % count
 
     def labels(self, how: str, count: int | None = None) -> torch.Tensor:
         return torch.randint(self.num_classes, (count or self.batch,), device=self.on)
@@ -149,7 +153,7 @@ class StageTrainer:
 
 
 def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None = None) -> dict[str, Any]:
-    """Measure every stage of a recipe, and one-step sampling. `batch` replaces the stages' own, which on a CPU are
+    """Measure every stage of a recipe, and sampling. `batch` replaces the stages' own, which on a CPU are
     otherwise cut to what takes a few seconds.
     """
     on = device.prepare(recipe)
@@ -188,7 +192,10 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
         measured |= {"modes": figures, "half_batch": half_batch(trainer, student, repeats=repeats)}
         result["stages"].append(measured | {"bound_by": bound(measured, result["peak_flops"][chosen], chosen)})
     report("sampling")
-    result["sampling"] = bench_sample.measure(student, on, batch=batch or fitting_batch(recipe.stages[-1], student, on))
+    last = recipe.stages[-1]
+    assert isinstance(last, GeneratorSettings), "checked with the recipe"
+    size = batch or fitting_batch(last, student, on)
+    result["sampling"] = bench_sample.measure(student, tuple(last.sigmas), on, batch=size)
     return result
 
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from msdcli.engine.checkpoints.model import MODEL
-from msdcli.engine.tracking.formatting import describe_selected
+from msdcli.engine.tracking.formatting import describe_selected, evaluations, plural, word
 from msdcli.rundir import read_json, write_text
 
 if TYPE_CHECKING:
     from msdcli.engine.export.format import ExportResult, ExportSource
 
-TASK = {"type": "unconditional-image-generation", "name": "class-conditional image generation in one step"}
-CARD = """# {name}: {count} one-step students
+TASK = {"type": "unconditional-image-generation", "name": "class-conditional image generation in {steps}"}
+CARD = """# {name}: {count} {kind} students
 
-Distilled with msd from one diffusion teacher by {stages}. Every class belongs to one student; a sample costs one
-network evaluation{size}. With this folder called `{folder}`:
+Distilled with msd from one diffusion teacher by {stages}. Every class belongs to one student; a sample costs
+{evaluations}{size}. With this folder called `{folder}`:
 
 ```python
 {usage}```
@@ -38,6 +38,8 @@ def write(source: ExportSource, exported: ExportResult, record: dict[str, Any], 
     text = CARD.format(
         name=record["name"],
         count=len(source.students.folders),
+        kind=f"{word(source.steps)}-step",
+        evaluations=evaluations(source.steps),
         stages=", ".join(stage.objective for stage in recipe.stages),
         size=_size(source),
         folder=folder.name,
@@ -63,14 +65,17 @@ def _header(
 ) -> dict[str, Any]:
     data = source.run.recipe().data.name
     header: dict[str, Any] = {} if source.options.license is None else {"license": source.options.license}
+    speed = "one-step" if source.steps == 1 else "few-step"
     header |= {
         "library_name": exported.library,
         "pipeline_tag": TASK["type"],
-        "tags": ["diffusion", "distillation", "one-step", "multi-student-distillation", record["kind"]],
+        "tags": ["diffusion", "distillation", speed, "multi-student-distillation", record["kind"]],
     }
     if measured:
         results = [_result(line) for line in measured]
-        described = {"task": TASK, "dataset": {"name": data, "type": data}, "metrics": results}
+        steps = f"{word(source.steps)} {plural(source.steps, 'step')}"
+        task = TASK | {"name": TASK["name"].format(steps=steps)}
+        described = {"task": task, "dataset": {"name": data, "type": data}, "metrics": results}
         header["model-index"] = [{"name": record["name"], "results": [described]}]
     return header
 

@@ -24,7 +24,7 @@ from msdcli.engine.export.format import (
 )
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import MismatchError, UserError
-from msdcli.noise import image_noise
+from msdcli.noise import image_noise, step_noise
 from msdcli.rundir import RunDir, building, read_json, write_json
 
 FORMATS = ("bundle", "onnx", "torch", "diffusers", "triton")
@@ -52,6 +52,7 @@ def export(
             "name": run.root.resolve().name,
             "class_names": students.class_names if students.prompt_router is None else [],
             "shape": list(source.shape),
+            "steps": source.steps,
             "students_sha256": [read_json(f / MODEL)["sha256"] for f in students.folders],
         } | verify(source, exported)
         record |= exported.record
@@ -108,8 +109,9 @@ class ExportedStudents(sample.Students):
         super().__init__(students.folders, students.partition, *how)
         self.routed = routed
 
-    def generate(self, number: int, z: Tensor, c: Tensor) -> Tensor:
-        return torch.as_tensor(self.routed.generate(z.cpu().numpy(), c.tolist())).to(z.device)
+    def generate(self, number: int, z: Tensor, c: Tensor, noise: Tensor | None = None) -> Tensor:
+        between = None if noise is None else noise.cpu().numpy()
+        return torch.as_tensor(self.routed.generate(z.cpu().numpy(), c.tolist(), between)).to(z.device)
 
 
 def verify(source: ExportSource, exported: ExportResult, *, most: int = 256) -> dict[str, Any]:
@@ -120,14 +122,15 @@ def verify(source: ExportSource, exported: ExportResult, *, most: int = 256) -> 
     each = max(2, min(32, most // len(parts)))
     classes = [part[i * len(part) // each % len(part)] for i in range(each) for part in parts]  # neighbours mixed
     z = image_noise(0, range(len(classes)), source.shape)
+    noise = step_noise(0, range(len(classes)), source.shape, source.steps)
     opened, asked = exported.open(None, None), classes
     if source.students.prompt_router is not None and isinstance(
         opened, RunStudents
     ):  # prompts, embedded anew on either side
         prompts = [source.students.class_names[c] for c in classes]
         classes, asked = source.students.numbers(prompts), opened.students.numbers(prompts)
-    wanted = RunStudents(source.students).generate(z, classes)
-    got = torch.as_tensor(opened.generate(z.numpy(), asked))
+    wanted = RunStudents(source.students).generate(z, classes, noise)
+    got = torch.as_tensor(opened.generate(z.numpy(), asked, None if noise is None else noise.numpy()))
     difference = (got - wanted).abs().max().item()
     allowed = exported.tolerance * max(1.0, wanted.abs().max().item())
     if not difference <= allowed:  # not a number is no agreement

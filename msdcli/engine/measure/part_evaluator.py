@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from msdcli.data.base import Dataset
-from msdcli.diffusion.denoiser import Denoiser, one_step
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.generator import Generator
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.inputs import autoencoder, pairs
 from msdcli.engine.measure import features
@@ -20,9 +21,9 @@ from msdcli.engine.train import compiling
 from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.inception import open_network
-from msdcli.noise import image_noise
+from msdcli.noise import image_noise, step_noise
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import OneStepSettings
+from msdcli.recipe.stages import GeneratorSettings
 from msdcli.rundir import RunDir
 from msdcli.seeds import derive
 
@@ -30,7 +31,7 @@ from msdcli.seeds import derive
 def check(recipe: Recipe, data: Dataset, group: ProcessGroup, *, planning: bool) -> None:
     """Raise UserError where a stage selects by what cannot be measured here."""
     for stage in recipe.stages:
-        if not isinstance(stage, OneStepSettings) or stage.select is None:
+        if not isinstance(stage, GeneratorSettings) or stage.select is None:
             continue
         where, protocol = f"stage {stage.objective}: select", stage.select.protocol
         if recipe.has_prompts:
@@ -51,7 +52,7 @@ def check(recipe: Recipe, data: Dataset, group: ProcessGroup, *, planning: bool)
 
 
 class PartEvaluator:
-    """Measures one-step samples for the conditions of one part, which are drawn as frequent as in the data.
+    """Measures samples for the conditions of one part, which are drawn as frequent as in the data.
 
     Pictures are compared with the data, points with the teacher's samples, as in `msd fid`. The noise is the same at
     every step, and that of no pair and of no final measurement. The processes of a group share the samples.
@@ -61,7 +62,7 @@ class PartEvaluator:
         self,
         run: RunDir,
         recipe: Recipe,
-        stage: OneStepSettings,
+        stage: GeneratorSettings,
         part: list[int],
         device: torch.device,
         group: ProcessGroup,
@@ -72,7 +73,7 @@ class PartEvaluator:
         # A published protocol's features are many and large: the distance needs no more than their moments.
         options = FidOptions(protocol=protocol, device=str(device), lean=protocol != "data")
         context = group.leader_first(lambda: EvaluationContext(run, options, report))
-        self.metric, self.samples, self.sigma_init = context.metric.name, stage.select.samples, stage.sigma_init
+        self.metric, self.samples, self.sigmas = context.metric.name, stage.select.samples, tuple(stage.sigmas)
         self.feature_metric, self.device, self.group, self.batch = context.metric, device, group, context.batch
         self.extractor = features.FeatureExtractor(context.metric.network, context.batch, keep=context.planar)
         self.reference: Reference = group.leader_first(lambda: _of_part(context, part))
@@ -113,13 +114,15 @@ class PartEvaluator:
         beyond the last sample is thrown away.
         """
         net.compute_in(None)  # as it will be sampled, whatever it trains in
+        generator = Generator(net, self.sigmas)
         size = self.group.size
         own = range(self.group.rank, -(-self.samples // size) * size, size)
         for numbers in (own[i : i + self.batch] for i in range(0, len(own), self.batch)):
             at = [number % self.samples for number in numbers]
             z = image_noise(self.seed, at, net.shape).to(self.device)
+            noise = step_noise(self.seed, at, net.shape, generator.steps)
             with compiling.eagerly():
-                y = one_step(net, z, self.sigma_init, self.classes[at].to(self.device)).float()
+                y = generator(z, self.classes[at].to(self.device), None if noise is None else noise.to(self.device))
             if kept := sum(number < self.samples for number in numbers):
                 yield self.decode(y[:kept])
 

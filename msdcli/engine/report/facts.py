@@ -14,6 +14,7 @@ from msdcli.engine.tracking.history import TrainingHistory, history
 from msdcli.errors import UserError
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
+from msdcli.recipe.stages import GeneratorSettings
 from msdcli.rundir import RunDir, read_json, read_lines
 
 
@@ -42,6 +43,12 @@ class RunFacts:
         from msdcli.diffusion.sampler import num_evaluations  # torch is not needed to gather the facts
 
         return num_evaluations(self.recipe.teacher.solver.name, self.recipe.teacher.solver.steps)
+
+    @property
+    def steps(self) -> int:
+        """Network evaluations of a student for one image."""
+        last = self.recipe.stages[-1]
+        return len(last.sigmas) if isinstance(last, GeneratorSettings) else 1
 
     @property
     def planar(self) -> bool:

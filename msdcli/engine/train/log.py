@@ -78,9 +78,9 @@ class TrainLog:
         """End a step; at the interval, and with what a look found, write a line. UserError where too many updates were
         skipped.
         """
+        self.state.cost["flops"] += flops[0] * self.group.size if flops else self._flops_per_step
         if flops:
-            self._flops_per_step = flops[0] * self.group.size
-        self.state.cost["flops"] += self._flops_per_step
+            self._flops_per_step = self.state.cost["flops"] / self.state.step
         if self.state.step % self.stage.log_every and self.state.step != self.stage.steps and evaluation is None:
             return
         turns = self._read()

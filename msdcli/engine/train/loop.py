@@ -80,7 +80,7 @@ def train(
         while state.step < stage.steps:
             torch.manual_seed(layers_seed(key, state.step, group))
             set_learning_rates(state, stage)
-            with counting_flops(state, first=state.cost["flops"] == 0) as count:
+            with counting_flops(wanted=state.step < objective.cycle) as count:
                 for turn, (names, loss) in enumerate(objective.turns(state.step)):
                     for name, net in objective.nets.items():
                         net.requires_grad_(name in names)
@@ -199,10 +199,10 @@ def set_learning_rates(state: TrainState, stage: StageSettings) -> None:
 
 
 @contextmanager
-def counting_flops(state: TrainState, *, first: bool) -> Iterator[list[int]]:
-    """Count the floating-point operations of the stage's first step; later steps cost the same."""
+def counting_flops(*, wanted: bool) -> Iterator[list[int]]:
+    """Count the floating-point operations of a step: of the stage's first ones, for later ones cost the same."""
     count: list[int] = []
-    if not first:
+    if not wanted:
         yield count
         return
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and needed once per stage

@@ -22,7 +22,7 @@ from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.distributed.sharding import whole_state
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
-from msdcli.recipe.stages import OneStepSettings
+from msdcli.recipe.stages import GeneratorSettings
 from msdcli.rundir import read_json, write_json
 
 CANDIDATES = "candidates.json"
@@ -84,7 +84,7 @@ class BestAverage(AverageSelection):
     def __init__(
         self,
         evaluator: StudentEvaluator,
-        stage: OneStepSettings,
+        stage: GeneratorSettings,
         folder: Path,
         *,
         keep: int,

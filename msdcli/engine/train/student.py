@@ -28,7 +28,7 @@ from msdcli.errors import UserError
 from msdcli.nets.prune import prune
 from msdcli.objectives import Objective, objective_class
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import OneStepSettings, StageSettings
+from msdcli.recipe.stages import GeneratorSettings, StageSettings
 from msdcli.rundir import read_json
 from msdcli.seeds import derive, generator
 
@@ -44,7 +44,7 @@ class Student:
     folders: list[Path]  # one per stage
     device: torch.device
     group: ProcessGroup = SINGLE_PROCESS
-    evaluator: Callable[[OneStepSettings], StudentEvaluator] | None = (
+    evaluator: Callable[[GeneratorSettings], StudentEvaluator] | None = (
         None  # of what it makes; only where a stage selects
     )
 
@@ -124,7 +124,7 @@ def train_stage(student: Student, number: int, report: Report) -> None:
 
 def selection(student: Student, stage: StageSettings, folder: Path, what: str, report: Report) -> AverageSelection:
     """Return how a stage chooses what it ends with. The next stage goes on from its last networks either way."""
-    if not isinstance(stage, OneStepSettings) or stage.select is None:
+    if not isinstance(stage, GeneratorSettings) or stage.select is None:
         return LAST_AVERAGE
     assert student.evaluator is not None, "a stage that selects needs an evaluator"
     evaluator, keep = student.evaluator(stage), student.recipe.keep
@@ -154,7 +154,7 @@ def accelerate(
 
     def trial() -> None:
         with seeded_apart(student.device):
-            compiling.run_turns(objective, lambda turn: Draws(student.source, stage.batch, ("trial",), turn, part))
+            compiling.run_turns(objective, lambda turn: Draws(student.source, stage.batch, ("trial", 0), turn, part))
 
     if not options.fsdp:
         wanted, device = recipe.compile, student.device
