@@ -110,6 +110,16 @@ def karras_draw(u: Tensor, span: Sequence[float], *, num: int = 1000) -> Tensor:
     return schedule[index]
 
 
+def continuous_karras(u: Tensor, span: Sequence[float], *, sigma_max: float = 80.0) -> Tensor:
+    """Map uniform numbers `u` in [0, 1) to noise levels of the Karras schedule without its steps, ascending.
+
+    `span` is the part of the schedule that is drawn from: [0, 0.8] is SiD's, up to sigma 24.4.
+    """
+    place = span[0] + u * (span[1] - span[0])
+    low, high = 0.002 ** (1 / 7), sigma_max ** (1 / 7)
+    return (low + place * (high - low)) ** 7
+
+
 def one_step(net: nn.Module, z: Tensor, sigma_init: float, condition: Tensor | None) -> Tensor:
     """The generator G(z, c) = D(sigma_init z, sigma_init, c): one network evaluation."""
     sigma = torch.full((z.shape[0],), sigma_init, device=z.device)  # not len(z): an export keeps the batch open

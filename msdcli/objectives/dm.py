@@ -69,7 +69,7 @@ class DistributionMatching(Objective):
 
     def fake_loss(self, draws: Draws) -> Tensor:
         y, c = self.fake_batch(draws)
-        x, sigma = self.diffuse(y, draws)
+        x, sigma = self.diffuse_for_fake(y, draws)
         return self.denoising_loss(x, sigma, c, y)
 
     def denoising_loss(self, x: Tensor, sigma: Tensor, c: Tensor, y: Tensor) -> Tensor:
@@ -79,6 +79,7 @@ class DistributionMatching(Objective):
             return error
         if self.settings.fake_weight == "epsilon":
             return sigma**-2 * error
+        # EDM's own weight is DMD2's: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
         return (sigma**-2 + self.teacher.sigma_data**-2) * error
 
     def student_loss(self, draws: Draws) -> Tensor:
@@ -90,7 +91,8 @@ class DistributionMatching(Objective):
         with torch.no_grad():
             x, sigma = self.diffuse(y, draws)
             teacher = drawn(self.teacher, draws.uniform)
-            gradient = d.matching_gradient(self.fake(x, sigma, c), teacher(x, sigma, c), y)
+            fake, target = self.fake(x, sigma, c), teacher(x, sigma, c)
+            gradient = d.matching_gradient(fake, target, y) if self.settings.weight == "dmd" else fake - target
         loss = d.surrogate(y, gradient)
         if self.settings.pairs != "none":
             loss = loss + self.settings.pair_weight * self.pair_loss(draws)
@@ -139,6 +141,13 @@ class DistributionMatching(Objective):
         """Run the student once, on noisy images of the data (FastGen's input of later levels)."""
         y, c = draws.real()
         return d.denoise(self.student, y + sigma * draws.normal("z"), sigma, c), c
+
+    def diffuse_for_fake(self, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return x = y + sigma n and sigma for the fake network: drawn as for the student, or as EDM trains."""
+        if self.settings.fake_sigma == "span":
+            return self.diffuse(y, draws)
+        sigma = self.sigma = d.lognormal(draws.normal("fake sigma", ()), P_mean=-1.2, P_std=1.2)
+        return y + d.per_image(sigma, y) * draws.normal("noise"), sigma
 
     def diffuse(self, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return x = y + sigma n and sigma, drawn from the recipe's span of the Karras schedule."""

@@ -74,6 +74,10 @@ class SelectSettings(Section):
         return -(-steps // self.every)
 
 
+Divergence = Literal["rkl", "kl", "js", "hellinger", "jeffreys", "softened_rkl", "neyman"]
+ClipRange = Annotated[list[Positive], Field(min_length=2, max_length=2)]
+
+
 class GeneratorSettings(StageSettings):
     """A stage that makes a generator: a student that is evaluated once at each of its noise levels."""
 
@@ -120,10 +124,17 @@ class DmSettings(GeneratorSettings):
     sigma_span: Span = Field(
         [0.0, 0.5], min_length=2, max_length=2, description="noise levels of the loss, as parts of the Karras schedule"
     )
-    fake_weight: Literal["dmd2", "epsilon", "none"] = Field(
+    weight: Literal["dmd", "none"] = Field(
+        "dmd", description="weight of the score difference: 1 / mean|y - D_teacher| (DMD), or none (Diff-Instruct, VSD)"
+    )
+    fake_weight: Literal["dmd2", "epsilon", "edm", "none"] = Field(
         "dmd2",
         description="weight of the fake network's loss: sigma^-2 + sigma_data^-2 (DMD2), sigma^-2, which is the error "
-        "of the predicted noise (DMD2 on SD 1.5), or none (FastGen)",
+        "of the predicted noise (DMD2 on SD 1.5), EDM's own (SiD, Diff-Instruct; the same as dmd2), or none (FastGen)",
+    )
+    fake_sigma: Literal["span", "lognormal"] = Field(
+        "span",
+        description="noise levels of the fake network's loss: those of `sigma_span`, or EDM's lognormal(-1.2, 1.2)",
     )
     labels: Literal["uniform", "data"] = Field("uniform", description="how the student's conditions are drawn")
     pairs: Literal["shared", "filtered", "none"] = Field(
@@ -170,6 +181,67 @@ class AdmSettings(DmSettings):
         return True
 
 
+class SidSettings(DmSettings):
+    """Score identity distillation (SiD, arXiv 2404.04057) and its family: SiDA (2410.14919), SiM (2410.16794) and
+    Uni-Instruct (2505.20755).
+    """
+
+    objective: Literal["sid"] = Field("sid", description="score identity distillation")  # type: ignore[assignment]
+    alpha: float = Field(
+        1.0,
+        ge=-10,
+        le=10,
+        description="of the loss e (D_t - y - alpha e), e = D_t - D_fake: 1 and 1.2 as published; 0.5 is the whole "
+        "gradient of the Fisher divergence",
+    )
+    distance: Literal["l2", "huber"] = Field(
+        "l2", description="of the scores: squared (SiD), or pseudo-Huber (SiM), whose loss is e (D_fake - y) / norm"
+    )
+    huber_c: Positive = Field(0.03, description="constant of the pseudo-Huber distance, of a whole image")
+    divergence: Divergence = Field(
+        "rkl", description="f-divergence that is expanded along the noise (Uni-Instruct); all but rkl need `gan_weight`"
+    )
+    through_ratio: bool = Field(
+        False, description="the divergence's exact gradient, through the density ratio at x, instead of the paper's"
+    )
+    ratio_clip: ClipRange = Field([0.1, 20.0], description="bounds of the density ratio")
+    gan_weight: float = Field(
+        0.0, ge=0, le=1e6, description="weight of the student's GAN loss (SiDA); 0: no real images"
+    )
+    head_weight: float = Field(
+        1.0, ge=0, le=1e6, description="weight of the discriminator's loss in the fake network's"
+    )
+    taps: list[str] | None = Field(
+        None, min_length=1, max_length=1, description="encoder block of the fake network that is the discriminator"
+    )
+    fake_updates: int = Field(1, ge=1, le=1000, description="updates of the fake network per update of the student")
+    fake_weight: Literal["dmd2", "epsilon", "edm", "none"] = Field(
+        "edm", description="weight of the fake network's loss, as in `dm`"
+    )
+    fake_sigma: Literal["span", "lognormal"] = Field(
+        "lognormal", description="noise levels of the fake network's loss, as in `dm`"
+    )
+    sigma_span: Span = Field(
+        [0.0, 0.8],
+        min_length=2,
+        max_length=2,
+        description="noise levels of the loss, as a part of the schedule",
+    )
+    pairs: Literal["shared", "filtered", "none"] = Field(
+        "none", description="regression on the teacher's pairs, as in `dm`"
+    )
+
+    @property
+    def needs_images(self) -> bool:
+        return self.gan_weight > 0 or (self.student_input == "data" and len(self.sigmas) > 1)
+
+    @model_validator(mode="after")
+    def _a_divergence_has_a_discriminator(self) -> Self:
+        if self.divergence != "rkl" and self.gan_weight == 0:
+            raise ValueError(f"`divergence` {self.divergence} needs a discriminator: `gan_weight` above 0")
+        return self
+
+
 class CdSettings(GeneratorSettings):
     """Consistency distillation (Song et al. 2023, arXiv 2303.01469; improved as in arXiv 2310.14189)."""
 
@@ -178,4 +250,6 @@ class CdSettings(GeneratorSettings):
     levels: int = Field(18, ge=2, le=10_000, description="noise levels of the schedule")
 
 
-Stage = Annotated[EdmSettings | TsmSettings | DmSettings | AdmSettings | CdSettings, Field(discriminator="objective")]
+Stage = Annotated[
+    EdmSettings | TsmSettings | DmSettings | AdmSettings | SidSettings | CdSettings, Field(discriminator="objective")
+]

@@ -126,8 +126,8 @@ class ProcessGroup:
         return max((int(result) for result, _ in votes), default=0)
 
     @contextmanager
-    def averaging_gradients(self, params: Sequence[Tensor], loss: Tensor) -> Iterator[None]:
-        """Average the gradients of `params`, and the `loss`, over all processes, in place.
+    def averaging_gradients(self, params: Sequence[Tensor], figures: list[Tensor]) -> Iterator[None]:
+        """Average the gradients of `params`, and some `figures` such as the loss, over all processes, in place.
 
         The backward pass belongs inside: a bucket of gradients travels as soon as it is complete, while the pass
         computes the others. Not torch's DDP, which counts on one forward pass per backward pass through one module:
@@ -138,7 +138,7 @@ class ProcessGroup:
             yield
             return
         messages = _Messages([p for p in params if not is_sharded(p)], self.size)
-        messages.send([loss])
+        messages.send(figures)
         with messages.sent_when_complete():
             yield
         messages.receive()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ def train(
     ema = EMA(objective.nets[objective.product], stage.ema)
     for net in [*objective.nets.values(), ema.net] if options.fsdp else []:
         shard(net, group)
-    state = TrainState(objective.nets, optimizers(objective.nets, stage), ema)
+    state = TrainState(objective.nets, optimizers(objective.nets, stage), ema, objective.statistics)
     checkpoints = CheckpointManager(state, folder, options.keep, group)
     checkpoints.load(report)
     log = TrainLog(folder / METRICS, state, stage, what, report, group=group, max_skipped=options.max_skipped)
@@ -114,17 +114,22 @@ def gradients(
     Both are of the whole batch, that of all processes.
     """
     params = [p for name in names for p in objective.nets[name].parameters()]
-    means: list[Tensor] = []
+    means, tallies = list[Tensor](), list[Mapping[str, Tensor]]()
     for own in draws:
+        objective.tally = {}
         per_image = loss(own)
+        tallies.append(objective.tally)
         mean = per_image.mean() / len(draws)
         means.append(mean.detach())
         log.images(names[0], per_image.detach(), objective.sigma)
         if len(means) < len(draws):
             mean.backward()
     total = torch.stack(means).sum()
-    with group.averaging_gradients(params, total):
+    sums = {name: torch.stack([tally[name] for tally in tallies]).sum(0) for name in tallies[0]}
+    with group.averaging_gradients(params, [total, *sums.values()]):
         mean.backward()
+    if sums:
+        objective.settle({name: value * group.size for name, value in sums.items()})
     return total
 
 

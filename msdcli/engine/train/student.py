@@ -100,6 +100,8 @@ def train_stage(student: Student, number: int, report: Report) -> None:
         net.train()
         if not options.fsdp:  # sharding moves them
             net.to(student.device)
+    if objective.statistics is not None:
+        objective.statistics.to(student.device)
     if number > 0:
         inherit(objective, student, number, report)
     accelerate(objective, stage, student, options, report)
@@ -133,12 +135,13 @@ def selection(student: Student, stage: StageSettings, folder: Path, what: str, r
 
 def inherit(objective: Objective, student: Student, number: int, report: Report) -> None:
     """Give a stage the networks that the one before ended with; where they are damaged, that one ends once more."""
-    before = student.folders[number - 1]
+    before, statistics = student.folders[number - 1], objective.statistics
+    nets = objective.nets | ({} if statistics is None else {"statistics": statistics})
     try:
-        storage.inherit(objective.nets, before, student.group)
+        storage.inherit(nets, before, student.group)
     except DamagedError:
         train_stage(student, number - 1, report)  # goes on from an earlier checkpoint, and says so
-        storage.inherit(objective.nets, before, student.group)
+        storage.inherit(nets, before, student.group)
 
 
 def accelerate(
