@@ -15,12 +15,16 @@ from msdcli.foreign import check_file, shown
 
 # Pictures compressed once more shrink by little: what grows from so little to so much is an attack or an accident.
 GROWS, GROWN, ARRAY_GROWN = 200, 2**26, 2**30
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # whose unpacking stops where it is told to
 AGAIN = "zip it again, with deflate and without a password"
 
 
 class Archive:
-    """The files in a zip, by their names with `/` between folders. UserError where it is no zip, or holds one twice."""
+    """The files in a zip, by their names with `/` between folders.
+
+    UserError where it is no zip, is encrypted, is compressed in a way that is not read, or holds a name twice.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,6 +43,14 @@ class Archive:
                 continue
             if name in self.members:
                 raise UserError(f"{path} holds {shown(name)} twice", hint="zip it again: which one is meant?")
+            if info.flag_bits & 1:
+                raise UserError(f"{path}: {shown(name)} is encrypted", hint=AGAIN)
+            if info.compress_type not in METHODS:
+                method = getattr(zipfile, "compressor_names", {}).get(info.compress_type, "an unknown one")
+                raise UserError(
+                    f"{path}: {shown(name)} is compressed by method {info.compress_type} ({method}), which is not read",
+                    hint=AGAIN,
+                )
             self.members[name] = info
 
     def close(self) -> None:
@@ -60,8 +72,6 @@ class Archive:
         One that grows to more than `grown` bytes, and to very many times what it is packed in, is not unpacked.
         """
         info, where = self.members[name], f"{self.path}: {shown(name)}"
-        if info.flag_bits & 1:
-            raise UserError(f"{where} cannot be read: it is encrypted.", hint=AGAIN)
         if info.file_size > max(grown, GROWS * info.compress_size):
             raise UserError(
                 f"{where} is {info.file_size:,} bytes, packed in {info.compress_size:,}: it is not unpacked."
@@ -69,11 +79,6 @@ class Archive:
         try:
             with self._zip.open(info) as file:
                 yield file
-        except NotImplementedError:
-            method = getattr(zipfile, "compressor_names", {}).get(info.compress_type, "unknown")
-            raise UserError(
-                f"{where} cannot be read: it is compressed by method {info.compress_type} ({method}).", hint=AGAIN
-            ) from None
         except (MemoryError, UserError, GeneratorExit):
             raise
         except Exception as error:  # a damaged member makes zipfile and its decompressors raise almost anything

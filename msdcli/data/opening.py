@@ -54,5 +54,5 @@ def content_hash(path: str | Path) -> str:
         return digest.hexdigest()
     with closing(ImageFiles(path)) as files:
         for name in [*files.names, *([LABELS_FILE] if files.labels is not None else [])]:
-            digest.update(name.encode() + b"\0" + hashlib.sha256(files._read(name)).digest())
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + hashlib.sha256(files._read(name)).digest())
     return digest.hexdigest()
