@@ -16,7 +16,7 @@ from msdcli.cli.results import export, fid, push, sample
 from msdcli.cli.train import bench, distill, sweep
 
 
-class Verbs(TyperGroup):
+class VerbGroup(TyperGroup):
     """Turns whatever ends a command into one sentence and an exit code (MSD_DEBUG=1: the traceback instead)."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -33,7 +33,7 @@ class Verbs(TyperGroup):
 
 app = typer.Typer(
     name="msd",
-    cls=Verbs,
+    cls=VerbGroup,
     help="Distil one diffusion teacher into K one-step students, each for its own part of the conditions.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

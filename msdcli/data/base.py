@@ -18,8 +18,11 @@ from msdcli.seeds import derive
 class Dataset(Protocol):
     """Images of one shape, each with a class. Image `i` is the same image in every process and for ever."""
 
-    shape: tuple[int, ...]
-    class_names: list[str]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def class_names(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
 

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from msdcli.data.base import Dataset, to_float
+from msdcli.data.files.labels import checked
 from msdcli.data.images import ImageArray, ImageFiles
-from msdcli.data.labels import checked
 from msdcli.data.opening import is_there, open_images
 from msdcli.data.webdataset import TarFiles
 from msdcli.errors import UserError
@@ -128,7 +128,7 @@ class PictureFiles:
         bad: list[BadPicture] = []
         for number in range(len(self)):
             try:
-                return min(self._raw(number).shape[:2])
+                return int(min(self._raw(number).shape[:2]))
             except UserError as error:
                 if self.settings.on_bad == "refuse":
                     raise

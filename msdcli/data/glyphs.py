@@ -72,7 +72,7 @@ class Glyphs:
         mask = self._mask(CHARACTERS[number % len(CHARACTERS)], rng)
         ink, paper = self._colours(rng)
         picture = paper[:, None, None] + (ink - paper)[:, None, None] * mask
-        return (picture + 0.5).astype(np.uint8)
+        return np.asarray(picture + 0.5).astype(np.uint8)
 
     def _mask(self, character: str, rng: np.random.Generator) -> np.ndarray:
         """Draw the character large, turn and slant it, and shrink it: [size, size] from 0 (paper) to 1 (ink)."""

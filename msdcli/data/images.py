@@ -12,11 +12,11 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from msdcli.data import labels
-from msdcli.data.archive import Archive
-from msdcli.data.decoding import MAX_BYTES, decode
-from msdcli.data.labels import LABELS_FILE
-from msdcli.data.listing import SUFFIXES, common_folder, is_picture, walk
+from msdcli.data.files import labels
+from msdcli.data.files.archive import Archive
+from msdcli.data.files.decoding import MAX_BYTES, decode
+from msdcli.data.files.labels import LABELS_FILE
+from msdcli.data.files.listing import SUFFIXES, common_folder, is_picture, walk
 from msdcli.errors import UserError
 from msdcli.foreign import check_file, shown
 
@@ -138,6 +138,11 @@ class ImageArray:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def names(self) -> list[str]:
+        """What a picture is called where there is no file of its own."""
+        return [f"image {number}" for number in range(len(self))]
 
     def close(self) -> None:
         self._zip.close()

@@ -7,8 +7,8 @@ import zipfile
 from contextlib import closing
 from pathlib import Path
 
+from msdcli.data.files.labels import LABELS_FILE
 from msdcli.data.images import ImageArray, ImageFiles
-from msdcli.data.labels import LABELS_FILE
 from msdcli.data.webdataset import TarFiles, expand, shards, tars
 from msdcli.errors import UserError
 from msdcli.foreign import check_file

@@ -22,9 +22,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from msdcli.data.base import user_cache
-from msdcli.data.decoding import MAX_BYTES
+from msdcli.data.files.decoding import MAX_BYTES
+from msdcli.data.files.listing import SUFFIXES, is_left_out
 from msdcli.data.images import ImageFiles
-from msdcli.data.listing import SUFFIXES, is_left_out
 from msdcli.errors import UserError
 from msdcli.foreign import check_file, problem, shown
 

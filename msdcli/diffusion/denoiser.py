@@ -61,7 +61,8 @@ class Denoiser(nn.Module):
     @property
     def taps(self) -> list[str]:
         """The names of the encoder's blocks, in order, whose features can be asked for."""
-        return self.net.taps
+        names: list[str] = list(self.net.taps)  # type: ignore[arg-type]  # of a raw network that has them
+        return names
 
     def features(self, x: Tensor, sigma: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
         """Return the encoder's features at the named `taps`, without running the decoder."""

@@ -302,11 +302,8 @@ def plan(recipe: Recipe) -> list[str]:
 def _embedding_bytes(recipe: Recipe, frozen: Denoiser, data: Dataset) -> int:
     """What the prompts' vectors take on the disk (the pooled ones are a hundredth of them)."""
     assert isinstance(recipe.data, PromptsSettings)
-    return (
-        len(data.class_names)
-        * math.prod(frozen.settings.prompt_shape)
-        * (2 if recipe.data.embeddings == "float16" else 4)
-    )
+    numbers = len(data.class_names) * int(math.prod(frozen.settings.prompt_shape))
+    return numbers * (2 if recipe.data.embeddings == "float16" else 4)
 
 
 def missing(recipe: Recipe) -> list[str]:

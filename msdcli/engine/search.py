@@ -121,7 +121,8 @@ def _flops(network: NetworkSettings, teacher: Denoiser) -> int:
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         _build(network, teacher)(*_one(teacher, "meta"))
-    return counter.get_total_flops()
+    total: int = counter.get_total_flops()
+    return total
 
 
 def _build(network: NetworkSettings, teacher: Denoiser) -> Denoiser:

@@ -10,6 +10,7 @@ import copy
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,9 +90,9 @@ class StageTrainer:
             }
         for name, net in self._held[mode.precision].items():
             setattr(self.objective, name, net)
-        for net in self.objective.nets.values():
-            if isinstance(net, Denoiser):
-                net.compute_in(precision.dtype(mode.precision))
+        for learning in self.objective.nets.values():
+            if isinstance(learning, Denoiser):
+                learning.compute_in(precision.dtype(mode.precision))
         if mode.compiled:
             compiling.compile_networks(self.objective)
         else:
@@ -104,7 +105,7 @@ class StageTrainer:
         took, cpu = dict[str, float](), 0.0
         for names, losses in self._kinds().items():
             begun = time.process_time()
-            seconds = precision.timed(lambda names=names, loss=losses[0]: self.turn(names, loss, draws), self.on)
+            seconds = precision.timed(partial(self.turn, names, losses[0], draws), self.on)
             cpu += len(losses) * (time.process_time() - begun)
             took["+".join(names)] = len(losses) * seconds
         took["EMA"] = precision.timed(self.average, self.on)
@@ -178,7 +179,12 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
             figure["flops_per_second"] = flops / figure["seconds"]["update"]
         own = next((mode for mode in compared if mode.compiled), Mode(chosen))
         trainer.enter(own)
-        measured = {"objective": stage.objective, "batch": size, "flops_per_update": flops, "own": own.name}
+        measured: dict[str, Any] = {
+            "objective": stage.objective,
+            "batch": size,
+            "flops_per_update": flops,
+            "own": own.name,
+        }
         measured |= {"modes": figures, "half_batch": half_batch(trainer, student, repeats=repeats)}
         result["stages"].append(measured | {"bound_by": bound(measured, result["peak_flops"][chosen], chosen)})
     report("sampling")
@@ -288,7 +294,8 @@ def kept_bytes(trainer: StageTrainer, draws: Draws) -> int:
     weights = {p.data_ptr(): p.nbytes for n in networks if isinstance(n, nn.Module) for p in n.parameters()}
     moments = [t.nbytes for o in trainer.optimizers.values() for s in o.state.values() for t in s.values()]
     gradients = [p.nbytes for net in trainer.objective.nets.values() for p in net.parameters()]
-    return most + sum(weights.values()) + sum(moments) + sum(gradients)
+    total: int = most + sum(weights.values()) + sum(moments) + sum(gradients)
+    return total
 
 
 def half_batch(trainer: StageTrainer, student: Denoiser, *, repeats: int) -> float | None:

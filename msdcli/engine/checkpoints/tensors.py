@@ -79,7 +79,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -
     found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

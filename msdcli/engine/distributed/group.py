@@ -249,7 +249,9 @@ def join_torchrun() -> Iterator[ProcessGroup]:
 
 def _on_hosts() -> distributed.ProcessGroup:
     """Return a group of all processes that waits as long as it takes; all must ask."""
-    return distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    assert isinstance(group, distributed.ProcessGroup), "every process is in this group"
+    return group
 
 
 def _failed_before(rank: int, code: int) -> int | None:
@@ -269,7 +271,7 @@ def gather_features(part: FeatureSet, share: Share) -> FeatureSet | None:
         return part
     distributed.init_process_group("gloo")  # arrays on the host, whatever the device
     try:
-        gathered = [None] * num_ranks if rank == 0 else None
+        gathered: list[Any] | None = [None] * num_ranks if rank == 0 else None
         distributed.gather_object(part.to_arrays(), gathered)
     finally:
         distributed.destroy_process_group()

@@ -64,7 +64,7 @@ def write_graph(traced: ExportedProgram, path: Path, precision: str) -> None:
             opset_version=OPSET,
             verbose=False,
             dynamic_shapes=({0: "n"}, {0: "n"}),
-            **names,
+            **names,  # type: ignore[arg-type]
         )
     assert converted is not None
     _forget_traces(converted.model.graph)

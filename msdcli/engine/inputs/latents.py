@@ -142,7 +142,7 @@ class LatentEncoder:
     def _check(self, moments: np.ndarray, part: range) -> None:
         """Refuse what the file's type cannot hold."""
         largest = float(np.abs(moments).max())  # NaN, if there is one
-        if not largest <= float(np.finfo(self.dtype).max):
+        if not largest <= float(np.finfo(str(self.dtype)).max):
             raise UserError(
                 f"the autoencoder gives latents as large as {largest:g} for images {part.start} to {part.stop - 1}, "
                 f"which {self.dtype} cannot hold",

@@ -271,7 +271,7 @@ def attach_prompts(net: Denoiser, prompts: PromptStore | PromptRouter | None) ->
 
 
 def prompt_router_of(run: RunDir, partition: Partition, device: torch.device) -> PromptRouter | None:
-    """Return the desk of a run, or None where conditions are classes."""
+    """Return the router of a run's prompts, or None where conditions are classes."""
     if not (run.prompts / RECORD).is_file():
         return None
     store = open_store(run.prompts)

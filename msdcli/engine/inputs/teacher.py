@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,7 +93,7 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
     if path is None:
         shape = data.shape if settings.latent is None or recipe.has_prompts else _planned(settings.latent, data)
         num_classes = 0 if recipe.has_prompts else len(data.class_names)
-        options = {"shape": shape, "num_classes": num_classes, "sigma_data": settings.sigma_data}
+        options: dict[str, Any] = {"shape": shape, "num_classes": num_classes, "sigma_data": settings.sigma_data}
         with torch.device("meta"):
             teacher = nets.build(settings.network, **options)
     else:
@@ -179,10 +180,10 @@ def _train(
     state = train(
         objective, settings.training, source, folder, key=key_, what="teacher", options=options, report=report
     )
-    product = whole_state(state.ema.net, group)
+    product = whole_state(state.ema.denoiser, group)
     if group.is_leader:
         record = {"steps": settings.training.steps, "cost": state.cost | peak_memory(device)}
-        save_model(folder, state.ema.net, record, product)
+        save_model(folder, state.ema.denoiser, record, product)
     group.broadcast(None)
 
 

@@ -132,8 +132,8 @@ def cached(folder: Path, make: Callable[[], FeatureSet], report: Report) -> Feat
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 report(f"{path} is damaged: it is made again")
         arrays = make().to_arrays()
-        with writing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+        with writing(path) as temporary, open(temporary, "wb") as target:
+            np.savez(target, **arrays)  # type: ignore[arg-type]  # names of arrays, none of them an option
     return FeatureSet.from_arrays(arrays)  # as it will be read, so that the second figure has the first one's bits
 
 

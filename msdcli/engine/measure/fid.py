@@ -21,6 +21,7 @@ from msdcli.engine.inputs import autoencoder as autoencoders
 from msdcli.engine.inputs import dataset, pairs
 from msdcli.engine.inputs import teacher as teachers
 from msdcli.engine.measure import classifier, features, groups
+from msdcli.engine.pictures import Drawn
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet
@@ -28,6 +29,7 @@ from msdcli.metrics.inception import VIT_MODELS, FeatureNetwork, open_network
 from msdcli.metrics.intervals import bootstrap, mean_interval
 from msdcli.metrics.moments import Gaussian
 from msdcli.metrics.planar import histogram_l1, sliced_wasserstein
+from msdcli.nets.classifier import Classifier
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
 from msdcli.rundir import RunDir, read_json, write_json
@@ -131,7 +133,7 @@ def metric_of(
                 hint="--protocol clean (or another) for a reference or weights of yours",
             )
         network = classifier.as_network(*classifier.provide(run, recipe, data, on, report), on)
-        dimension = classifier.Classifier.num_features
+        dimension = Classifier.num_features
         what = f"Frechet distance, {dimension} features of a classifier trained on {name}"
         metric = f"fd_{name}"
         return FeatureMetric(
@@ -221,7 +223,7 @@ class EvaluationContext:
     def real(self) -> Reference:
         """The reference: the data, or what the user names."""
         if self.options.reference:
-            options = {"batch": self.batch, "workers": self.options.workers, "report": self.report}
+            options: dict[str, Any] = {"batch": self.batch, "workers": self.options.workers, "report": self.report}
             return features.of_reference(self.options.reference, self.metric.network, **options)
         largest = max(self.count, MAX_REFERENCE) if self.planar else MAX_REFERENCE
         numbers = in_turn(self.data, range(min(len(self.data), largest)))
@@ -249,7 +251,7 @@ class EvaluationContext:
         """The students' samples, of all classes or of those in `only`; number i is the same sample either way."""
         at = [i for i, c in enumerate(self.classes) if only is None or c in only]
         classes = [self.classes[i] for i in at]
-        drawn = students.stream(classes, seed=self.seed, batch=self.batch, numbers=at)
+        drawn: Drawn = students.stream(classes, seed=self.seed, batch=self.batch, numbers=at)
         if self.options.save:
             drawn = features.saving(
                 drawn, classes, self.options.save, self.run.samples / f"measured-{self.metric.name}"

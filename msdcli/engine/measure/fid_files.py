@@ -70,13 +70,13 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
     Under torchrun every process takes its share of the images; the first has the result, the others None.
     """
     options, network = request.options, request.network
-    how = {"workers": options.workers}
+    how: dict[str, Any] = {"workers": options.workers}
     batch = options.batch or BATCH
     theirs = features.of_reference(request.reference, network, batch=batch, report=report, **how)
     share = distributed.share()
+    keep = not options.lean
     part = collect(
-        *(request.images, network),
-        **{"batch_size": batch, "limit": options.samples, "keep_features": not options.lean, "share": share, **how},
+        request.images, network, batch_size=batch, limit=options.samples, keep_features=keep, share=share, **how
     )
     mine = distributed.gather_features(part, share)
     if mine is None:

@@ -10,7 +10,7 @@ from typing import Any
 from msdcli.engine.inputs import prompts
 from msdcli.engine.report.status import status
 from msdcli.engine.tracking.accounting import costs
-from msdcli.engine.tracking.history import Training, history
+from msdcli.engine.tracking.history import TrainingHistory, history
 from msdcli.errors import UserError
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
@@ -30,7 +30,7 @@ class RunFacts:
     partition: Partition | None
     teacher: dict[str, Any]  # model.json; empty while there is none
     students: list[list[dict[str, Any]]]  # per student, the model.json of every finished stage
-    trainings: list[Training]
+    trainings: list[TrainingHistory]
     results: list[dict[str, Any]]  # the measurements
     watched: list[dict[str, Any]]  # those under way
     costs: list[dict[str, Any]]

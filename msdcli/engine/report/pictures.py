@@ -193,8 +193,8 @@ class SampleRenderer:
         for label, net, sigma_init in self._ages(number):
             self.students.put(number, net, sigma_init)
             found.append(draw_strip(label, self.students.sample(classes, seed=SEED)))
-        if self.newest[number] is not None:
-            self.students.put(number, *self.newest[number])
+        if (now := self.newest[number]) is not None:
+            self.students.put(number, *now)
         if found and self.teacher is not None and (theirs := self._same_noise(classes)) is not None:
             with self._noting("No samples of the teacher"):
                 found.append(draw_strip(f"teacher, {self.facts.evaluations} evaluations", self.students.decode(theirs)))
@@ -217,7 +217,8 @@ class SampleRenderer:
     def _ages(self, number: int) -> Iterator[tuple[str, Denoiser, float]]:
         """Yield a student's weights as they became, with the noise level of its first one-step stage or of its own."""
         last = next((s.sigma_init for s in self.recipe.stages if isinstance(s, OneStepSettings)), None)
-        if last is None or self.newest[number] is None:
+        newest = self.newest[number]
+        if last is None or newest is None:
             return
         with self._noting("The students before training are not drawn"):
             if self.teacher is not None and not any((self.recipe.student.parameters, self.recipe.student.latency)):
@@ -228,14 +229,16 @@ class SampleRenderer:
                 break
             with self._noting(f"Student {number} after {stage.objective} is not drawn"):
                 net, description = load_model(folder)
-                one_step = isinstance(stage, OneStepSettings)
                 label = f"after {stage.objective}, {description['steps']:,} steps"
-                yield label if one_step else f"{label} (no one-step stage)", net, stage.sigma_init if one_step else last
+                if isinstance(stage, OneStepSettings):
+                    yield label, net, stage.sigma_init
+                else:
+                    yield f"{label} (no one-step stage)", net, last
         else:
             return
         snapshot = watch.newest(self.run, self.recipe, number)
         if snapshot is not None and not snapshot.done:
-            yield f"now: {self.recipe.stages[snapshot.stage].objective}, step {snapshot.step:,}", *self.newest[number]
+            yield f"now: {self.recipe.stages[snapshot.stage].objective}, step {snapshot.step:,}", *newest
 
     def _real(self, c: int, count: int) -> Tensor:
         assert self.data is not None

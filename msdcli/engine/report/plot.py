@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".pdf", ".svg", ".png")
-STYLE = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -136,7 +136,7 @@ def curves(runs: Sequence[RunFacts], *, health: bool = False) -> Figure:
     if len(groups) > 1:
         handles = {s.get_gid(): s for axes in figure.axes for s in axes.get_lines()}
         columns = min(6, len(handles))
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+        figure.legend(list(handles.values()), list(map(str, handles)), loc="outside lower center", ncols=columns)
     return figure
 
 

@@ -36,7 +36,7 @@ class TurnRecord:
     skipped: Tensor  # 1 where the update was skipped, else 0
 
 
-class Log:
+class TrainLog:
     """metrics.jsonl and the cost; everything stays on the device and is read once per `log_every` steps."""
 
     def __init__(

@@ -21,7 +21,7 @@ from msdcli.engine.distributed.sharded_tensors import norm_of, split
 from msdcli.engine.distributed.sharding import shard
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import compiling
-from msdcli.engine.train.log import METRICS, Log
+from msdcli.engine.train.log import METRICS, TrainLog
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
@@ -74,7 +74,7 @@ def train(
     state = TrainState(objective.nets, optimizers(objective.nets, stage), ema)
     checkpoints = CheckpointManager(state, folder, options.keep, group)
     checkpoints.load(report)
-    log = Log(folder / METRICS, state, stage, what, report, group=group, max_skipped=options.max_skipped)
+    log = TrainLog(folder / METRICS, state, stage, what, report, group=group, max_skipped=options.max_skipped)
     selection.begin(state.step)
     with interruptible() as stop, seeded_apart(source.device), checkpoints:
         while state.step < stage.steps:
@@ -107,7 +107,7 @@ def gradients(
     loss: Callable[[Draws], Tensor],
     draws: Sequence[Draws],
     group: ProcessGroup,
-    log: Log,
+    log: TrainLog,
 ) -> Tensor:
     """Leave the gradient of the mean loss in the named networks, one pass per slice of the batch; return that mean.
 
@@ -128,7 +128,7 @@ def gradients(
     return total
 
 
-def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float | None, log: Log) -> None:
+def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float | None, log: TrainLog) -> None:
     """Let the named networks take a step, or none of them where a loss or a gradient is not finite.
 
     The optimizers' kernels skip the step themselves (`found_inf`), so the host never waits for the device.
@@ -136,7 +136,7 @@ def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float 
     norms = torch.stack([gradient_norm(state.nets[name], clip) for name in names])
     skipped = (norms.sum() + loss).isfinite().logical_not().float()
     for name in names:
-        state.optimizers[name].found_inf = skipped
+        state.optimizers[name].found_inf = skipped  # type: ignore[attr-defined]  # fused kernels look for it
         state.optimizers[name].step()
         state.optimizers[name].zero_grad()
     log.turn(names, loss, norms, skipped)
@@ -145,9 +145,10 @@ def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float 
 def gradient_norm(net: nn.Module, clip: float | None) -> Tensor:
     """Return the norm of a network's gradient, cut to at most `clip` afterwards."""
     params = [p for p in net.parameters() if p.grad is not None]
-    norm = norm_of([p.grad for p in params])
-    for some in split(params) if clip is not None else []:
-        nn.utils.clip_grads_with_norm_(some, clip, norm)
+    norm = norm_of([p.grad for p in params if p.grad is not None])
+    if clip is not None:
+        for some in split(params):
+            nn.utils.clip_grads_with_norm_(some, clip, norm)
     return norm
 
 
@@ -166,8 +167,12 @@ def seeded_apart(device: torch.device) -> Iterator[None]:
 def optimizers(networks: dict[str, nn.Module], stage: StageSettings) -> dict[str, torch.optim.Optimizer]:
     """One optimizer per network; what is sharded in it and what is not are groups of their own."""
     kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
-    options = {"betas": (stage.betas[0], stage.betas[1]), "weight_decay": stage.weight_decay, "fused": True}
-    found = {
+    options: dict[str, Any] = {
+        "betas": (stage.betas[0], stage.betas[1]),
+        "weight_decay": stage.weight_decay,
+        "fused": True,
+    }
+    found: dict[str, torch.optim.Optimizer] = {
         name: kind([{"params": some} for some in split(net.parameters())], **options) for name, net in networks.items()
     }
     for optimizer in found.values():

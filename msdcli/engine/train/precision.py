@@ -20,7 +20,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.counting import forward_flops
-from msdcli.nets.diffusers.denoiser import FromDiffusers
+from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.networks import NetworkSettings
@@ -155,7 +155,7 @@ def _guided(net: Guided, low: torch.dtype) -> Guided:
 
 def _plain(net: Denoiser, low: torch.dtype) -> Denoiser:
     copied = copy.deepcopy(net).compute_in(low).requires_grad_(False)
-    cast = (nn.Conv2d, nn.Linear) if isinstance(net, FromDiffusers) else nn.Conv2d  # embeddings stay float32
+    cast = (nn.Conv2d, nn.Linear) if isinstance(net, DiffusersDenoiser) else nn.Conv2d  # embeddings stay float32
     for module in copied.modules():
         if isinstance(module, cast):
             module.to(low)

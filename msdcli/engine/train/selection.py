@@ -141,7 +141,7 @@ class BestAverage(AverageSelection):
 
     def _measure(self, state: TrainState) -> Evaluation:
         begun = time.monotonic()
-        value = self.evaluator.value(state.ema.net)
+        value = self.evaluator.value(state.ema.denoiser)
         self.candidates = [c for c in self.candidates if c.step < state.step]
         before, candidate = self.best(), Candidate(state.step, value, time.monotonic() - begun)
         self.candidates.append(candidate)

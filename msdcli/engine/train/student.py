@@ -118,7 +118,7 @@ def train_stage(student: Student, number: int, report: Report) -> None:
             "cost": state.cost | peak_memory(student.device),
             **choice,
         }
-        save_model(folder, state.ema.net, record, product)
+        save_model(folder, state.ema.denoiser, record, product)
     student.group.broadcast(None)  # the next stage reads what was written
 
 
@@ -126,7 +126,7 @@ def selection(student: Student, stage: StageSettings, folder: Path, what: str, r
     """Return how a stage chooses what it ends with. The next stage goes on from its last networks either way."""
     if not isinstance(stage, OneStepSettings) or stage.select is None:
         return LAST_AVERAGE
-    assert student.evaluator is not None, "a stage that selects needs an examiner"
+    assert student.evaluator is not None, "a stage that selects needs an evaluator"
     evaluator, keep = student.evaluator(stage), student.recipe.keep
     return BestAverage(evaluator, stage, folder, keep=keep, what=what, group=student.group, report=report)
 

@@ -82,7 +82,7 @@ def without_seconds(selected: dict[str, Any]) -> dict[str, Any]:
 
 
 def given(*values: float | None) -> Any:
-    """An examiner that finds these values, whatever it is given."""
+    """An evaluator that finds these values, whatever it is given."""
     found = iter(values)
 
     class ExportSource(Lottery):

@@ -102,14 +102,14 @@ def _open_onnx(path: Path, wanted: Students) -> Student:
 
     providers = wanted.providers or onnxruntime.get_available_providers()
     session = onnxruntime.InferenceSession(path, providers=list(providers))
-    return lambda z, labels: session.run(["images"], {"z": z, "labels": labels})[0]
+    return lambda z, labels: np.asarray(session.run(["images"], {"z": z, "labels": labels})[0])
 
 
 def _open_torch(path: Path, wanted: Students) -> Student:
     import torch
 
     if path.name.endswith(".aot.pt2"):  # compiled for the device that it was exported on
-        module = torch._inductor.aoti_load_package(str(path))
+        module: Any = torch._inductor.aoti_load_package(str(path))
     else:
         program = torch.export.load(path)
         if wanted.device != "cpu":
@@ -121,7 +121,7 @@ def _open_torch(path: Path, wanted: Students) -> Student:
     def student(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             images = module(torch.from_numpy(z).to(wanted.device), torch.from_numpy(labels).to(wanted.device))
-        return images.cpu().numpy()
+        return np.asarray(images.cpu())
 
     return student
 

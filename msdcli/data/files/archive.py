@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from msdcli.data.decoding import MAX_BYTES
-from msdcli.data.listing import is_left_out, normal
+from msdcli.data.files.decoding import MAX_BYTES
+from msdcli.data.files.listing import is_left_out, normal
 from msdcli.errors import UserError
 from msdcli.foreign import check_file, shown
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from msdcli.data.listing import normal
+from msdcli.data.files.listing import normal
 from msdcli.errors import UserError
 from msdcli.foreign import shown
 

@@ -81,7 +81,6 @@ def _is_deep(picture: Image.Image, content: bytes) -> bool:
         bits = getattr(picture, "tag_v2", {}).get(BITS_PER_SAMPLE, 8)
         return bool(max(bits if isinstance(bits, tuple) else (bits,)) > 8)
     if picture.format == "PPM":
-        return any(
-            t[0] in ("ppm", "ppm_plain") and t[3][1] > 255 for t in getattr(picture, "tile", [])
-        )  # its largest value
+        tiles = getattr(picture, "tile", [])
+        return any(tile[0] in ("ppm", "ppm_plain") and tile[3][1] > 255 for tile in tiles)  # its largest value
     return False
