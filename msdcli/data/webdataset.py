@@ -29,7 +29,7 @@ from msdcli.errors import UserError
 from msdcli.foreign import check_file, problem, shown
 
 MAX_SHARDS = 100_000
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CAPTION_KEYS = ("caption", "text", "prompt")
 DESCRIPTIONS = (".cls", ".txt", ".json")
 MAX_CAPTION = 2**20  # bytes
