@@ -14,6 +14,7 @@ PACKAGE = ROOT / "msdcli"
 # What each part may import, beside itself. `engine.tracking.events` is what anybody may tell, the console too.
 BELOW = {
     "errors": set(),
+    "foreign": {"errors"},
     "seeds": set(),
     "recipe_yaml": {"errors"},
     "recipe": {"recipe_yaml", "errors"},
@@ -23,13 +24,13 @@ BELOW = {
     "routing": {"seeds", "errors"},
     "partition": {"rundir", "routing", "seeds", "errors"},
     "console": {"errors", "engine.tracking.events"},
-    "data": {"recipe", "noise", "seeds", "errors"},
+    "data": {"recipe", "noise", "seeds", "foreign", "errors"},
     "diffusion": {"data", "noise", "seeds", "errors"},
-    "nets": {"diffusion", "recipe", "errors"},
-    "metrics": {"diffusion", "nets", "data", "errors"},
+    "nets": {"diffusion", "recipe", "foreign", "errors"},
+    "metrics": {"diffusion", "nets", "data", "foreign", "errors"},
     "objectives": {"diffusion", "nets", "recipe", "errors"},
     "engine": {"sweep", "objectives", "metrics", "diffusion", "nets", "data", "partition", "routing", "rundir"}
-    | {"recipe", "noise", "seeds", "errors"},
+    | {"recipe", "noise", "seeds", "foreign", "errors"},
     "cli": {"partition", "sweep", "engine", "console", "recipe", "rundir", "errors"},
 }
 # The rooms of the engine from the lowest to the highest: each may import those before it.

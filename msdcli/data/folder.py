@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,12 @@ from PIL import Image
 from torch import Tensor
 
 from msdcli.data.base import Dataset, to_float
+from msdcli.data.files.labels import checked
 from msdcli.data.images import ImageArray, ImageFiles
 from msdcli.data.opening import is_there, open_images
 from msdcli.data.webdataset import TarFiles
 from msdcli.errors import UserError
+from msdcli.foreign import shown
 from msdcli.recipe.data import FolderSettings
 
 FILTERS = {
@@ -29,7 +32,7 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 PIXELS, RECORD = "pixels.bin", "data.json"
-SHOWN = 20
+SHOWN, NAMED = 20, 5  # bad pictures, and names of one cause where there are more
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class PictureFiles:
         return self._labels[list(numbers)]
 
     def images(self, numbers: Sequence[int]) -> Tensor:
+        if not len(numbers):
+            return torch.zeros(0, *self.shape)
         return to_float(torch.stack([torch.from_numpy(self._good(n)) for n in numbers]))
 
     def picture(self, number: int) -> np.ndarray | BadPicture:
@@ -76,7 +81,7 @@ class PictureFiles:
         return [self.name(number) for number in range(len(self))]
 
     def name(self, number: int) -> str:
-        return self._source.names[number] if isinstance(self._source, ImageFiles) else f"image {number}"
+        return _name(self._source, number)
 
     def caption(self, number: int) -> str | None:
         """Return the text that comes with image `number` (WebDataset: .txt or .json), if there is one."""
@@ -120,13 +125,15 @@ class PictureFiles:
         """The side of the first picture that can be decoded."""
         if isinstance(self._source, ImageArray):
             return min(self._source.shape[1:3])
+        bad: list[BadPicture] = []
         for number in range(len(self)):
             try:
                 return int(min(self._raw(number).shape[:2]))
-            except UserError:
+            except UserError as error:
                 if self.settings.on_bad == "refuse":
                     raise
-        raise UserError(f"{self.settings.path} holds no picture that can be decoded")
+                bad.append(BadPicture(self.name(number), error.message))
+        raise refusal(self.settings, bad)
 
     def _check_expected(self) -> None:
         for what, wanted, found in (
@@ -194,14 +201,33 @@ def expected(settings: FolderSettings) -> Dataset:
 
 
 def refusal(settings: FolderSettings, bad: Sequence[BadPicture]) -> UserError:
-    """The error that lists pictures which cannot be used."""
-    lines = [f"  {b.name}: {b.reason.removeprefix(f'{settings.path}: {b.name} ')}" for b in bad[:SHOWN]]
-    more = f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+    """The error that lists pictures which cannot be used: one by one, or by cause where there are many."""
     count = "1 picture" if len(bad) == 1 else f"{len(bad):,} pictures"
+    size = "" if settings.size else "; data.size says another size than the first picture's"
     return UserError(
-        f"{settings.path}: {count} cannot be used\n" + "\n".join(lines) + more,
-        hint="data.on_bad=skip leaves them out; data.crop=true and data.resize=lanczos make sizes fit",
+        f"{settings.path}: {count} cannot be used\n" + "\n".join(_listed(settings, bad)),
+        hint=f"data.on_bad=skip leaves them out; data.crop=true and data.resize=lanczos make sizes fit{size}",
     )
+
+
+def _listed(settings: FolderSettings, bad: Sequence[BadPicture]) -> list[str]:
+    reasons = [b.reason.removeprefix(f"{settings.path}: {b.name} ") for b in bad]
+    if len(bad) <= SHOWN:
+        return [f"  {b.name}: {reason}" for b, reason in zip(bad, reasons, strict=True)]
+    causes: dict[str, list[str]] = {}
+    for b, reason in zip(bad, reasons, strict=True):
+        causes.setdefault(_cause(reason), []).append(b.name)
+    most_first = sorted(causes.items(), key=lambda item: -len(item[1]))
+    lines = [
+        f"  {len(names):,}: {cause}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
+        for cause, names in most_first[:SHOWN]
+    ]
+    return lines + ([f"  and {len(most_first) - SHOWN:,} more causes"] if len(most_first) > SHOWN else [])
+
+
+def _cause(reason: str) -> str:
+    """What many pictures' reasons have in common: neither where the damage is, nor which wrong size it is."""
+    return re.sub(r"^is \d+x\d+, ", "is ", reason.partition(":")[0].removesuffix("."))
 
 
 def _classes(source: ImageFiles | ImageArray, settings: FolderSettings) -> tuple[np.ndarray, list[str]]:
@@ -209,12 +235,10 @@ def _classes(source: ImageFiles | ImageArray, settings: FolderSettings) -> tuple
     if not settings.labels:
         return np.zeros(len(source), np.int64), ["all"]
     if source.labels is not None:
-        if source.labels.min() < 0:
-            raise UserError(f"{settings.path}: class {source.labels.min()} is negative")
-        return source.labels, list(map(str, range(int(source.labels.max()) + 1)))
+        found = checked(source.labels, functools.partial(_name, source), settings.path)
+        return found, list(map(str, range(int(found.max()) + 1)))
     # EDM's unlabelled sets have folders too, which mean nothing; their dataset.json says so.
-    by_folder = isinstance(source, ImageFiles) and not source.described
-    folders = [name.split("/")[0] if "/" in name else "" for name in source.names] if by_folder else [""]
+    folders = source.classes if isinstance(source, ImageFiles) and not source.described else [""]
     if "" in folders:
         raise UserError(
             f"{settings.path} gives no classes: neither every picture in a folder named after its class, nor labels",
@@ -222,7 +246,12 @@ def _classes(source: ImageFiles | ImageArray, settings: FolderSettings) -> tuple
         )
     names = sorted(set(folders))
     number = {name: i for i, name in enumerate(names)}
-    return np.array([number[folder] for folder in folders], np.int64), names
+    return np.array([number[folder] for folder in folders], np.int64), list(map(shown, names))
+
+
+def _name(source: ImageFiles | ImageArray, number: int) -> str:
+    """What a picture is called, as it can be printed and stored."""
+    return shown(source.names[number]) if isinstance(source, ImageFiles) else f"image {number}"
 
 
 def _fitted(picture: np.ndarray, settings: FolderSettings, size: int) -> np.ndarray:

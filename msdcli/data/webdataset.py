@@ -22,14 +22,18 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from msdcli.data.base import user_cache
-from msdcli.data.images import SUFFIXES, ImageFiles
+from msdcli.data.files.decoding import MAX_BYTES
+from msdcli.data.files.listing import SUFFIXES, is_left_out
+from msdcli.data.images import ImageFiles
 from msdcli.errors import UserError
+from msdcli.foreign import check_file, problem, shown
 
 MAX_SHARDS = 100_000
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CAPTION_KEYS = ("caption", "text", "prompt")
 DESCRIPTIONS = (".cls", ".txt", ".json")
-VERSION = 1  # of the stored index
+MAX_CAPTION = 2**20  # bytes
+VERSION = 2  # of the stored index
 
 Place = tuple[int, int]  # offset and size of a file in its shard; (0, 0) is none
 
@@ -111,10 +115,13 @@ class TarFiles(ImageFiles):
         """Return the text of a picture: its .txt, or `caption`, `text` or `prompt` of its .json."""
         if not self._captions[number].any():
             return None
+        if (size := self._captions[number][1]) > MAX_CAPTION:
+            name = shown(self.names[number])
+            raise UserError(f"{self.path}: the caption of {name} has {size:,} bytes, the limit is {MAX_CAPTION:,}.")
         text = self._content(number, self._captions[number]).decode("utf-8", "replace").strip()
         try:
             content = json.loads(text) if text.startswith("{") else text
-        except ValueError:
+        except (ValueError, RecursionError):
             content = text  # a caption that only looks like JSON
         if isinstance(content, str):
             return content
@@ -122,29 +129,38 @@ class TarFiles(ImageFiles):
 
     def content(self, number: int) -> bytes:
         if number in self._bad:
-            raise UserError(f"{self.path}: {self.names[number]} {self._bad[number]}.")
+            raise UserError(f"{self._called(number)} {self._bad[number]}.")
         return self._content(number, self._pictures[number])
 
     def _content(self, number: int, place: np.ndarray) -> bytes:
         offset, size = map(int, place)
+        if size > MAX_BYTES:
+            raise UserError(f"{self._called(number)} has {size:,} bytes, the limit is {MAX_BYTES:,}.")
         try:
             with open(self.shards[self._shard[number]], "rb") as file:
                 content = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise UserError(f"{self.path}: {self.names[number]} cannot be read: {error}.") from error
+            raise UserError(f"{self._called(number)} cannot be read: {error}.") from error
         if len(content) < size:
-            raise UserError(f"{self.path}: {self.names[number]} cannot be read: the shard ends before it does.")
+            raise UserError(f"{self._called(number)} cannot be read: the shard ends before it does.")
         return content
+
+
+def tars(folder: Path) -> list[Path]:
+    """Return the .tar files of a folder, hidden ones aside (a Mac leaves `._a.tar` beside `a.tar`)."""
+    return sorted(path for path in folder.glob("*.tar") if not is_left_out(path.name))
 
 
 def shards(pattern: str | Path) -> list[Path]:
     """Return the files that `shards-{000..010}.tar`, a folder or one .tar means. UserError naming those that lack."""
     path = Path(pattern)
-    files = sorted(path.glob("*.tar")) if path.is_dir() else [Path(name) for name in expand(str(pattern))]
-    missing = [file for file in files if not file.is_file()]
+    files = tars(path) if path.is_dir() else [Path(name) for name in expand(str(pattern))]
+    missing = [file for file in files if problem(file) == "does not exist"]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(f"{', '.join(map(str, missing[:5]))}{more} does not exist.")
+    for file in files:
+        check_file(file)
     return files
 
 
@@ -194,18 +210,22 @@ def _index(shard: Path) -> Index:
         with tarfile.open(shard, "r:") as file, open(shard, "rb") as raw:  # compressed: no member can be read by itself
             for info in _readable(file):
                 path = PurePosixPath(info.name)
+                if any(map(is_left_out, path.parts)):
+                    continue
                 stem, dot, rest = path.name.partition(".")
                 suffix, name = f".{rest.lower()}", str(path.with_name(stem or "_"))
                 if not stem or not dot or suffix not in (*SUFFIXES, *DESCRIPTIONS):
                     continue
                 files = samples.setdefault(name, {})
                 if suffix in files:
-                    raise UserError(f"{shard} holds {info.name} twice")
+                    raise UserError(f"{shard} holds {shown(info.name)} twice")
                 files[suffix] = (info.offset_data, info.size)
                 if suffix == ".cls":
                     labels[name] = os.pread(raw.fileno(), min(info.size, 64), info.offset_data)
             end = file.offset
-    except (tarfile.ReadError, EOFError) as error:
+    except (UserError, MemoryError, OSError):
+        raise
+    except Exception as error:  # a damaged first header makes tarfile raise almost anything
         raise UserError(
             f"{shard} is no tar file, or a compressed one: {error}", hint="gunzip it: shards are read by image number"
         ) from None
@@ -222,11 +242,13 @@ def _readable(file: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while True:
         try:
             info = file.next()
-        except (tarfile.TarError, EOFError, OSError, ValueError):
+        except MemoryError:
+            raise
+        except Exception:  # a damaged header makes tarfile raise almost anything
             return
-        if info is None:
+        if info is None or info.size < 0:
             return
-        if info.isfile():
+        if info.isfile() and not info.issparse():  # what is sparse does not lie there in one piece
             yield info
 
 

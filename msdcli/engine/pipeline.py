@@ -67,6 +67,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     """
     data = dataset.look(recipe, planning=planning)
     partition.check(recipe.partition, len(data.class_names), prompts=recipe.has_prompts)
+    partition.check_parts(recipe, data)
     if needing := [s.objective for s in recipe.stages if s.needs_images and not (planning or has_images(data))]:
         raise UserError(
             f"stage {needing[0]} needs real images, and these prompts are alone",
@@ -138,6 +139,7 @@ def prepare(recipe: Recipe, report: Report, *, student: int | None, worker: bool
         adopt(run, recipe, data, report)
     told = silent if worker else report
     data = group.leader_first(lambda: dataset.provide(run, recipe, told))
+    partition.check_parts(recipe, data)  # again: pictures may have been left out
     on = device.prepare(recipe) if group.size == 1 else distributed.local_device(recipe.device)
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
@@ -196,7 +198,9 @@ def provide_partition(run: RunDir, recipe: Recipe, data: Dataset, frozen: Denois
     """Return the run's partition, made once."""
     with lock(run.root, "the run directory", wait=lambda _: None):
         if not run.partition.exists():
-            partition.make(recipe.partition, data, frozen).save(run.partition)
+            made = partition.make(recipe.partition, data, frozen)
+            partition.check_parts(recipe, data, made)
+            made.save(run.partition)
     return Partition.load(run.partition)
 
 

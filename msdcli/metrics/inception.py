@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 from msdcli.metrics.resize import resize_clean, resize_legacy_pytorch
 
 INCEPTION_SIZE = 299
@@ -105,6 +106,7 @@ def _read_weights(name: str, path: str | Path | None) -> tuple[bytes, str]:
             f"The weights {name} are not on this machine; put them at {_places(name)[0]}{_address(name)}.",
             hint="Or name the file with --weights.",
         )
+    check_file(found)
     try:
         content = found.read_bytes()
     except OSError as error:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 from msdcli.metrics.moments import Gaussian
 
 # numpy's own three constructors, asked for by example since their modules were renamed between numpy 1 and 2.
@@ -84,6 +85,7 @@ def cleanfid_statistics(name: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    check_file(path)
     try:
         with path.open("rb") as file:
             if path.suffix == ".npz":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from msdcli.engine.checkpoints.files import damaged
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 from msdcli.rundir import writing
 
 HASH = "sha256"  # in a file's metadata
@@ -48,6 +49,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read named tensors and the file's metadata. UserError if the file is missing, DamagedError if it is damaged."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             # Clones: memory of our own, aligned as a fresh tensor's is, so that a resumed run takes the same kernels.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from msdcli.data import open_data, prompts
 from msdcli.data.base import Dataset
+from msdcli.data.files.labels import empty_classes
 from msdcli.data.folder import PIXELS, RECORD, SHOWN, BadPicture, DecodedPictures, PictureFiles, refusal
 from msdcli.engine.inputs import hub, importing
 from msdcli.engine.tracking.events import Progress, Report
@@ -27,7 +28,12 @@ def provide(run: RunDir, recipe: Recipe, report: Report) -> Dataset:
         return _prompts(run, recipe, settings, report)
     if not isinstance(settings, FolderSettings):
         return open_data(settings)
-    return DecodedPictures(_decoded(run, settings, PictureFiles(settings), report))
+    data = DecodedPictures(_decoded(run, settings, PictureFiles(settings), report))
+    empty = empty_classes(data.labels(range(len(data))).numpy(), len(data.class_names))
+    if empty:
+        names = ", ".join(data.class_names[c] for c in empty[:SHOWN]) + (", ..." if len(empty) > SHOWN else "")
+        report(f"data: {len(empty):,} of {len(data.class_names):,} classes have no picture: {names}")
+    return data
 
 
 def look(recipe: Recipe, *, planning: bool = False) -> Dataset:

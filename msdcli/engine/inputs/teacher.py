@@ -26,6 +26,7 @@ from msdcli.errors import UserError
 from msdcli.nets.diffusers.autoencoder import Geometry
 from msdcli.objectives.edm import DenoisingScoreMatching
 from msdcli.recipe import LatentShapeSettings, Recipe, TeacherSettings
+from msdcli.recipe.data import FolderSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings
 from msdcli.rundir import RunDir, key, link, lock
 from msdcli.seeds import generator
@@ -213,11 +214,21 @@ def _check_fit(teacher: Denoiser, recipe: Recipe, data: Dataset, autoencoder: Pa
         seen = "" if shape == tuple(data.shape) else f", as latents {list(shape)},"
         raise UserError(
             f"the teacher at {where} makes {made} of shape {list(teacher.shape)} in {teacher.num_classes} classes; "
-            f"the data have shape {list(data.shape)}{seen} and {num_classes} classes"
+            f"the data have shape {list(data.shape)}{seen} and {num_classes} classes",
+            hint=_cure(teacher.shape, shape, recipe) if autoencoder is None else None,
         )
     expected = recipe.teacher.network
     if where is not None and isinstance(expected, EdmNetworkSettings):
         _check_expected(teacher, expected, where)
+
+
+def _cure(wanted: tuple[int, ...], found: tuple[int, ...], recipe: Recipe) -> str | None:
+    """How pictures from files get the shape that a teacher makes."""
+    if not isinstance(recipe.data, FolderSettings) or len(wanted) != 3 or wanted == found:
+        return None
+    if wanted[0] != found[0]:
+        return f"data.channels={wanted[0]} makes them {'grey' if wanted[0] == 1 else 'colour'}"
+    return f"data.size={wanted[1]} with data.resize=box (and data.crop=true) scales them"
 
 
 def _check_latent(expected: LatentShapeSettings, autoencoder: Path | None, where: str) -> None:

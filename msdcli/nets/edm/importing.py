@@ -16,6 +16,7 @@ from torch import Tensor
 
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 from msdcli.nets.edm.arguments import checked
 from msdcli.nets.edm.edm2 import EDM2, EDM2UNet, round_gains
 from msdcli.nets.edm.networks import DhariwalUNet, SongUNet
@@ -280,6 +281,7 @@ def _among(arguments: Mapping[str, Any], made: Callable[..., Any], *taken: str) 
 
 
 def _reference(path: Path, denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_file(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             arrays = [torch.from_numpy(held[key]).float() for key in ("x", "sigma", "class_labels", "denoised")]
