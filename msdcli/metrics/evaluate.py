@@ -37,6 +37,7 @@ from msdcli.metrics.reference import is_statistics, read_statistics
 
 EXACT_PAIRS = 10_000**2  # up to here all pairs cost no more than clean-fid's 100 subsets of 1,000
 KEPT = ("features", "probabilities", "labels")
+FORMAT = 2  # of features of files: another number where the code reads or resizes otherwise
 PACKAGES = ("msdcli", "torch", "torchvision", "numpy", "scipy", "pillow")
 
 # uint8, [N, H, W, 3] as numpy or [N, 3, H, W] as torch (one channel is repeated), or the floats that a network wants;
@@ -245,8 +246,13 @@ def open_reference(
 
 
 def cache_key(path: str | Path, network: FeatureNetwork) -> str:
-    """A name for the features of a file or folder under a network; it changes with any byte of either."""
-    parts = json.dumps([content_hash(path), network.record()], sort_keys=True)
+    """A name for the features of a file or folder under a network.
+
+    They depend on every byte of the pictures, their names (which order them) and labels; on the network's protocol and
+    weights; on Pillow, whose versions decode a JPEG differently; and on the code here (FORMAT). Batch, device and the
+    version of torch move their last bits alone.
+    """
+    parts = json.dumps([FORMAT, _versions()["pillow"], content_hash(path), network.record()], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
