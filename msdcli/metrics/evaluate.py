@@ -26,9 +26,11 @@ from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_
 from msdcli.metrics.inception import FeatureNetwork, open_network
 from msdcli.metrics.intervals import Interval, bootstrap, bootstrap_weights, centred_interval, mean_interval
 from msdcli.metrics.kernel import (
+    SPLITS,
     inception_score,
     kernel_distance,
     reweighted_kernel_distance,
+    split_inception_score,
     subset_kernel_distance,
 )
 from msdcli.metrics.manifold import Manifold, manifold
@@ -182,7 +184,7 @@ class _Comparison:
         self.method["seed"] = self.seed
         figures = {}
         if self.samples.probabilities is not None:
-            figures["inception_score"] = inception_score(self.samples.probabilities)
+            figures |= self._inception(self.samples.probabilities)
         y = self._reference_features()
         if self.samples.features is not None and y is not None:
             figures |= self._kernel(self.samples.features, y)
@@ -191,12 +193,21 @@ class _Comparison:
                 figures |= self._manifold.figures()
         return figures
 
+    def _inception(self, p: np.ndarray) -> dict[str, float]:
+        figures = {"inception_score": inception_score(p)}
+        if len(p) < SPLITS:
+            return figures
+        self.method["splits"] = SPLITS
+        mean, deviation = split_inception_score(p, seed=self.seed)
+        return figures | {"inception_score_splits": mean, "inception_score_splits_std": deviation}
+
     def intervals(self, figures: Mapping[str, float]) -> dict[str, Any]:
         if not self.replicates:
             return {}
         self.method["replicates"] = self.replicates
         features, options = self.features(), {"replicates": self.replicates, "seed": self.seed}
-        found = {"fid": bootstrap(ReweightedFrechet(features, self.whole).distance, len(features), **options)}
+        frechet = ReweightedFrechet(features, self.whole)
+        found = {"fid": bootstrap(frechet.distance, len(features), influence=frechet.influence(), **options)}
         p, y = self.samples.probabilities, self._reference_features()
         if p is not None:
             found["inception_score"] = bootstrap(lambda weights: inception_score(p, weights), len(p), **options)

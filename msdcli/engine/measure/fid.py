@@ -171,8 +171,8 @@ def _pictures(metric: str, *, knows: bool) -> Callable[..., tuple[Values, Interv
             values["accuracy"] = float(right.mean())
             if replicates:
                 spans["accuracy"] = asdict(mean_interval(right, replicates=replicates, seed=0))
-            figures.pop("inception_score", None)  # of a network that is not Inception
-            intervals.pop("inception_score", None)
+            # Of a network that is not Inception:
+            figures, intervals = ({k: v for k, v in d.items() if "inception" not in k} for d in (figures, intervals))
         return values | figures, spans | intervals, warnings
 
     return compare
@@ -305,13 +305,9 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> M
         *lines.of("teacher", by_teacher, real),
         *lines.of("students", by_students, against),
     ]
-    result = Measurement(
-        context.metric.name,
-        context.metric.protocol,
-        rows,
-        _record(context, students, by_students)
-        | {"replicates": replicates, "warnings": context.warnings + lines.warnings},
-    )
+    notes = {"replicates": replicates, "warnings": context.warnings + lines.warnings}
+    record = _record(context, students, by_students) | notes
+    result = Measurement(context.metric.name, context.metric.protocol, rows, record)
     write_json(run.metrics / f"{context.metric.name}.json", result.to_json())
     return result
 
