@@ -183,7 +183,7 @@ class DecodedPictures:
     def images_hash(self) -> str:
         """Return the hash of all pixels, taken while they were decoded."""
         if self._images_hash is None:  # decoded before hashes were kept
-            self._images_hash = hashlib.sha256(memoryview(self._pixels)).hexdigest()
+            self._images_hash = hashlib.sha256(self._pixels.data).hexdigest()
         return self._images_hash
 
 

@@ -182,7 +182,7 @@ class _Comparison:
 
     def companions(self) -> dict[str, float]:
         self.method["seed"] = self.seed
-        figures = {}
+        figures: dict[str, float] = {}
         if self.samples.probabilities is not None:
             figures |= self._inception(self.samples.probabilities)
         y = self._reference_features()
@@ -205,7 +205,7 @@ class _Comparison:
         if not self.replicates:
             return {}
         self.method["replicates"] = self.replicates
-        features, options = self.features(), {"replicates": self.replicates, "seed": self.seed}
+        features, options = self.features(), dict[str, Any](replicates=self.replicates, seed=self.seed)
         frechet = ReweightedFrechet(features, self.whole)
         found = {"fid": bootstrap(frechet.distance, len(features), influence=frechet.influence(), **options)}
         p, y = self.samples.probabilities, self._reference_features()
