@@ -62,16 +62,16 @@ def manifold(
 
 
 def _on_grid(samples: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return both sides around the reference's mean, as integers in the unit of the grid.
+    """Return both sides around the reference's median, as integers in the unit of the grid.
 
     |a|^2 + |b|^2 - 2ab of d integers up to m is at most 4 d m^2. A quarter of m is for 99 of 100 reference images; of
     those farther out than m, such as broken samples, distances are as exact as float64, and there are no ties to keep.
     """
     largest = 2 ** ((MANTISSA - 2 - math.ceil(math.log2(reference.shape[1]))) // 2)
-    mean = reference.mean(axis=0, dtype=np.float64)
-    reach = float(np.quantile(np.abs(reference - mean).max(axis=1), 0.99))
+    middle = np.median(reference, axis=0).astype(np.float64)
+    reach = float(np.quantile(np.abs(reference - middle).max(axis=1), 0.99))
     unit = 2.0 ** math.ceil(math.log2(4 * reach / largest)) if 0 < reach < math.inf else 1 / largest
-    centre = np.round(mean / unit) * unit
+    centre = np.round(middle / unit) * unit
     x, y = (np.round((side.astype(np.float64) - centre) / unit) for side in (samples, reference))
     return x, y
 

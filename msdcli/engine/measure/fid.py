@@ -409,5 +409,5 @@ def halves(metric: FeatureMetric, real: Reference, *, splits: int = 10) -> list[
         a, b = real.take(order[: real.count // 2]), real.take(order[real.count // 2 :])
         values.append(metric.compare(a, b, 0, False)[0])
     mean = {key: sum(v[key] for v in values) / splits for key in values[0]}
-    mean = {name: value for name, value in mean.items() if name != "accuracy"} | metric.unseen
+    mean = {k: metric.unseen.get(k, v) for k, v in mean.items() if k != "accuracy" or k in metric.unseen}
     return [Row("real halves", "whole", real.count // 2, real.count - real.count // 2, mean)]
