@@ -58,6 +58,10 @@ def narrowed(values: np.ndarray, influence: np.ndarray) -> np.ndarray:
     at the estimate and not at the truth, says V + 2 Q, and resampling adds Q once more, V + 3 Q (Efron and Stein 1981
     have the same excess in the jackknife). So twice the one less the other is what is wanted. It is kept between 2/3
     and all of the first: terms beyond the quadratic widen replicates where images are hardly more than dimensions.
+
+    Measured over draws of N = 50 to 5,000 images of d = 2 to 64 dimensions, at the reference and off it: the Frechet
+    distance's interval holds its mean in 93 to 100 of 100 draws and is 0.96 to 1.31 times as wide as the draws vary;
+    without the correction that is 1.0 to 5.0 times (docs, "Reading the numbers").
     """
     linear, resampled = float(np.square(influence).mean() / len(influence)), float(values.var())
     if resampled == 0:
