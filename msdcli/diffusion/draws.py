@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Source:
     """Where a student's draws come from: its part of the data, on the device where it fits, and the teacher's pairs.
 
-    `classes` are the student's conditions; `pairs` is (z, y, c) of the teacher, or None where no stage needs them.
+    `classes` are the student's conditions; `pairs` is (z, y, c) of the teacher, or None where no stage needs them; the
+    images with the numbers `without` are left out.
     """
 
     def __init__(
@@ -28,13 +29,17 @@ class Source:
         classes: Sequence[int],
         *,
         pairs: tuple[Tensor, Tensor, Tensor] | None = None,
+        without: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.shape = data.shape
         self.device = torch.device(device)
         self.classes = torch.tensor(list(classes), device=self.device)
         labels = data.labels(range(len(data)))
-        self.numbers = torch.isin(labels, self.classes.cpu()).nonzero().flatten()
+        kept = torch.isin(labels, self.classes.cpu())
+        if without is not None:
+            kept[without] = False
+        self.numbers = kept.nonzero().flatten()
         self._data = data
         self.image_labels = labels[self.numbers].to(self.device)
         self._pairs = None if pairs is None else [t.to(self.device) for t in pairs]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from msdcli.data.base import Dataset, fingerprint, has_images
+from msdcli.data.base import FINGERPRINT, Dataset, has_images
 from msdcli.data.opening import is_there
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
@@ -139,12 +139,16 @@ def prepare(recipe: Recipe, report: Report, *, student: int | None, worker: bool
         adopt(run, recipe, data, report)
     told = silent if worker else report
     data = group.leader_first(lambda: dataset.provide(run, recipe, told))
+    if not dataset.is_as_begun(run, data):  # before an hour of training with them
+        raise begun_otherwise(run, "data")
     partition.check_parts(recipe, data)  # again: pictures may have been left out
     on = device.prepare(recipe) if group.size == 1 else distributed.local_device(recipe.device)
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
     if not worker and group.is_leader:
-        claim(run, {"data": fingerprint(data), "teacher": teacher_hash})
+        version = dataset.version_of(run)
+        theirs = teacher_hash if version == FINGERPRINT else teacher.hash_of_version_1(run, recipe)
+        claim(run, {"data": dataset.fingerprint_for(run, data), "teacher": theirs}, version)
     resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report))
     resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
     parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen))
@@ -179,19 +183,26 @@ def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
         write_json(run.record_file, known)
 
 
-def claim(run: RunDir, made_from: dict[str, str]) -> None:
-    """Note in run.json what the run is made from. UserError where it was begun with something else."""
+def claim(run: RunDir, made_from: dict[str, str], version: int) -> None:
+    """Note in run.json what the run is made from, by fingerprints of a version. UserError where it was begun with
+    something else.
+    """
     with lock(run.root, "the run directory", wait=lambda _: None):
         known: dict[str, Any] = read_json(run.record_file)
         for what, sha256 in made_from.items():
             if known.get(what, sha256) != sha256:
-                raise UserError(
-                    f"{run.root} was begun with other weights of the teacher"
-                    if what == "teacher"
-                    else f"{run.root} was begun with other data: their content has changed",
-                    hint=f"bring the {what} back, or give the run another name (name=...)",
-                )
-        write_json(run.record_file, known | made_from)
+                raise begun_otherwise(run, what)
+        write_json(run.record_file, known | made_from | {"fingerprints": version})
+
+
+def begun_otherwise(run: RunDir, what: str) -> UserError:
+    """The refusal of a run whose `data` or `teacher` are others than when it was begun."""
+    return UserError(
+        f"{run.root} was begun with other weights of the teacher"
+        if what == "teacher"
+        else f"{run.root} was begun with other data: their content has changed",
+        hint=f"bring the {what} back, or give the run another name (name=...)",
+    )
 
 
 def provide_partition(run: RunDir, recipe: Recipe, data: Dataset, frozen: Denoiser) -> Partition:

@@ -45,6 +45,9 @@ class Candidate:
 def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report) -> Recipe:
     """Return the recipe with its student's network settled; a search is made once per run and kept in student.json.
 
+    This is a decision of the run and no cache: it depends on the recipe and the teacher, which cannot change in a run,
+    and on the device that it was begun on, for weights that fit one network fit no other.
+
     UserError if no network of the teacher's kind meets the target.
     """
     student = recipe.student

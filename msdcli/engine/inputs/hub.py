@@ -50,6 +50,9 @@ def resolve(path: str | Path) -> Path:
 def cached(path: str | Path) -> Path | None:
     """Return the folder of what was downloaded before, whole, without asking the network; None for what was not.
 
+    The library keeps it by repository and revision. A name without a revision means what it meant when it was
+    downloaded; what is made from it is keyed by the content of its files, never by the name.
+
     Paths that are no names on the Hub are themselves, if they exist.
     """
     if not is_hub(path):

@@ -155,7 +155,11 @@ def is_foreign(path: Path) -> bool:
 
 
 def identity(path: Path) -> str:
-    """Name a teacher from elsewhere by what it is."""
+    """Name a teacher from elsewhere by what it is: the bytes of all files that are read, and what they are read as.
+
+    A pickle says everything about itself; of a pipeline count the network's weights and configuration with the
+    schedule and the kind of prediction (its section), the autoencoder and the text encoder.
+    """
     if path.is_file():
         return key("imported", file_hash(path))
     section, weights = read_section(path)

@@ -185,12 +185,20 @@ def preview(recipe: Recipe, report: Report = silent) -> tuple[Partition, Dataset
     """
     data, run = dataset.look(recipe), RunDir(recipe.run_dir)
     check(recipe.partition, len(data.class_names), prompts=recipe.has_prompts)
-    if run.partition.is_file() and run.recipe().partition == recipe.partition:
+    if _has_made(run, recipe):
         return Partition.load(run.partition), data
     if isinstance(data, PromptDataset):
         store = prompts.for_recipe(run, recipe, data, report) if _looks(recipe.partition) else None
         return of_prompts(recipe.partition, data.prompts, None if store is None else store.pooled), data
     return make(recipe.partition, data, _teacher(run, recipe)), data
+
+
+def _has_made(run: RunDir, recipe: Recipe) -> bool:
+    """Whether the run's partition is what this recipe would get, by all that decides it."""
+    if not (run.partition.is_file() and run.recipe_file.is_file()):
+        return False
+    own = run.recipe()
+    return (own.partition, own.data, own.teacher) == (recipe.partition, recipe.data, recipe.teacher)
 
 
 def _looks(settings: PartitionSettings) -> bool:
@@ -202,9 +210,11 @@ def to_embed(recipe: Recipe, *, explaining: bool) -> int:
     """Return how many prompts showing (or explaining) the partition would have to embed first."""
     data, run = dataset.look(recipe), RunDir(recipe.run_dir)
     looks = isinstance(data, PromptDataset) and (explaining or _looks(recipe.partition))
-    if not looks or (run.prompts / prompts.RECORD).is_file():
+    if not looks:
         return 0
     assert isinstance(data, PromptDataset)
+    if prompts.is_here(run, recipe, data):
+        return 0
     return 0 if (prompts.folder_for(run, recipe, data) / prompts.RECORD).is_file() else len(data.prompts)
 
 

@@ -129,13 +129,21 @@ def text_folder(run: RunDir, recipe: Recipe) -> Iterator[Path]:
 
 def for_recipe(run: RunDir, recipe: Recipe, data: PromptDataset, report: Report) -> PromptStore:
     """Return the embeddings of a recipe's prompts, of its run or, made now, those that the run will use."""
-    if (run.prompts / RECORD).is_file():
+    if is_here(run, recipe, data):
         return open_store(run.prompts)
     settings, folder = recipe.data, folder_for(run, recipe, data)
     assert isinstance(settings, PromptsSettings)
     with text_folder(run, recipe) as text:
         embed(folder, data.prompts, text, settings.embeddings, resolve(recipe.device), report)
     return open_store(folder)
+
+
+def is_here(run: RunDir, recipe: Recipe, data: PromptDataset) -> bool:
+    """Whether the run has the embeddings of just these prompts, as the recipe keeps them."""
+    if not (run.prompts / RECORD).is_file():
+        return False
+    dtype = getattr(recipe.data, "embeddings", None)
+    return read_json(run.prompts / RECORD).get("dtype") == dtype and read_prompts(run.prompts) == list(data.prompts)
 
 
 def folder_for(run: RunDir, recipe: Recipe, data: PromptDataset) -> Path:
@@ -150,6 +158,8 @@ def folder_for(run: RunDir, recipe: Recipe, data: PromptDataset) -> Path:
 
 
 def _folder(run: RunDir, text_sha256: str, data: PromptDataset, settings: PromptsSettings) -> Path:
+    # Embeddings depend on the text encoder (weights, vocabularies and configurations are in its hash), the prompts in
+    # order, the type that they are kept in and the code (FORMAT); BATCH and the device move their last bits alone.
     return run.shared / f"prompts-{key('prompts', FORMAT, text_sha256, data.text_hash(), settings.embeddings)}"
 
 

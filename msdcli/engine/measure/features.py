@@ -29,6 +29,7 @@ from msdcli.metrics.reference import cleanfid_statistics, is_statistics, read_st
 from msdcli.rundir import key, lock, writing
 
 FILE = "features.npz"
+FORMAT = 3  # of features: another number where the code makes others of the same images
 STEP = 500  # images of a data set, or samples of the teacher, held at once
 
 
@@ -48,7 +49,11 @@ class FeatureExtractor:
         return images if self.network.floats else to_uint8(images)
 
     def key(self, *parts: object) -> str:
-        return key("features", 2, self.network.record(), self.keep, *parts)
+        """Name features by all that they depend on: the code (FORMAT), the network (its protocol and weights), whether
+        single ones are kept or moments alone, and, in `parts`, the images. Batch, device and the version of torch move
+        their last bits alone.
+        """
+        return key("features", FORMAT, self.network.record(), self.keep, *parts)
 
 
 def of_data(data: Dataset, numbers: Sequence[int], extractor: FeatureExtractor) -> FeatureSet:
@@ -150,10 +155,15 @@ def of_reference(
         _refuse_other_features(path, statistics, network)
         return statistics
 
-    def make() -> FeatureSet:
-        return collect(path, network, batch_size=batch, workers=workers)
+    named = cache_key(path, network)
 
-    folder = user_cache() / f"features-{cache_key(path, network)[:32]}"
+    def make() -> FeatureSet:
+        found = collect(path, network, batch_size=batch, workers=workers)
+        if cache_key(path, network) != named:
+            raise UserError(f"{path} changed while it was measured", hint="the same command again")
+        return found
+
+    folder = user_cache() / f"features-{named[:32]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

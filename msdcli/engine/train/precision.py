@@ -35,7 +35,11 @@ KEY = "precision"
 
 
 def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, device: torch.device, report: Report) -> Recipe:
-    """Return the recipe with `precision: auto` settled; a run measures once, and keeps to what run.json says."""
+    """Return the recipe with `precision: auto` settled; a run measures once, and keeps to what run.json says.
+
+    This is a decision of the run and no cache: it depends on the recipe and the teacher, which cannot change in a run,
+    and on the device that it was begun on, for all students of a run compute alike wherever they go on.
+    """
     if recipe.precision != "auto":
         return recipe
     with lock(run.root, "the run directory", wait=report):
