@@ -100,7 +100,7 @@ def file_hash(path: Path) -> str:
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Give a temporary file for `path` to write to; at the end it is synced and takes the name, or is removed."""
-    with _place_beside(path) as place:
+    with place_beside(path) as place:
         temporary = place / path.name
         yield temporary
         with open(temporary, "rb") as file:
@@ -115,7 +115,7 @@ def discard(path: Path) -> None:
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    with _place_beside(path) as place:
+    with place_beside(path) as place:
         os.replace(path, place / path.name)
 
 
@@ -123,7 +123,7 @@ def discard(path: Path) -> None:
 def building(folder: Path) -> Iterator[Path]:
     """Give a temporary folder for `folder` to fill; at the end it takes the place of `folder`, or is removed."""
     folder = folder.absolute()
-    with _place_beside(folder) as place:
+    with place_beside(folder) as place:
         temporary = place / folder.name
         temporary.mkdir()
         yield temporary
@@ -136,7 +136,7 @@ def building(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _place_beside(path: Path) -> Iterator[Path]:
+def place_beside(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` with a lock in it: as long as the writer lives, nobody takes it for a
     leftover. The lock is a file of its own, for a library may put a new file in the place of the one it was given.
     """
@@ -177,19 +177,35 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}", hint="remove it, and the same command makes it again") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a .jsonl that msd writes, also while it does: what is cut off or damaged is left out."""
-    found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            if isinstance(value := json.loads(line), dict):
-                found.append(value)
+    return [line for line in parsed_lines(path) if line is not None]
+
+
+def parsed_lines(path: Path) -> list[dict[str, Any] | None]:
+    """Return the lines of a .jsonl, None for one that is damaged."""
+    found: list[dict[str, Any] | None] = []
+    for raw in (path.read_bytes() if path.is_file() else b"").split(b"\n"):
+        if raw.strip():
+            value = None
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(raw.decode("utf-8"))
+            found.append(value if isinstance(value, dict) else None)
     return found
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add a line to a .jsonl in one piece; what a killed process left of one stays a line by itself."""
+    line = json.dumps(value).encode() + b"\n"
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
 
 
 def _umask() -> int:
@@ -301,7 +317,7 @@ def link(source: Path, target: Path) -> None:
         if place.exists() and (place.samefile(file) or filecmp.cmp(place, file, shallow=False)):
             continue
         try:
-            os.link(file, place)
+            os.link(file.resolve(), place)  # a link's file: the link itself may mean nothing elsewhere
         except OSError:
             with writing(place) as temporary:
                 shutil.copyfile(file, temporary)

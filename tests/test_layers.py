@@ -16,9 +16,11 @@ BELOW = {
     "recipe_yaml": {"errors"},
     "recipe": {"recipe_yaml", "errors"},
     "rundir": {"recipe", "errors"},
+    "outputs": {"rundir", "errors"},
+    "records": {"rundir", "errors"},
     "sweep": {"recipe", "recipe_yaml", "errors"},
     "routing": {"seeds", "errors"},
-    "partition": {"rundir", "routing", "seeds", "errors"},
+    "partition": {"records", "rundir", "routing", "seeds", "errors"},
     "console": {"errors", "engine.events"},
     "diffusion": {"seeds", "errors", "data.base"},
     "data": {"diffusion", "recipe", "seeds", "errors"},
@@ -36,12 +38,14 @@ BELOW = {
             "partition",
             "routing",
             "rundir",
+            "outputs",
+            "records",
             "recipe",
             "seeds",
             "errors",
         ),
     },
-    "cli": {"partition", "sweep", "engine", "console", "recipe", "rundir", "errors"},
+    "cli": {"partition", "sweep", "engine", "console", "recipe", "rundir", "outputs", "errors"},
 }
 
 

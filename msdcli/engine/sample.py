@@ -17,9 +17,18 @@ from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.inputs.autoencoder import find, open_autoencoder
 from msdcli.engine.inputs.importing import TEXT
 from msdcli.engine.inputs.prompts import PromptRouter, attach_prompts, prompt_router_of, read_prompts
-from msdcli.engine.pictures import labels_file, prompts_file, save_grid, save_npz, save_pngs, save_zip
+from msdcli.engine.pictures import (
+    check_replaceable,
+    labels_file,
+    prompts_file,
+    save_grid,
+    save_npz,
+    save_pngs,
+    save_zip,
+)
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.autoencoder import Autoencoder
+from msdcli.outputs import check_file
 from msdcli.partition import Partition, class_numbers
 from msdcli.rundir import RunDir, key, read_json
 
@@ -211,6 +220,14 @@ def default_target(run: Path, format_: str, classes: Sequence[int], seed: int, *
     return run / "samples" / f"{name}{'.latents' if format_ == 'latents' else ''}{SUFFIXES[format_]}"
 
 
+def check_target(path: Path, format_: str) -> None:
+    """Raise UserError, before anything is drawn, where samples of this format would replace what is not msd's."""
+    if format_ == "png":
+        check_replaceable(path)
+    else:
+        check_file(path, SUFFIXES[format_])
+
+
 def texts(given: Sequence[str], file: Path | None, number: int | None) -> list[str]:
     """Return the prompts to sample: those given and those of a file, once, or in turn until there are `number`."""
     wanted = [*given, *(read_lines(file) if file else [])]
@@ -221,6 +238,7 @@ def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, 
     """Sample the conditions `asked` into a file: one picture (a row per condition), a folder or a zip of PNGs with
     labels or prompts, or an .npz of pixels or of latents.
     """
+    check_target(path, format_)
     prompt_router = students.prompt_router
     names = [students.name(c) for c in asked]
     if format_ in ("png", "zip"):

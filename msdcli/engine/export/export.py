@@ -25,7 +25,8 @@ from msdcli.engine.export.format import (
 )
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import MismatchError, UserError
-from msdcli.rundir import RunDir, building, read_json, write_json
+from msdcli.outputs import check_folder, replacing, with_files
+from msdcli.rundir import RunDir, read_json, write_json
 
 FORMATS = ("bundle", "onnx", "torch", "diffusers", "triton")
 
@@ -42,7 +43,7 @@ def export(
     options = options or ExportOptions()
     check(run, folder, kind, options)
     students = sample.load(run.root)
-    with building(folder) as place:
+    with replacing(folder, check_folder(folder, "export of msd")) as place:
         source = ExportSource(run, students, place, options, report)
         students.partition.save(place / "partition.json")
         exported = _module(kind).write(source)
@@ -59,8 +60,8 @@ def export(
             record |= {"distance": _distance(source, exported)}
         if options.bench and students.prompt_router is None:  # what a prompt costs, msd sample says
             record["speed"] = export_bench.measure(source, exported)
-        write_json(place / (sample.BUNDLE if kind == "bundle" else EXPORT), record)
         export_card.write(source, exported, record, folder)
+        write_json(place / (sample.BUNDLE if kind == "bundle" else EXPORT), with_files(record, place))
     return record | {"folder": str(folder)}
 
 
@@ -82,15 +83,10 @@ def check(run: RunDir, folder: Path, kind: str, options: ExportOptions) -> sampl
         raise UserError(f"format {kind} is float32; {options.precision} is for onnx and triton")
     if options.aot and kind != "torch":
         raise UserError(f"--aot is for format torch, not for {kind}")
-    if folder.exists() and not _is_export(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is no export of msd: nothing was written", hint="--out another folder")
+    check_folder(folder, "export of msd")
     if prepare := getattr(_module(kind), "check", None):
         prepare(students)
     return students
-
-
-def _is_export(folder: Path) -> bool:
-    return (folder / sample.BUNDLE).is_file() or (folder / EXPORT).is_file()
 
 
 def _module(kind: str) -> Any:

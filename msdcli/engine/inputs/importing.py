@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine.checkpoints.model import MODEL, save_model
+from msdcli.engine.checkpoints.model import MODEL, WEIGHTS, save_model
 from msdcli.engine.checkpoints.tensors import load_tensors, load_weights
 from msdcli.engine.inputs import autoencoder as autoencoders
 from msdcli.errors import UserError
@@ -123,6 +123,11 @@ def check_free(folder: Path, source: Path) -> None:
     if not isinstance(held, dict) or held.get("file") != source.name:
         raise UserError(
             f"{folder} exists and is no import of {source.name}: nothing was written", hint="another folder"
+        )
+    weights = folder / WEIGHTS
+    if weights.is_file() and file_hash(weights) != read_json(model).get("sha256"):
+        raise UserError(
+            f"{weights} is not what was imported there and would be lost: nothing was written", hint="another folder"
         )
 
 
