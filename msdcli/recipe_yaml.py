@@ -176,12 +176,13 @@ def _check_tag(node: Node, name: str) -> None:
     kind = {ScalarNode: ("str", *_SCALARS), SequenceNode: ("seq",), MappingNode: ("map",)}[type(node)]
     if not node.tag.startswith(_TAG) or tag not in kind:
         raise UserError(
-            f"{name}:{line}: the tag {_shown(node.tag.replace(_TAG, '!!'))} has no meaning here", hint="leave it out"
+            f"{name}:{line}: not valid YAML: the tag {_shown(node.tag.replace(_TAG, '!!'))} has no meaning here",
+            hint="leave it out",
         )
     if tag in _SCALARS and not _SCALARS[tag][0].match(node.value):
-        raise UserError(f"{name}:{line}: {_shown(node.value)} is no {tag}, as the tag !!{tag} says")
+        raise UserError(f"{name}:{line}: not valid YAML: {_shown(node.value)} is no {tag}, as the tag !!{tag} says")
     if tag in ("int", "float") and len(node.value) > MAX_DIGITS:
-        raise UserError(f"{name}:{line}: {_shown(node.value)} is a number of more than {MAX_DIGITS} digits")
+        raise UserError(f"{name}:{line}: not valid YAML: a number has at most {MAX_DIGITS} digits")
 
 
 def explain_all(document: Document, model: type[BaseModel], errors: Sequence[Any], what: str) -> str:

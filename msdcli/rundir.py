@@ -72,6 +72,18 @@ class RunDir:
         self.check(recipe)
         write_text(self.recipe_file, recipe.to_yaml())
 
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[Presence]:
+        """Be one of those at work on the run until the block ends; hold the run's lock to begin."""
+        with open(self.root / ".at-work", "a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield Presence(file)
+
+    def who_is_at_work(self) -> str:
+        """Return who holds a student, as a phrase."""
+        held = (holder_of(folder) for folder in sorted(self.students.glob("*/")))
+        return next((who for who in held if who), "another process")
+
     def check(self, recipe: Recipe) -> None:
         """Raise UserError unless the directory is free, or the run of this very recipe."""
         if self.recipe_file.exists():
@@ -84,6 +96,19 @@ class RunDir:
             raise UserError(
                 f"{self.root} exists and is not a run directory", hint="give the run another name (name=...)"
             )
+
+
+class Presence:
+    """The sign that a process is at work on a run; several may be."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def alone(self) -> bool:
+        """Whether nobody else is at work. Hold the run's lock: then nobody else comes meanwhile."""
+        alone = _try_lock(self._file)
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+        return alone
 
 
 def key(*parts: Any) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.data.prompts import read_lines
 from msdcli.diffusion.denoiser import Denoiser, one_step
 from msdcli.diffusion.draws import noises
@@ -30,7 +31,7 @@ from msdcli.errors import UserError
 from msdcli.nets.diffusers.autoencoder import Autoencoder
 from msdcli.outputs import check_file
 from msdcli.partition import Partition, class_numbers
-from msdcli.rundir import RunDir, key, read_json
+from msdcli.rundir import RunDir, key
 
 BUNDLE = "bundle.json"
 SUFFIXES = {"grid": ".png", "png": "", "zip": ".zip", "npz": ".npz", "latents": ".npz"}  # of the formats of samples
@@ -183,13 +184,12 @@ def load(source: Path | str, device: torch.device | str = "cpu") -> Students:
     if (root / BUNDLE).is_file():
         partition = Partition.load(root / "partition.json")
         folders = [root / "students" / str(k) for k in range(len(partition.parts))]
-        record = read_json(root / BUNDLE)
+        record = records.read(root / BUNDLE, records.Bundle, "bundle")
         prompt_router = None
         if "embeddings" in record:
             prompt_router = PromptRouter(root / TEXT, partition, store=None, device=device, dtype=record["embeddings"])
-        return Students(
-            folders, partition, list(record["class_names"]), device, find(root), prompt_router=prompt_router
-        )
+        names = [] if prompt_router else records.class_names(root / BUNDLE, partition.num_conditions)
+        return Students(folders, partition, names, device, find(root), prompt_router=prompt_router)
     students = of_run(RunDir(root), device)
     if waiting := [str(k) for k, folder in enumerate(students.folders) if not is_complete(folder)]:
         raise UserError(
@@ -207,7 +207,8 @@ def of_run(run: RunDir, device: torch.device) -> Students:
     autoencoder = find(run.teacher)
     if (prompt_router := prompt_router_of(run, partition, device)) is not None:
         return Students(folders, partition, read_prompts(run.prompts), device, autoencoder, prompt_router=prompt_router)
-    return Students(folders, partition, read_json(run.record_file)["class_names"], device, autoencoder)
+    names = records.class_names(run.record_file, partition.num_conditions)
+    return Students(folders, partition, names, device, autoencoder)
 
 
 # What is asked for, and where it is written.

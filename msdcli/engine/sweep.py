@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msdcli import records
 from msdcli.engine import pipeline
 from msdcli.engine.tracking.accounting import costs
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
 from msdcli.outputs import MARK, check_file, check_table
-from msdcli.rundir import RunDir, read_json, write_text, writing
+from msdcli.rundir import RunDir, write_text, writing
 from msdcli.sweep import Cell, Sweep
 
 
@@ -53,7 +54,7 @@ def _result(cell: Cell) -> dict[str, Any] | None:
     run_dir = RunDir(cell.recipe.run_dir)
     run_dir.check(cell.recipe)
     found = run_dir.results()
-    return read_json(found[0]) if found else None
+    return records.measurement(found[0]) if found else None
 
 
 def lines(sweep: Sweep) -> list[TableRow]:
@@ -78,7 +79,7 @@ def _teachers(sweep: Sweep) -> list[TableRow]:
     found = {}
     for cell in sweep.cells:
         if result := _result(cell):
-            found[result["teacher_sha256"]] = (cell.seed, _whole(result, "teacher"), result["samples"])
+            found[result.get("teacher_sha256")] = (cell.seed, _whole(result, "teacher"), result["samples"])
     figures = [values for _, values, _ in found.values()]
     by_name = {name: [f[name] for f in figures] for name in figures[0]}
     return [TableRow("teacher", [seed for seed, _, _ in found.values()], next(iter(found.values()))[2], by_name)]

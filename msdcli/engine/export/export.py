@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.diffusion.draws import image_noise
 from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import FORMAT, MODEL
@@ -26,7 +27,7 @@ from msdcli.engine.export.format import (
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import MismatchError, UserError
 from msdcli.outputs import check_folder, replacing, with_files
-from msdcli.rundir import RunDir, read_json, write_json
+from msdcli.rundir import RunDir, write_json
 
 FORMATS = ("bundle", "onnx", "torch", "diffusers", "triton")
 
@@ -53,7 +54,7 @@ def export(
             "name": run.root.resolve().name,
             "class_names": students.class_names if students.prompt_router is None else [],
             "shape": list(source.shape),
-            "students_sha256": [read_json(f / MODEL)["sha256"] for f in students.folders],
+            "students_sha256": [records.trained(f / MODEL)["sha256"] for f in students.folders],
         } | verify(source, exported)
         record |= exported.record
         if options.precision != "float32":
@@ -138,7 +139,7 @@ def _distance(source: ExportSource, exported: ExportResult) -> dict[str, Any] | 
     """The run's own distance before and after, from as many samples; None where the run was not measured by it."""
     from msdcli.engine.measure import fid
 
-    stored = [read_json(path) for path in source.run.results()]
+    stored = [records.measurement(path) for path in source.run.results()]
     own = next((s for s in stored if s["metric"].startswith(("fd_", "l1_"))), None)
     count = source.options.samples if source.options.samples is not None else (own or {}).get("samples", 0)
     if own is None or not count:

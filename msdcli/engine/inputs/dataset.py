@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from msdcli import records
 from msdcli.data import open_data, prompts
 from msdcli.data.base import Dataset
 from msdcli.data.folder import PIXELS, RECORD, SHOWN, BadPicture, DecodedPictures, PictureFiles, refusal
@@ -15,7 +16,7 @@ from msdcli.errors import UserError
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings, PromptsSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings
-from msdcli.rundir import RunDir, key, lock, read_json, write_json, writing
+from msdcli.rundir import RunDir, key, lock, write_json, writing
 
 EVERY = 500  # images between two reports
 
@@ -68,7 +69,7 @@ def _prompts(run: RunDir, recipe: Recipe, settings: PromptsSettings, report: Rep
         return prompts.Prompts(captions, made_by_teacher(recipe))
     pictures = PictureFiles(settings.pictures)
     folder = _decoded(run, settings.pictures, pictures, report)
-    skipped = set(read_json(folder / RECORD)["skipped"])
+    skipped = set(records.read(folder / RECORD, records.Decoded, "record of pictures")["skipped"])
     names = [name for name in pictures.names if name not in skipped]
     skip = settings.on_bad == "skip"
     return prompts.with_pictures(captions, DecodedPictures(folder), names, skip=skip, where=str(settings.images))

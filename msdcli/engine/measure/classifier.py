@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from msdcli import records
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.draws import Source
 from msdcli.engine.checkpoints.model import MODEL, WEIGHTS, is_complete
@@ -15,7 +16,7 @@ from msdcli.nets.classifier import Classifier
 from msdcli.objectives.classify import Classification
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
-from msdcli.rundir import RunDir, file_hash, key, link, lock, read_json, write_json
+from msdcli.rundir import RunDir, file_hash, key, link, lock, write_json
 
 # Part of the metric's definition: to change any of it is to make another metric.
 TRAINING = StageSettings(objective="classify", steps=400, batch=128, lr=2e-3, ema=0.99)
@@ -51,7 +52,9 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
     tensors, _ = load_tensors(weights)
     load_weights(network, tensors, weights)
     link(folder, run.classifier)
-    return network.to(device).requires_grad_(False).eval(), read_json(folder / MODEL)["sha256"]
+    return network.to(device).requires_grad_(False).eval(), str(
+        records.read(folder / MODEL, records.Hashed, "classifier")["sha256"]
+    )
 
 
 def as_network(net: Classifier, sha256: str, device: torch.device) -> FeatureNetwork:

@@ -23,6 +23,7 @@ from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import compiling
 from msdcli.engine.train.log import METRICS, Log
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection
+from msdcli.errors import WHOLE, resumable
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
@@ -76,7 +77,7 @@ def train(
     checkpoints.load(report)
     log = Log(folder / METRICS, state, stage, what, report, group=group, max_skipped=options.max_skipped)
     selection.begin(state.step)
-    with interruptible() as stop, seeded_apart(source.device), checkpoints:
+    with resumable(WHOLE), interruptible() as stop, seeded_apart(source.device), checkpoints:
         while state.step < stage.steps:
             torch.manual_seed(layers_seed(key, state.step, group))
             set_learning_rates(state, stage)
