@@ -7,9 +7,15 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # pydantic needs these before Python 3.12, and brings them
+)
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from msdcli.errors import UserError
 from msdcli.rundir import parsed_lines, read_json
@@ -66,7 +72,6 @@ class Trained(Model):
     parameters: Whole
     sha256: str
     steps: Whole
-    stage: dict[str, Any]
 
 
 @with_config(_LOOSE)
