@@ -75,7 +75,10 @@ class Partition:
             rule = routing.from_json(stored["rule"]) if "rule" in stored else None
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a partition: rule: {error}") from None
-        return cls(stored["parts"], stored["num_conditions"], stored["method"], rule)
+        try:
+            return cls(stored["parts"], stored["num_conditions"], stored["method"], rule)
+        except UserError as error:
+            raise UserError(f"{path}: {error.message}", hint="was it edited? bring it back as it was") from None
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -83,7 +83,7 @@ def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] |
         if beside is not None:
             axes.scatter(beside[i][:, 0], beside[i][:, 1], s=2, linewidths=0, alpha=0.5, color="tab:gray")
         axes.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, alpha=0.7, color="tab:blue")
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name.replace("$", r"\$"), fontsize=9)  # a dollar would begin a formula
         axes.tick_params(labelsize=6)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130, metadata={"Software": MARK})

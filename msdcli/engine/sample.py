@@ -34,6 +34,7 @@ from msdcli.partition import Partition, class_numbers
 from msdcli.rundir import RunDir, key
 
 BUNDLE = "bundle.json"
+LONGEST = 120  # letters of a file's name that say which classes it shows
 SUFFIXES = {"grid": ".png", "png": "", "zip": ".zip", "npz": ".npz", "latents": ".npz"}  # of the formats of samples
 
 
@@ -217,6 +218,8 @@ def of_run(run: RunDir, device: torch.device) -> Students:
 def default_target(run: Path, format_: str, classes: Sequence[int], seed: int, *, everything: bool) -> Path:
     """Name the samples after what they are."""
     which = "all" if everything else "classes-" + "-".join(map(str, classes))
+    if len(which) > LONGEST:  # file systems take names of 255 bytes
+        which = f"{len(classes)}-classes-{key(*classes)}"
     name = f"{which}-seed{seed}"
     return run / "samples" / f"{name}{'.latents' if format_ == 'latents' else ''}{SUFFIXES[format_]}"
 

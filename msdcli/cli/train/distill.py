@@ -39,12 +39,13 @@ def distill(
 
     Run the same command again to resume, also while other processes or hosts work on the same run.
     """
-    from msdcli.engine.distributed.launcher import share
+    from msdcli.engine.distributed import launcher
 
-    torchrun = share()[1] > 1
+    torchrun = launcher.num_processes() > 1
     if students_per_device is not None:
         _check_alone(overrides, {"--student": student is not None, "--worker": worker, "torchrun": torchrun})
     if torchrun and not dry_run:
+        launcher.share()  # before torch is loaded: does it say all?
         from msdcli.engine.distributed import group as distributed
 
         with distributed.join_torchrun() as group:

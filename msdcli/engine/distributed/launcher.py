@@ -10,14 +10,20 @@ NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 _MOST = {"WORLD_SIZE": 2**20, "RANK": 2**20, "LOCAL_RANK": 2**16, "MASTER_PORT": 65535}
 
 
+def num_processes() -> int:
+    """Return how many processes a launcher started, 1 without one."""
+    size = _number("WORLD_SIZE", 1)
+    if size < 1:
+        raise UserError(f"WORLD_SIZE={size} is no number of processes", hint=_HINT)
+    return size
+
+
 def share() -> tuple[int, int]:
     """Return this process's number and how many there are: (0, 1) without a launcher.
 
     An empty variable counts as none. UserError for what no launcher says.
     """
-    size = _number("WORLD_SIZE", 1)
-    if size < 1:
-        raise UserError(f"WORLD_SIZE={size} is no number of processes", hint=_HINT)
+    size = num_processes()
     if size == 1:
         return 0, 1
     if lacking := [name for name in NEEDED if not os.environ.get(name, "").strip()]:

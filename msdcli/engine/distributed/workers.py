@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
@@ -52,7 +51,7 @@ class Worker:
         threading.Thread(target=self._wait, args=(listening, events), daemon=True).start()
 
     def _listen(self, events: Events) -> None:
-        with contextlib.suppress(OSError, ValueError):  # closed when the worker is gone
+        with self.reports:
             for line in self.reports:
                 if (event := _decode(line)) is not None:
                     events.put(event)

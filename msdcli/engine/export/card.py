@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ import yaml
 
 from msdcli import records
 from msdcli.engine.checkpoints.model import MODEL
+from msdcli.engine.report.facts import visible
 from msdcli.engine.report.words import chosen
 from msdcli.rundir import write_text
 
@@ -116,10 +119,16 @@ def _students(source: ExportSource) -> str:
     names, rows = source.students.class_names, []
     cards = [records.trained(folder / MODEL) for folder in source.students.folders]
     for k, (part, card) in enumerate(zip(source.students.partition.parts, cards, strict=True)):
-        shown = ", ".join(names[c] for c in part[:20]) + (f" and {len(part) - 20} more" if len(part) > 20 else "")
-        rows.append([str(k), shown.replace("|", "\\|"), f"{card['parameters']:,}", f"`{card['sha256'][:16]}`"])
+        shown = ", ".join(_plain(names[c]) for c in part[:20])
+        shown += f" and {len(part) - 20} more" if len(part) > 20 else ""
+        rows.append([str(k), shown, f"{card['parameters']:,}", f"`{card['sha256'][:16]}`"])
     table = _table(["student", "classes", "parameters", "sha256 of the trained weights"], rows)
     return "\n\n".join([table, *chosen(cards)])
+
+
+def _plain(name: str) -> str:
+    """Return a class's name, which may come from anywhere, as text of one cell: neither Markdown nor HTML."""
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(visible(name)[:100], quote=False))
 
 
 def _results(measured: Sequence[dict[str, Any]]) -> str:

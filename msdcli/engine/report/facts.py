@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,13 @@ def _names(run: RunDir, record: dict[str, Any], count: int) -> list[str]:
     names = [str(name) for name in record.get("class_names", range(count))]
     if len(names) < count:
         raise UserError(f"{run.record_file} names {len(names)} classes, partition.json divides {count}")
-    return names
+    return [visible(name) for name in names]
+
+
+def visible(name: str) -> str:
+    """Return a name, which may come from anywhere, without letters that steer instead of being shown."""
+    unseen = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join("\ufffd" if unicodedata.category(ch) in unseen else ch for ch in name)
 
 
 def _read(run: RunDir, label: str) -> RunFacts:
