@@ -66,8 +66,8 @@ def load(source: str | Path, *, folder: str | None = None) -> Sweep:
     try:
         settings = SweepSettings.model_validate(document.tree)
     except ValidationError as error:
-        lines = [recipe_yaml.explain(document, SweepSettings, dict(e)) for e in error.errors(include_url=False)]
-        raise UserError("mistakes in the sweep\n" + "\n".join(lines)) from None
+        found = error.errors(include_url=False)
+        raise UserError(recipe_yaml.explain_all(document, SweepSettings, found, "the sweep")) from None
     root = Path(folder or f"runs/{path.stem}")
     rows = [*settings.rows, *_grid_rows(settings.grid)] or [RowSettings(label=path.stem)]
     cells = []

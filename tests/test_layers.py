@@ -20,9 +20,11 @@ BELOW = {
     "recipe": {"recipe_yaml", "errors"},
     "noise": {"seeds"},
     "rundir": {"recipe", "errors"},
+    "outputs": {"rundir", "errors"},
+    "records": {"rundir", "errors"},
     "sweep": {"recipe", "recipe_yaml", "errors"},
     "routing": {"seeds", "errors"},
-    "partition": {"rundir", "routing", "seeds", "errors"},
+    "partition": {"records", "rundir", "routing", "seeds", "errors"},
     "console": {"errors", "engine.tracking.events"},
     "data": {"recipe", "noise", "seeds", "foreign", "errors"},
     "diffusion": {"data", "noise", "seeds", "errors"},
@@ -30,8 +32,8 @@ BELOW = {
     "metrics": {"diffusion", "nets", "data", "foreign", "errors"},
     "objectives": {"diffusion", "nets", "recipe", "errors"},
     "engine": {"sweep", "objectives", "metrics", "diffusion", "nets", "data", "partition", "routing", "rundir"}
-    | {"recipe", "noise", "seeds", "foreign", "errors"},
-    "cli": {"partition", "sweep", "engine", "console", "recipe", "rundir", "errors"},
+    | {"outputs", "records", "recipe", "noise", "seeds", "foreign", "errors"},
+    "cli": {"partition", "sweep", "engine", "console", "recipe", "rundir", "outputs", "errors"},
 }
 # The rooms of the engine from the lowest to the highest: each may import those before it.
 ROOMS = (

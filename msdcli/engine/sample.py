@@ -10,20 +10,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.data.prompts import read_lines
 from msdcli.diffusion.generator import Generator, levels_of
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.inputs.autoencoder import find, open_autoencoder
 from msdcli.engine.inputs.importing import TEXT
 from msdcli.engine.inputs.prompts import PromptRouter, attach_prompts, prompt_router_of, read_prompts
-from msdcli.engine.pictures import labels_file, prompts_file, save_grid, save_npz, save_pngs, save_zip
+from msdcli.engine.pictures import (
+    check_replaceable,
+    labels_file,
+    prompts_file,
+    save_grid,
+    save_npz,
+    save_pngs,
+    save_zip,
+)
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.autoencoder import Autoencoder
 from msdcli.noise import noises
+from msdcli.outputs import check_file
 from msdcli.partition import Partition, class_numbers
-from msdcli.rundir import RunDir, key, read_json
+from msdcli.rundir import RunDir, key
 
 BUNDLE = "bundle.json"
+LONGEST = 120  # letters of a file's name that say which classes it shows
 SUFFIXES = {"grid": ".png", "png": "", "zip": ".zip", "npz": ".npz", "latents": ".npz"}  # of the formats of samples
 
 
@@ -182,11 +193,11 @@ def load(source: Path | str, device: torch.device | str = "cpu", *, steps: int |
     if (root / BUNDLE).is_file():
         partition = Partition.load(root / "partition.json")
         folders = [root / "students" / str(k) for k in range(len(partition.parts))]
-        record = read_json(root / BUNDLE)
+        record = records.read(root / BUNDLE, records.Bundle, "bundle")
         prompt_router = None
         if "embeddings" in record:
             prompt_router = PromptRouter(root / TEXT, partition, store=None, device=device, dtype=record["embeddings"])
-        names = list(record["class_names"])
+        names = [] if prompt_router else records.class_names(root / BUNDLE, partition.num_conditions)
         students = Students(folders, partition, names, device, find(root), prompt_router=prompt_router)
         students.steps = steps
         return students
@@ -208,7 +219,8 @@ def of_run(run: RunDir, device: torch.device) -> Students:
     autoencoder = find(run.teacher)
     if (prompt_router := prompt_router_of(run, partition, device)) is not None:
         return Students(folders, partition, read_prompts(run.prompts), device, autoencoder, prompt_router=prompt_router)
-    return Students(folders, partition, read_json(run.record_file)["class_names"], device, autoencoder)
+    names = records.class_names(run.record_file, partition.num_conditions)
+    return Students(folders, partition, names, device, autoencoder)
 
 
 # What is asked for, and where it is written.
@@ -217,8 +229,18 @@ def of_run(run: RunDir, device: torch.device) -> Students:
 def default_target(run: Path, format_: str, classes: Sequence[int], seed: int, *, everything: bool) -> Path:
     """Name the samples after what they are."""
     which = "all" if everything else "classes-" + "-".join(map(str, classes))
+    if len(which) > LONGEST:  # file systems take names of 255 bytes
+        which = f"{len(classes)}-classes-{key(*classes)}"
     name = f"{which}-seed{seed}"
     return run / "samples" / f"{name}{'.latents' if format_ == 'latents' else ''}{SUFFIXES[format_]}"
+
+
+def check_target(path: Path, format_: str) -> None:
+    """Raise UserError, before anything is drawn, where samples of this format would replace what is not msd's."""
+    if format_ == "png":
+        check_replaceable(path)
+    else:
+        check_file(path, SUFFIXES[format_])
 
 
 def texts(given: Sequence[str], file: Path | None, number: int | None) -> list[str]:
@@ -231,6 +253,7 @@ def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, 
     """Sample the conditions `asked` into a file: one picture (a row per condition), a folder or a zip of PNGs with
     labels or prompts, or an .npz of pixels or of latents.
     """
+    check_target(path, format_)
     prompt_router = students.prompt_router
     names = [students.name(c) for c in asked]
     if format_ in ("png", "zip"):

@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from msdcli.recipe.section import Count, Fraction, Levels, NoiseLevel, Positive, Section, Span
+from msdcli.recipe.section import (
+    Batch,
+    Fraction,
+    Levels,
+    LogLevel,
+    NoiseLevel,
+    Positive,
+    Section,
+    Span,
+    Steps,
+    Weight,
+)
 
 # The stages: `objective` is a file in objectives/.
 
@@ -16,23 +27,23 @@ class StageSettings(Section):
     """One stage of training: what every objective has in common."""
 
     objective: str = Field(description="what is minimised")
-    steps: int = Field(1000, ge=1, le=10**9, description="training steps (updates of the student)")
-    batch: int = Field(64, ge=1, le=10**6, description="images per update")
+    steps: Steps = Field(1000, description="training steps (updates of the student)")
+    batch: Batch = Field(64, description="images per update")
     lr: Positive = Field(1e-3, description="learning rate, for every network that `lr_of` does not name")
     lr_of: dict[str, Positive] = Field({}, description="learning rates of single networks, e.g. {fake: 1e-3}")
     lr_hold: Fraction = Field(0.5, description="part of the steps at full learning rate; then linear to `lr_end`")
     lr_end: Fraction = Field(0.02, description="last learning rate, as a part of the first")
-    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
+    warmup: int = Field(0, ge=0, le=10**9, description="steps over which the learning rate rises from zero")
     optimizer: Literal["adam", "adamw"] = Field("adam", description="the optimizer")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.9, 0.999], min_length=2, max_length=2, description="Adam's betas"
     )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (adamw)")
+    weight_decay: Weight = Field(0.0, description="decoupled weight decay (adamw)")
     clip: Positive | None = Field(None, description="largest norm of a network's gradient; absent: no clipping")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.99, description="decay of the average that samples are drawn from"
     )
-    log_every: Count = Field(20, description="steps between two lines of metrics.jsonl")
+    log_every: Steps = Field(20, description="steps between two lines of metrics.jsonl")
 
     @property
     def needs_images(self) -> bool:
@@ -44,8 +55,8 @@ class EdmSettings(StageSettings):
     """Denoising score matching on the data: how a teacher is trained (Karras et al. 2022, arXiv 2206.00364)."""
 
     objective: Literal["edm"] = Field("edm", description="denoising score matching")
-    P_mean: float = Field(-1.2, description="mean of ln(sigma)")
-    P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
+    P_mean: LogLevel = Field(-1.2, description="mean of ln(sigma)")
+    P_std: float = Field(1.2, ge=1e-6, le=20, description="standard deviation of ln(sigma)")
     label_dropout: Fraction = Field(0.0, description="part of the images trained without their class, for guidance")
 
 
@@ -53,8 +64,8 @@ class TsmSettings(StageSettings):
     """Teacher score matching: a student with another network learns the teacher's denoiser (MSD, arXiv 2410.23274)."""
 
     objective: Literal["tsm"] = Field("tsm", description="teacher score matching")
-    P_mean: float = Field(-1.2, description="mean of ln(sigma)")
-    P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
+    P_mean: LogLevel = Field(-1.2, description="mean of ln(sigma)")
+    P_std: float = Field(1.2, ge=1e-6, le=20, description="standard deviation of ln(sigma)")
 
 
 class SelectSettings(Section):
@@ -63,7 +74,7 @@ class SelectSettings(Section):
     The figure that chooses is flattered by it; `msd fid` measures the finished run with other noise.
     """
 
-    every: Count = Field(description="steps between two measurements; the last step is measured too")
+    every: Steps = Field(description="steps between two measurements; the last step is measured too")
     samples: int = Field(2000, ge=2, le=10**7, description="samples of the student that are measured")
     protocol: Literal["data", "clean", "edm", "legacy-pytorch", "legacy-tensorflow", "clip", "dinov2"] = Field(
         "data", description="what measures them, as in `msd fid --protocol`; data: the data's own classifier"
@@ -141,8 +152,8 @@ class DmSettings(GeneratorSettings):
         "shared",
         description="regression on the teacher's pairs: on all of them, on those of the student's part, or none",
     )
-    pair_weight: float = Field(0.25, ge=0, description="weight of the regression loss (DMD)")
-    pair_batch: Count | None = Field(None, description="pairs per update; `batch` if absent")
+    pair_weight: Weight = Field(0.25, description="weight of the regression loss (DMD)")
+    pair_batch: Batch | None = Field(None, description="pairs per update; `batch` if absent")
     student_input: Literal["simulation", "data"] = Field(
         "simulation",
         description="what a student of several levels sees at a later one: what its earlier ones make of noise (DMD2's "
@@ -164,8 +175,8 @@ class AdmSettings(DmSettings):
     taps: list[str] | None = Field(
         None, min_length=1, description="encoder blocks that get a head each, by name; the last one if absent"
     )
-    gan_weight: float = Field(3e-3, ge=0, description="weight of the student's GAN loss (DMD2: 3e-3)")
-    head_weight: float = Field(1e-2, ge=0, description="weight of the heads' loss (DMD2: 1e-2; FastGen: 1)")
+    gan_weight: Weight = Field(3e-3, description="weight of the student's GAN loss (DMD2: 3e-3)")
+    head_weight: Weight = Field(1e-2, description="weight of the heads' loss (DMD2: 1e-2; FastGen: 1)")
     gan_noise: Literal["own", "shared"] = Field(
         "own", description="noise of the samples the heads see: their own draw (DMD2) or that of the dm loss (FastGen)"
     )

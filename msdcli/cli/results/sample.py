@@ -65,6 +65,7 @@ def sample(
     wanted = list(range(len(students.class_names))) if classes is None else parse_classes(classes, students.class_names)
     asked = [wanted[i % len(wanted)] for i in range(number)]
     target = out or engine.default_target(run, format_, wanted, seed, everything=all_)
+    engine.check_target(target, format_)
     serving = sorted(students.route(asked))
     if dry_run:
         console.say(f"would draw {number} samples from students {', '.join(map(str, serving))} and write {target}")
@@ -101,6 +102,7 @@ def _of_prompts(
     names, owners = [students.name(c) for c in asked], [students.prompt_router.owner_of(c) for c in asked]
     different, serving = list(dict.fromkeys(names)), ", ".join(map(str, sorted(set(owners))))
     target = out or engine.prompts_target(run, format_, different, seed)
+    engine.check_target(target, format_)
     if dry_run:
         console.say(f"would draw {len(asked)} samples from students {serving} and write {target}")
         return

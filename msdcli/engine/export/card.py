@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from msdcli import records
 from msdcli.engine.checkpoints.model import MODEL
+from msdcli.engine.report.facts import visible
 from msdcli.engine.tracking.formatting import describe_selected, evaluations, plural, word
-from msdcli.rundir import read_json, write_text
+from msdcli.rundir import write_text
 
 if TYPE_CHECKING:
     from msdcli.engine.export.format import ExportResult, ExportSource
@@ -89,10 +93,12 @@ def _measured(source: ExportSource, record: dict[str, Any]) -> list[dict[str, An
     """The first figure of every measurement of these very weights."""
     lines = []
     for path in source.run.results():
-        stored = read_json(path)
+        stored = records.measurement(path)
         if stored["students_sha256"] != record["students_sha256"]:
             continue
         rows = {row["who"]: row for row in stored["rows"] if row["group"] == "whole"}
+        if "students" not in rows:
+            continue
         line = {
             "metric": stored["metric"],
             "value": round(rows["students"]["values"][stored["metric"]], 6),
@@ -100,7 +106,7 @@ def _measured(source: ExportSource, record: dict[str, Any]) -> list[dict[str, An
             "protocol": stored["protocol"],
             "samples": stored["samples"],
             "reference_samples": rows["students"]["reference"],
-            "weights_sha256": stored["network"].get("weights_sha256"),
+            "weights_sha256": stored.get("network", {}).get("weights_sha256"),
             "students_sha256": stored["students_sha256"],
         }
         lines.append(line)
@@ -116,12 +122,18 @@ def _checked(record: dict[str, Any]) -> str:
 
 def _students(source: ExportSource) -> str:
     names, rows = source.students.class_names, []
-    cards = [read_json(folder / MODEL) for folder in source.students.folders]
+    cards = [records.trained(folder / MODEL) for folder in source.students.folders]
     for k, (part, card) in enumerate(zip(source.students.partition.parts, cards, strict=True)):
-        shown = ", ".join(names[c] for c in part[:20]) + (f" and {len(part) - 20} more" if len(part) > 20 else "")
-        rows.append([str(k), shown.replace("|", "\\|"), f"{card['parameters']:,}", f"`{card['sha256'][:16]}`"])
+        shown = ", ".join(_plain(names[c]) for c in part[:20])
+        shown += f" and {len(part) - 20} more" if len(part) > 20 else ""
+        rows.append([str(k), shown, f"{card['parameters']:,}", f"`{card['sha256'][:16]}`"])
     table = _table(["student", "classes", "parameters", "sha256 of the trained weights"], rows)
     return "\n\n".join([table, *describe_selected(cards)])
+
+
+def _plain(name: str) -> str:
+    """Return a class's name, which may come from anywhere, as text of one cell: neither Markdown nor HTML."""
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(visible(name)[:100], quote=False))
 
 
 def _results(measured: Sequence[dict[str, Any]]) -> str:

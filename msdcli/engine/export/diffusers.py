@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.export.format import ExportResult, described
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.sections import WEIGHTS
-from msdcli.rundir import read_json, write_text
+from msdcli.rundir import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +31,7 @@ pipe = DiffusionPipeline.from_pretrained("{folder}", custom_pipeline="{folder}",
 
 def check(students: sample.Students) -> None:
     """Raise UserError where the networks are not the library's, or the library is missing."""
-    kinds = {read_json(folder / MODEL)["network"]["kind"] for folder in students.folders}
+    kinds = {records.model(folder / MODEL)["network"].get("kind") for folder in students.folders}
     if other := sorted(kinds - {"diffusers"}):
         raise UserError(
             f"these students have networks of kind {other[0]}, which are not the diffusers library's",

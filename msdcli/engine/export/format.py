@@ -11,12 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.diffusion.generator import Generator
 from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.export.given import students as router
 from msdcli.engine.tracking.events import Report
-from msdcli.rundir import RunDir, file_hash, read_json, write_json
+from msdcli.rundir import RunDir, file_hash, write_json
 
 EXPORT = "export.json"
 # The largest difference from the run's samples, of images in [-1, 1]; where samples are larger, in proportion.
@@ -49,7 +50,7 @@ class ExportSource:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of what a student makes."""
-        return tuple(read_json(self.students.folders[0] / MODEL)["shape"])
+        return tuple(records.model(self.students.folders[0] / MODEL)["shape"])
 
     @property
     def steps(self) -> int:

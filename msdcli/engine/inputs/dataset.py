@@ -10,6 +10,7 @@ from typing import Any
 
 import PIL
 
+from msdcli import records
 from msdcli.data import open_data, prompts
 from msdcli.data.base import FINGERPRINT, Dataset, fingerprint, fingerprint_of_version_1
 from msdcli.data.files.labels import empty_classes
@@ -20,7 +21,7 @@ from msdcli.errors import UserError
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings, PromptsSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings
-from msdcli.rundir import RunDir, key, lock, read_json, write_json, writing
+from msdcli.rundir import RunDir, key, lock, write_json, writing
 
 EVERY = 500  # images between two reports
 FORMAT = 2  # of decoded pictures: another number where the code below decodes otherwise
@@ -79,7 +80,7 @@ def _prompts(run: RunDir, recipe: Recipe, settings: PromptsSettings, report: Rep
         return prompts.Prompts(captions, made_by_teacher(recipe))
     pictures = PictureFiles(settings.pictures)
     folder = _decoded(run, settings.pictures, pictures, report)
-    skipped = set(read_json(folder / RECORD)["skipped"])
+    skipped = set(records.read(folder / RECORD, records.Decoded, "record of pictures")["skipped"])
     names = [name for name in pictures.names if name not in skipped]
     skip = settings.on_bad == "skip"
     return prompts.with_pictures(captions, DecodedPictures(folder), names, skip=skip, where=str(settings.images))
@@ -148,7 +149,7 @@ def version_of(run: RunDir) -> int:
     """Return by which version of fingerprints run.json names data and teacher: 1 where msd 0.1.0 wrote it. UserError
     for one that this msd does not know.
     """
-    record: dict[str, Any] = read_json(run.record_file) if run.record_file.exists() else {}
+    record: dict[str, Any] = records.run(run.record_file) if run.record_file.exists() else {}
     found = record.get("fingerprints", 1 if record.keys() & {"data", "teacher"} else FINGERPRINT)
     if found not in (1, FINGERPRINT):
         raise UserError(
@@ -166,5 +167,5 @@ def fingerprint_for(run: RunDir, data: Dataset) -> str:
 
 def is_as_begun(run: RunDir, data: Dataset) -> bool:
     """Whether a run's data are those that it was begun with, or nothing is written of any."""
-    record: dict[str, Any] = read_json(run.record_file) if run.record_file.exists() else {}
+    record: dict[str, Any] = records.run(run.record_file) if run.record_file.exists() else {}
     return "data" not in record or record["data"] == fingerprint_for(run, data)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.data.base import Dataset, PromptDataset
 from msdcli.data.prompts import clean
 from msdcli.diffusion.denoiser import Denoiser
@@ -42,7 +43,7 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
     """Embed the prompts of a run, unless that is done, and link them into it; its teacher is there already."""
     settings = recipe.data
     assert isinstance(settings, PromptsSettings) and isinstance(data, PromptDataset)
-    text_sha256 = read_json(run.teacher / "model.json")["text_sha256"]
+    text_sha256 = records.text_hash(run.teacher / "model.json")
     folder = _folder(run, text_sha256, data, settings)
     embed(folder, data.prompts, run.teacher / TEXT, settings.embeddings, device, report)
     link(folder, run.prompts)
@@ -153,7 +154,7 @@ def folder_for(run: RunDir, recipe: Recipe, data: PromptDataset) -> Path:
     if importing.is_foreign(path):
         text_sha256 = importing.text_identity(path, read_section(path)[0].config)
     else:
-        text_sha256 = read_json(path / "model.json")["text_sha256"]
+        text_sha256 = records.text_hash(path / "model.json")
     return _folder(run, text_sha256, data, settings)
 
 
@@ -165,7 +166,7 @@ def _folder(run: RunDir, text_sha256: str, data: PromptDataset, settings: Prompt
 
 def open_store(folder: Path) -> PromptStore:
     """Open embeddings that are there. UserError if they are missing or damaged."""
-    record = read_json(folder / RECORD)
+    record = records.read(folder / RECORD, records.Embedded, "record of prompts")
     try:
         shape, (pooled,) = record["shapes"]
         return prompt_store.mapped(folder, record["count"], (shape[0], shape[1]), pooled, record["dtype"])
@@ -285,5 +286,5 @@ def prompt_router_of(run: RunDir, partition: Partition, device: torch.device) ->
     if not (run.prompts / RECORD).is_file():
         return None
     store = open_store(run.prompts)
-    dtype = read_json(run.prompts / RECORD)["dtype"]
+    dtype = records.read(run.prompts / RECORD, records.Embedded, "record of prompts")["dtype"]
     return PromptRouter(run.teacher / TEXT, partition, store=store, device=device, dtype=dtype)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.data.base import Dataset, fingerprint, has_images, in_turn
 from msdcli.data.opening import content_hash
 from msdcli.engine import sample
@@ -32,7 +33,7 @@ from msdcli.metrics.planar import histogram_l1, sliced_wasserstein
 from msdcli.nets.classifier import Classifier
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
-from msdcli.rundir import RunDir, read_json, write_json
+from msdcli.rundir import RunDir, write_json
 from msdcli.seeds import derive
 
 MAX_REFERENCE = 50_000
@@ -324,8 +325,8 @@ def _record(context: EvaluationContext, students: sample.Students, measured: Fea
         if recipe.has_prompts
         else {str(label): count for label, count in measured.moments.counts().items()},
         "network": context.metric.network.record() | {"dimension": measured.moments.dimension},
-        "teacher_sha256": read_json(context.run.teacher / MODEL)["sha256"],
-        "students_sha256": [read_json(f / MODEL)["sha256"] for f in students.folders],
+        "teacher_sha256": records.model(context.run.teacher / MODEL).get("sha256"),
+        "students_sha256": [records.trained(f / MODEL)["sha256"] for f in students.folders],
         "students_against": "teacher" if context.planar else options.reference or "data",
         "reference_sha256": _reference_hash(context),
         "solver": recipe.teacher.solver.model_dump(),

@@ -9,6 +9,7 @@ from typing import Any
 
 from msdcli.data.opening import Images, content_hash, open_images
 from msdcli.engine.distributed import group as distributed
+from msdcli.engine.distributed import launcher
 from msdcli.engine.measure import features, groups
 from msdcli.engine.measure.fid import FidOptions, Measurement, Row
 from msdcli.engine.tracking.events import Report
@@ -73,7 +74,7 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
     how: dict[str, Any] = {"workers": options.workers}
     batch = options.batch or BATCH
     theirs = features.of_reference(request.reference, network, batch=batch, report=report, **how)
-    share = distributed.share()
+    share = launcher.share()
     keep = not options.lean
     part = collect(
         request.images, network, batch_size=batch, limit=options.samples, keep_features=keep, share=share, **how

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from msdcli import records
 from msdcli.diffusion.generator import Generator
 from msdcli.engine import sample, search
 from msdcli.engine.checkpoints import files as checkpoint_files
@@ -21,7 +21,7 @@ from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.moments import Gaussian
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import GeneratorSettings
-from msdcli.rundir import RunDir, read_json, read_lines, writing
+from msdcli.rundir import RunDir, append_line, read_lines, writing
 
 PICTURE = "watch.png"
 
@@ -75,7 +75,7 @@ def newest(run: RunDir, recipe: Recipe, number: int) -> StudentSnapshot | None:
         if not isinstance(stage, GeneratorSettings):
             continue
         if is_finished(folder, stage):
-            return StudentSnapshot(i, read_json(folder / MODEL)["steps"], i == len(recipe.stages) - 1)
+            return StudentSnapshot(i, records.trained(folder / MODEL)["steps"], i == len(recipe.stages) - 1)
         if (step := checkpoint_files.step_of(folder)) is not None:
             return StudentSnapshot(i, step, False)
     return None
@@ -160,15 +160,14 @@ def _append(path: Path, line: dict[str, Any]) -> None:
     before = read_lines(path)
     if before and before[-1] | {"time": ""} == line | {"time": ""}:
         return
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(path, line)
 
 
 def draw(target: Path, lines: Path, recipe: Recipe) -> None:
     """Draw the last watched metric against the steps, one curve per student and one for the whole."""
     from matplotlib.figure import Figure
 
-    measured = read_lines(lines)
+    measured = records.watched(lines)
     metric = measured[-1]["metric"]
     starts = [sum(stage.steps for stage in recipe.stages[:i]) for i in range(len(recipe.stages))]
     curves: dict[str, dict[int, float]] = {}

@@ -23,6 +23,7 @@ from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import compiling
 from msdcli.engine.train.log import METRICS, TrainLog
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection
+from msdcli.errors import WHOLE, resumable
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
@@ -74,9 +75,10 @@ def train(
     state = TrainState(objective.nets, optimizers(objective.nets, stage), ema, objective.statistics)
     checkpoints = CheckpointManager(state, folder, options.keep, group)
     checkpoints.load(report)
-    log = TrainLog(folder / METRICS, state, stage, what, report, group=group, max_skipped=options.max_skipped)
+    told: dict[str, Any] = {"group": group, "max_skipped": options.max_skipped, "cycle": objective.cycle}
+    log = TrainLog(folder / METRICS, state, stage, what, report, **told)
     selection.begin(state.step)
-    with interruptible() as stop, seeded_apart(source.device), checkpoints:
+    with resumable(WHOLE), interruptible() as stop, seeded_apart(source.device), checkpoints:
         while state.step < stage.steps:
             torch.manual_seed(layers_seed(key, state.step, group))
             set_learning_rates(state, stage)

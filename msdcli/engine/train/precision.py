@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from msdcli import nets
+from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine.tracking.events import Report
@@ -24,7 +24,7 @@ from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.networks import NetworkSettings
-from msdcli.rundir import RunDir, lock, read_json, write_json
+from msdcli.rundir import RunDir, lock, write_json
 
 # Under this many operations per image and evaluation little time goes into arithmetic, and nothing is measured: so a
 # recipe of tiny networks is float32 on every machine.
@@ -43,7 +43,7 @@ def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, device: torch.device
     if recipe.precision != "auto":
         return recipe
     with lock(run.root, "the run directory", wait=report):
-        known: dict[str, Any] = read_json(run.record_file)
+        known = records.run(run.record_file)
         if KEY not in known:
             known[KEY] = choose(recipe, teacher, device)
             write_json(run.record_file, known)

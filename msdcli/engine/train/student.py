@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from msdcli import nets
+from msdcli import nets, records
 from msdcli.diffusion import guidance
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws, Source
@@ -29,7 +29,6 @@ from msdcli.nets.prune import prune
 from msdcli.objectives import Objective, objective_class
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import GeneratorSettings, StageSettings
-from msdcli.rundir import read_json
 from msdcli.seeds import derive, generator
 
 
@@ -168,7 +167,7 @@ def is_finished(folder: Path, stage: StageSettings) -> bool:
     """Whether the stage in `folder` has run for all of its steps."""
     if not is_complete(folder):
         return False
-    steps: int = read_json(folder / MODEL)["steps"]
+    steps: int = records.trained(folder / MODEL)["steps"]
     return steps >= stage.steps
 
 
