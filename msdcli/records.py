@@ -129,7 +129,7 @@ class Row(TypedDict):
 
     who: str
     group: Annotated[str, Field(min_length=1)]
-    samples: Whole
+    samples: NotRequired[Whole]
     reference: NotRequired[Whole | None]
     values: dict[str, float]
     intervals: NotRequired[dict[str, Interval]]
@@ -143,7 +143,7 @@ class Measured(TypedDict):
     protocol: str
     rows: list[Row]
     samples: Whole
-    students_sha256: list[str]
+    students_sha256: NotRequired[list[str]]
     teacher_sha256: NotRequired[str]
     network: NotRequired[dict[str, Any]]
     warnings: NotRequired[list[Any]]
@@ -269,7 +269,8 @@ def measurement(path: Path) -> dict[str, Any]:
     for row in found["rows"]:
         if row["group"] == "whole" and row["who"] in ("students", "teacher") and found["metric"] not in row["values"]:
             raise UserError(f"{path} is no measurement that msd wrote: the {row['who']} have no {found['metric']}")
-    return found | {"rows": [{"intervals": {}, "reference": None} | row for row in found["rows"]]}
+    known = {"intervals": {}, "reference": None, "samples": found["samples"]}
+    return found | {"rows": [known | row for row in found["rows"]]}
 
 
 def watched(path: Path) -> list[dict[str, Any]]:

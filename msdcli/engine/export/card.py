@@ -89,7 +89,7 @@ def _measured(source: ExportSource, record: dict[str, Any]) -> list[dict[str, An
     lines = []
     for path in source.run.results():
         stored = records.measurement(path)
-        if stored["students_sha256"] != record["students_sha256"]:
+        if stored.get("students_sha256") != record["students_sha256"]:
             continue
         rows = {row["who"]: row for row in stored["rows"] if row["group"] == "whole"}
         if "students" not in rows:
