@@ -105,7 +105,7 @@ def listed(folder: Path) -> dict[str, str] | None:
     for name in RECORDS:
         record = _record(folder / name)
         if record is not None:
-            return record[FILES] | {name: file_hash(folder / name)}
+            return {**record[FILES], name: file_hash(folder / name)}
     return None
 
 

@@ -66,8 +66,8 @@ class Model(TypedDict):
 
 
 @with_config(_LOOSE)
-class Trained(Model):
-    """model.json of what was trained here."""
+class Trained(TypedDict):
+    """What model.json says beside that of what was trained here."""
 
     parameters: Whole
     sha256: str
@@ -238,7 +238,7 @@ def model(path: Path) -> dict[str, Any]:
 
 def trained(path: Path) -> dict[str, Any]:
     """Read the model.json of a teacher or a student that was trained here."""
-    return read(path, Trained, "description of a trained network")
+    return model(path) | read(path, Trained, "description of a trained network")
 
 
 def text_hash(path: Path) -> str:

@@ -67,8 +67,7 @@ def _variable(match: re.Match[str]) -> str:
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-# What is multiplied in float32 stays far from its ends (1e-38 and 3e38), so that its square is a number too.
-Positive = Annotated[float, Field(ge=1e-12, le=1e6)]
+Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # float32 ends at 1e-38 and 3e38
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 LogLevel = Annotated[float, Field(ge=-20, le=20)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
