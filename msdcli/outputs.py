@@ -29,6 +29,7 @@ KINDS: Mapping[str, tuple[bytes, bytes]] = {
     ".npz": (b"PK", b"\x0b\x00msd samples"),
 }
 COMMENT = b"msd samples"
+FIGURES = ("toy.pdf", "curves.pdf", "table.pdf", "report.html")  # as `plot` and `report` call them by themselves
 NEAR = 65536  # bytes at either end that are looked at
 RECORDS = ("bundle.json", "export.json")
 FILES, CHECK = "files", "check"  # of a folder's record: its files by hash, and the hash of the rest of itself
@@ -68,8 +69,10 @@ def _is_ours(path: Path, kind: str) -> bool:
 
 
 def in_own_place(path: Path) -> bool:
-    """Whether msd itself chooses such a name: among the samples of a run or of a bundle."""
+    """Whether msd itself chooses such a name: of a figure in a run, or among the samples of a run or of a bundle."""
     folder = path.absolute().parent
+    if path.name in FIGURES and (folder / "recipe.yaml").is_file():
+        return True
     return folder.name == "samples" and any((folder.parent / name).is_file() for name in ("recipe.yaml", "bundle.json"))
 
 
@@ -102,8 +105,7 @@ def listed(folder: Path) -> dict[str, str] | None:
     for name in RECORDS:
         record = _record(folder / name)
         if record is not None:
-            files: dict[str, str] = record[FILES]
-            return files | {name: file_hash(folder / name)}
+            return {**record[FILES], name: file_hash(folder / name)}
     return None
 
 
@@ -211,6 +213,17 @@ def _blocks(path: Path, target: Path, own: bool) -> bool:
     if path == target:
         return os.path.lexists(path) and not own
     return os.path.lexists(path) and (path.is_symlink() or not path.is_dir())
+
+
+def check_drawn_table(path: Path) -> None:
+    """Raise UserError unless a picture is free, or a table that was drawn: by earlier versions without msd's mark."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            head = file.read(NEAR)
+        if head.startswith(KINDS[".png"][0]) and b"tEXtSoftware\x00Matplotlib" in head:
+            return
+    if os.path.lexists(path):
+        check_file(path, ".png")
 
 
 def check_table(path: Path, begins: str) -> None:

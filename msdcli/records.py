@@ -49,13 +49,16 @@ class Selected(TypedDict):
 
 
 @with_config(_LOOSE)
-class Network(TypedDict):
-    """What every model.json says of its network, and what some do besides."""
+class Model(TypedDict):
+    """model.json of a teacher or a student."""
 
     network: dict[str, Any]
     shape: Annotated[list[Size], Field(min_length=1, max_length=4)]
     num_classes: Annotated[int, Field(ge=0, le=2**31)]
     sigma_data: Annotated[float, Field(gt=0, le=1e6)]
+    parameters: NotRequired[Whole]
+    sha256: NotRequired[str]
+    steps: NotRequired[Whole]
     stage: NotRequired[dict[str, Any]]
     cost: NotRequired[Cost | None]
     selected: NotRequired[Selected]
@@ -63,17 +66,8 @@ class Network(TypedDict):
 
 
 @with_config(_LOOSE)
-class Model(Network):
-    """model.json of a teacher or a student."""
-
-    parameters: NotRequired[Whole]
-    sha256: NotRequired[str]
-    steps: NotRequired[Whole]
-
-
-@with_config(_LOOSE)
-class Trained(Network):
-    """model.json of what was trained here."""
+class Trained(TypedDict):
+    """What model.json says beside that of what was trained here."""
 
     parameters: Whole
     sha256: str
@@ -135,7 +129,7 @@ class Row(TypedDict):
 
     who: str
     group: Annotated[str, Field(min_length=1)]
-    samples: Whole
+    samples: NotRequired[Whole]
     reference: NotRequired[Whole | None]
     values: dict[str, float]
     intervals: NotRequired[dict[str, Interval]]
@@ -149,7 +143,7 @@ class Measured(TypedDict):
     protocol: str
     rows: list[Row]
     samples: Whole
-    students_sha256: list[str]
+    students_sha256: NotRequired[list[str]]
     teacher_sha256: NotRequired[str]
     network: NotRequired[dict[str, Any]]
     warnings: NotRequired[list[Any]]
@@ -244,7 +238,7 @@ def model(path: Path) -> dict[str, Any]:
 
 def trained(path: Path) -> dict[str, Any]:
     """Read the model.json of a teacher or a student that was trained here."""
-    return read(path, Trained, "description of a trained network")
+    return model(path) | read(path, Trained, "description of a trained network")
 
 
 def text_hash(path: Path) -> str:
@@ -275,7 +269,8 @@ def measurement(path: Path) -> dict[str, Any]:
     for row in found["rows"]:
         if row["group"] == "whole" and row["who"] in ("students", "teacher") and found["metric"] not in row["values"]:
             raise UserError(f"{path} is no measurement that msd wrote: the {row['who']} have no {found['metric']}")
-    return found | {"rows": [{"intervals": {}, "reference": None} | row for row in found["rows"]]}
+    known = {"intervals": {}, "reference": None, "samples": found["samples"]}
+    return found | {"rows": [known | row for row in found["rows"]]}
 
 
 def watched(path: Path) -> list[dict[str, Any]]:

@@ -213,8 +213,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def parsed_lines(path: Path) -> list[dict[str, Any] | None]:
     """Return the lines of a .jsonl, None for one that is damaged."""
+    return lines_of(path.read_bytes() if path.is_file() else b"")
+
+
+def lines_of(content: bytes) -> list[dict[str, Any] | None]:
+    """Return the lines of a .jsonl's content, None for one that is damaged."""
     found: list[dict[str, Any] | None] = []
-    for raw in (path.read_bytes() if path.is_file() else b"").split(b"\n"):
+    for raw in content.split(b"\n"):
         if raw.strip():
             value = None
             with contextlib.suppress(ValueError, RecursionError):

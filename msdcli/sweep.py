@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from msdcli import recipe_yaml
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, find, recipes_folder, validate
 from msdcli.recipe.section import Section, Seed
+
+MAX_ROWS = 1000  # times the seeds: runs
 
 
 class RowSettings(Section):
@@ -68,6 +71,8 @@ def load(source: str | Path, *, folder: str | None = None) -> Sweep:
     except ValidationError as error:
         found = error.errors(include_url=False)
         raise UserError(recipe_yaml.explain_all(document, SweepSettings, found, "the sweep")) from None
+    if (count := len(settings.rows) + math.prod(map(len, settings.grid.values())) * bool(settings.grid)) > MAX_ROWS:
+        raise UserError(f"{path}: {count:,} lines; a sweep has at most {MAX_ROWS:,}", hint="a smaller grid")
     root = Path(folder or f"runs/{path.stem}")
     rows = [*settings.rows, *_grid_rows(settings.grid)] or [RowSettings(label=path.stem)]
     cells = []

@@ -6,7 +6,7 @@ import pytest
 
 from msdcli import console
 from msdcli.engine.export.card import _plain
-from msdcli.engine.report.facts import visible
+from msdcli.foreign import visible
 
 HOSTILE = "\x1b]52;c;cm0gLXJm\x1b\\\x1b[31m\x9b31m\u202e\u2066\u200f\x07\r\x00\udcff"
 

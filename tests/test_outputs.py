@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from msdcli import outputs
@@ -205,6 +206,20 @@ def test_tables_are_known_by_their_first_words(tmp_path: Path) -> None:
         (tmp_path / "table.md").write_text(text)
         with pytest.raises(UserError, match="no table that msd wrote"):
             outputs.check_table(tmp_path / "table.md", "|  | seeds | samples")
+
+
+def test_figures_of_earlier_versions_are_known_by_their_places(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("{}")
+    for name, held in (("curves.pdf", b"%PDF-1.4"), ("mine.pdf", b"%PDF-1.4")):
+        (tmp_path / name).write_bytes(held)
+    outputs.check_file(tmp_path / "curves.pdf", ".pdf")
+    with pytest.raises(UserError):
+        outputs.check_file(tmp_path / "mine.pdf", ".pdf")
+    (tmp_path / "table.png").write_bytes(picture())
+    with pytest.raises(UserError):
+        outputs.check_drawn_table(tmp_path / "table.png")
+    Figure(figsize=(1, 1)).savefig(tmp_path / "table.png")
+    outputs.check_drawn_table(tmp_path / "table.png")
 
 
 def test_names_of_samples_are_bounded(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from msdcli.engine import pipeline
 from msdcli.engine.tracking.accounting import costs
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
-from msdcli.outputs import MARK, check_file, check_table
+from msdcli.outputs import MARK, check_drawn_table, check_table
 from msdcli.rundir import RunDir, write_text, writing
 from msdcli.sweep import Cell, Sweep
 
@@ -131,8 +131,7 @@ def check(sweep: Sweep) -> None:
     """Raise UserError where something else than an earlier table is in a table's place."""
     check_table(sweep.folder / "table.md", "|  | seeds | samples")
     check_table(sweep.folder / "table.csv", "line,seed,samples")
-    if (sweep.folder / "table.png").exists():
-        check_file(sweep.folder / "table.png", ".png")
+    check_drawn_table(sweep.folder / "table.png")
 
 
 def _csv(table: Sequence[TableRow]) -> str:

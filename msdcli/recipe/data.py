@@ -21,7 +21,7 @@ class Toy2dSettings(Section):
     """Eight awkward shapes in the plane, one class each, drawn from code."""
 
     name: Literal["toy2d"] = Field("toy2d", description="shapes in the plane")
-    points: int = Field(65536, ge=8, le=2**32, description="number of points")
+    points: int = Field(65536, ge=8, le=10**8, description="number of points")
     seed: Seed = Field(0, description="seed of the points")
 
 
@@ -31,7 +31,7 @@ class GlyphsSettings(Section):
     name: Literal["glyphs"] = Field("glyphs", description="characters in many typefaces")
     size: int = Field(16, ge=8, le=64, description="side in pixels")
     channels: Literal[1, 3] = Field(1, description="1: grey, 3: colour")
-    count: int = Field(20_000, ge=62, le=2**32, description="number of images")
+    count: int = Field(20_000, ge=62, le=10**8, description="number of images")
     seed: Seed = Field(0, description="seed of the images")
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from msdcli.recipe.section import Section
+from msdcli.recipe.section import Foreign, Section
 
 
 class UNetSettings(Section):
@@ -73,9 +73,9 @@ class DiffusersNetworkSettings(Section):
     class_name: Literal["UNet2DModel", "DiTTransformer2DModel", "UNet2DConditionModel", "SD3Transformer2DModel"] = (
         Field(description="the network's class; the last two are conditioned on text")
     )
-    config: dict[str, Any] = Field(description="its config.json")
+    config: Foreign = Field(description="its config.json")
     prediction: Literal["epsilon", "v_prediction", "sample", "flow"] = Field("epsilon", description="what it predicts")
-    schedule: dict[str, Any] = Field({}, description="its scheduler's betas, e.g. {beta_schedule: linear}")
+    schedule: Foreign = Field({}, description="its scheduler's betas, e.g. {beta_schedule: linear}")
     tokens: int | None = Field(
         None, ge=1, le=100_000, description="text: vectors per prompt; absent: 77 (UNet2DConditionModel) or 333 (SD3)"
     )

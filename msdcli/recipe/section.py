@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -14,6 +15,31 @@ def ascending(values: list[float]) -> list[float]:
     if len(values) != 2 or not values[0] < values[1]:
         raise ValueError(f"is two numbers, [low, high], the first below the second, not {values}")
     return values
+
+
+def buildable(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a network's foreign settings. ValueError for a number that would be built for ever, or fill the memory."""
+    for name, number in _numbers(value, ""):
+        counted = any(word in name for word in ("layers", "blocks"))
+        most = 1024 if counted else 65536 if name.endswith(("_size", "timesteps")) else 2**24
+        if not abs(number) <= most:
+            raise ValueError(f"{name or 'a number'} is {str(number)[:40]}, and at most {most} can be built")
+    return value
+
+
+def _numbers(value: Any, name: str, depth: int = 0) -> Iterator[tuple[str, float]]:
+    """Yield every number of nested settings with its name; of a list, its length too."""
+    if depth > 16:
+        raise ValueError("nested more than 16 deep")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, str(key), depth + 1)
+    elif isinstance(value, list | tuple):
+        yield f"the number of layers that {name} lists", len(value)
+        for inner in value:
+            yield from _numbers(inner, name, depth + 1)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
 
 
 def expanded(path: str) -> str:
@@ -41,8 +67,7 @@ def _variable(match: re.Match[str]) -> str:
 
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-# What is multiplied in float32 stays far from its ends (1e-38 and 3e38), so that its square is a number too.
-Positive = Annotated[float, Field(ge=1e-12, le=1e6)]
+Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # float32 ends at 1e-38 and 3e38
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 LogLevel = Annotated[float, Field(ge=-20, le=20)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
@@ -53,6 +78,7 @@ NoiseLevel = Annotated[float, Field(ge=1e-6, le=10_000)]
 Levels = Annotated[list[NoiseLevel], Field(min_length=1, max_length=64)]
 Span = Annotated[list[Fraction], AfterValidator(ascending)]
 Scale = Annotated[float, Field(ge=0, le=100)]
+Foreign = Annotated[dict[str, Any], AfterValidator(buildable)]
 FilePath = Annotated[str, AfterValidator(expanded)]
 
 

@@ -12,8 +12,8 @@ import yaml
 
 from msdcli import records
 from msdcli.engine.checkpoints.model import MODEL
-from msdcli.engine.report.facts import visible
 from msdcli.engine.tracking.formatting import describe_selected, evaluations, plural, word
+from msdcli.foreign import visible
 from msdcli.rundir import write_text
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _measured(source: ExportSource, record: dict[str, Any]) -> list[dict[str, An
     lines = []
     for path in source.run.results():
         stored = records.measurement(path)
-        if stored["students_sha256"] != record["students_sha256"]:
+        if stored.get("students_sha256") != record["students_sha256"]:
             continue
         rows = {row["who"]: row for row in stored["rows"] if row["group"] == "whole"}
         if "students" not in rows:

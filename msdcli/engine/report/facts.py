@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from msdcli.engine.report.status import status
 from msdcli.engine.tracking.accounting import costs
 from msdcli.engine.tracking.history import TrainingHistory, history
 from msdcli.errors import UserError
+from msdcli.foreign import visible
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import GeneratorSettings
@@ -75,12 +75,6 @@ def _names(run: RunDir, record: dict[str, Any], count: int) -> list[str]:
     if len(names) < count:
         raise UserError(f"{run.record_file} names {len(names)} classes, partition.json divides {count}")
     return [visible(name) for name in names]
-
-
-def visible(name: str) -> str:
-    """Return a name, which may come from anywhere, without letters that steer instead of being shown."""
-    unseen = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join("\ufffd" if unicodedata.category(ch) in unseen else ch for ch in name)
 
 
 def _read(run: RunDir, label: str) -> RunFacts:
