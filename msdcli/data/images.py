@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -212,8 +214,8 @@ def _header(file: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtyp
                 f"{where} is an array in version {'.'.join(map(str, version))} of its format, 3.0 is known."
             )
         shape, fortran, dtype = read(file)
-    except (MemoryError, UserError):
-        raise
+    except (MemoryError, UserError, OSError, zipfile.BadZipFile, zlib.error):
+        raise  # of the zip
     except Exception as error:  # a damaged header makes numpy's reader raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where} has a damaged header: {reason:.200}") from error
