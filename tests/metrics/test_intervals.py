@@ -33,18 +33,19 @@ def test_intervals_of_the_frechet_distance_hold_what_new_samples_give(rng):
     assert interval == bootstrap(distance, 300, replicates=200, seed=0)
 
 
-@pytest.mark.parametrize(("count", "width", "scale"), [(100, 8, 1.0), (200, 16, 1.0), (200, 16, 1.5), (60, 64, 1.1)])
-def test_intervals_of_the_frechet_distance_are_as_wide_as_draws_vary(rng, count, width, scale):
-    """Over draws: near the reference, where the plain bootstrap is up to four times too wide, and far from it."""
+@pytest.mark.parametrize(
+    ("count", "width", "scale", "most"),
+    [(100, 8, 1.0, 1.35), (200, 16, 1.0, 1.35), (200, 16, 1.5, 1.25), (60, 64, 1.1, 1.7)],
+)
+def test_intervals_of_the_frechet_distance_are_as_wide_as_draws_vary(rng, count, width, scale, most):
+    """Over draws: near the reference, where the plain bootstrap is up to five times too wide, and far from it."""
     reference = Gaussian(np.zeros(width), np.eye(width))
     sets = [ReweightedFrechet(rng.standard_normal((count, width)) * scale, reference) for _ in range(60)]
     values = np.array([frechet.distance(np.ones(count)) for frechet in sets])
-    intervals = [
-        bootstrap(frechet.distance, count, replicates=40, seed=0, influence=frechet.influence())
-        for frechet in sets[:25]
-    ]
+    some = [(frechet.distance, frechet.influence()) for frechet in sets[:20]]
+    intervals = [bootstrap(d, count, replicates=60, seed=0, influence=influence) for d, influence in some]
     half = np.mean([interval.high - interval.low for interval in intervals]) / 2
-    assert 0.75 < half / (1.96 * values.std()) < 1.35
+    assert 0.8 < half / (1.96 * values.std()) < most
 
 
 def test_influence_is_the_derivative_by_an_images_weight(rng):

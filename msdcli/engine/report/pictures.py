@@ -141,6 +141,8 @@ class SampleRenderer:
             self.device = device.prepare(self.recipe)
         with self._noting("No real images beside the samples"):
             self.data = dataset.provide(self.run, self.recipe, silent)
+            if not dataset.is_as_begun(self.run, self.data):
+                self._note("The data have changed since the run was begun: the real images are those of today.")
         if facts.teacher:
             with self._noting("No samples of the teacher"):
                 net, sha256 = teachers.load(self.run, self.recipe)
