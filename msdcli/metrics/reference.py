@@ -25,6 +25,7 @@ MEMBERS = ("mu", "sigma")
 SYMMETRY = 1e-3  # what a covariance of float32 sums may be off, relative to its largest entry
 # Protocols with the same network and the same resizing, whose numbers are the same (Heusel's graph, which resizes
 # itself; NVlabs' fid.py runs a port of it, ADM's evaluator the graph).
+ADM = "legacy-tensorflow"
 SAME = (frozenset({"legacy-tensorflow", "edm"}),)
 
 
@@ -88,7 +89,7 @@ def provenance(path: str | Path) -> Provenance | None:
     """
     path = Path(path)
     if _members(path) & {"arr_0", "mu_s", "sigma_s"}:
-        return Provenance("legacy-tensorflow", "its form, which is ADM's")
+        return Provenance(ADM, "its form, which is ADM's")
     if path.suffix == ".pkl":
         content = _read(path)
         if isinstance(content.get("fid"), dict) or isinstance(content.get("fd_dinov2"), dict):
@@ -122,15 +123,27 @@ def check_protocol(path: str | Path, protocol: str) -> Provenance | None:
     )
 
 
-def record_of(path: str | Path, known: Provenance | None) -> dict[str, Any]:
-    """What a result says about the statistics that it was compared with."""
-    protocol, said_by = (None, None) if known is None else (known.protocol, known.said_by)
-    return {"file": str(path), "protocol": protocol, "said_by": said_by}
+def takes_statistics(path: str | Path, protocol: str) -> bool:
+    """Whether a reference is compared with by the statistics in it.
+
+    ADM's batches have images too, which are measured anew under protocols that their statistics are not of.
+    """
+    return is_statistics(path) and not (has_images(path) and not comparable(ADM, protocol))
 
 
-def unknown_provenance(path: str | Path, protocol: str) -> str:
-    """The warning about statistics that do not say whose they are."""
-    return f"{path} does not say of which protocol its statistics are: they are taken to be of {protocol}."
+def notes(path: str | Path, protocol: str) -> tuple[dict[str, Any], list[str]]:
+    """What a result says of a reference: for the record whose statistics they are, and what to beware of."""
+    if not is_statistics(path):
+        return {}, []
+    if not takes_statistics(path, protocol):
+        return {}, [
+            f"{path}: its statistics are of {ADM}; under the protocol {protocol} its images are measured instead."
+        ]
+    known = check_protocol(path, protocol)
+    if known is None:
+        warning = f"{path} does not say of which protocol its statistics are; they are taken to be of {protocol}."
+        return {"reference_statistics": {"protocol": None, "said_by": None}}, [warning]
+    return {"reference_statistics": {"protocol": known.protocol, "said_by": known.said_by}}, []
 
 
 # Reading.

@@ -25,7 +25,7 @@ from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet, ImageBatch, cache_key, collect
 from msdcli.metrics.inception import FeatureNetwork
 from msdcli.metrics.moments import Gaussian
-from msdcli.metrics.reference import cleanfid_statistics, is_statistics, read_statistics
+from msdcli.metrics.reference import cleanfid_statistics, read_statistics, takes_statistics
 from msdcli.rundir import key, lock, writing
 
 FILE = "features.npz"
@@ -145,7 +145,7 @@ def of_reference(
     UserError, before anything is sampled, for what cannot be read or is of other features.
     """
     path = find_reference(name)
-    if is_statistics(path):
+    if takes_statistics(path, network.protocol):
         statistics = read_statistics(path, network.protocol)
         _refuse_other_features(path, statistics, network)
         return statistics
