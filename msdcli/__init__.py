@@ -68,7 +68,7 @@ def load(source: Source, device: str | torch.device = "cpu") -> Students:
 
 
 def sample(
-    run: Source, classes: Sequence[int | str], *, seed: int = 0, batch: int = 500, device: str = "auto"
+    run: Source, classes: Sequence[int | str], *, seed: int = 0, batch: int | None = None, device: str = "auto"
 ) -> torch.Tensor:
     """Return one sample per class number or name, float32 [len(classes), *shape], one network evaluation each."""
     from msdcli.engine.distributed.device import resolve

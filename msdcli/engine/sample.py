@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from msdcli.data.prompts import read_lines
 from msdcli.diffusion.denoiser import Denoiser, one_step
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.draws import noises
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.inputs.autoencoder import find, open_autoencoder
@@ -24,6 +26,7 @@ from msdcli.partition import Partition, class_numbers
 from msdcli.rundir import RunDir, key, read_json
 
 BUNDLE = "bundle.json"
+BATCH = 500  # images drawn at once by students that no recipe goes with
 SUFFIXES = {"grid": ".png", "png": "", "zip": ".zip", "npz": ".npz", "latents": ".npz"}  # of the formats of samples
 
 
@@ -32,7 +35,8 @@ class Students:
 
     `autoencoder` is the folder of what makes pictures of their samples, where those are latents. At most `max_resident`
     students stay in memory (all of them if None): the one that was asked least recently goes first. Where conditions
-    are prompts, `prompt_router` gives new ones their number and their student.
+    are prompts, `prompt_router` gives new ones their number and their student. `batch` images are drawn at once unless
+    a call says otherwise, fewer where the device's memory is too small.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Students:
         autoencoder: Path | None = None,
         max_resident: int | None = None,
         prompt_router: PromptRouter | None = None,
+        batch: int = BATCH,
     ) -> None:
         self.folders = list(folders)
         self.partition = partition
@@ -52,6 +57,7 @@ class Students:
         self.autoencoder = autoencoder
         self.max_resident = max_resident
         self.prompt_router = prompt_router
+        self.batch, self.memory = batch, DeviceBatch()
         self._decoder: Autoencoder | None = None
         self._loaded: dict[int, tuple[Denoiser, float]] = {}
 
@@ -62,7 +68,7 @@ class Students:
         prompts: Sequence[str] | None = None,
         seed: int = 0,
         first: int = 0,
-        batch: int = 500,
+        batch: int | None = None,
         latents: bool = False,
     ) -> Tensor:
         """Return a sample per entry of `classes` or `prompts`, float32 [entries, *shape] on the CPU, in one evaluation.
@@ -110,14 +116,14 @@ class Students:
         classes: Sequence[int],
         *,
         seed: int = 0,
-        batch: int = 500,
+        batch: int | None = None,
         numbers: Sequence[int] | None = None,
         latents: bool = False,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the same samples in batches, one student after the other: positions in `classes`, and float32 samples
         on the device. `numbers` are the samples' own, from 0 on if absent.
         """
-        numbers = range(len(classes)) if numbers is None else numbers
+        numbers, batch = range(len(classes)) if numbers is None else numbers, batch or self.batch
         known = len(self.class_names) if self.prompt_router is None else len(self.prompt_router)
         if unknown := [c for c in classes if not 0 <= c < known]:
             raise UserError(f"class {unknown[0]} does not exist: there are 0 to {known - 1}")
@@ -132,8 +138,11 @@ class Students:
         noise = noises(seed, [[numbers[i] for i in at] for _, at in turns], shape, ahead=self.device.type != "cpu")
         for (student, at), z in zip(turns, noise, strict=True):
             c = torch.tensor([classes[i] for i in at], device=self.device)
-            y = self.generate(student, z.to(self.device), c)
-            yield at, y if latents else self.decode(y)
+            yield at, self.memory.map(functools.partial(self._drawn, student, latents), z, c)
+
+    def _drawn(self, student: int, latents: bool, z: Tensor, c: Tensor) -> Tensor:
+        y = self.generate(student, z.to(self.device), c)
+        return y if latents else self.decode(y)
 
     def generate(self, number: int, z: Tensor, c: Tensor) -> Tensor:
         """Return what student `number` makes of unit noise `z` and class numbers `c`, float32; it may be latents."""
@@ -195,10 +204,12 @@ def of_run(run: RunDir, device: torch.device) -> Students:
     partition = Partition.load(run.partition)
     number, last = len(recipe.stages) - 1, recipe.stages[-1]
     folders = [run.stage(k, number, last.objective) for k in range(len(partition.parts))]
-    autoencoder = find(run.teacher)
+    autoencoder, batch = find(run.teacher), recipe.evaluation.batch
     if (prompt_router := prompt_router_of(run, partition, device)) is not None:
-        return Students(folders, partition, read_prompts(run.prompts), device, autoencoder, prompt_router=prompt_router)
-    return Students(folders, partition, read_json(run.record_file)["class_names"], device, autoencoder)
+        return Students(
+            folders, partition, read_prompts(run.prompts), device, autoencoder, prompt_router=prompt_router, batch=batch
+        )
+    return Students(folders, partition, read_json(run.record_file)["class_names"], device, autoencoder, batch=batch)
 
 
 # What is asked for, and where it is written.
@@ -217,7 +228,7 @@ def texts(given: Sequence[str], file: Path | None, number: int | None) -> list[s
     return [wanted[i % len(wanted)] for i in range(number or len(wanted))]
 
 
-def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, seed: int, batch: int) -> None:
+def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, seed: int, batch: int | None) -> None:
     """Sample the conditions `asked` into a file: one picture (a row per condition), a folder or a zip of PNGs with
     labels or prompts, or an .npz of pixels or of latents.
     """

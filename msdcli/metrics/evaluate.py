@@ -21,6 +21,7 @@ import torch
 
 from msdcli.data.images import WHOLE, ImageArray, ImageFiles, Share
 from msdcli.data.opening import Images, content_hash, open_images
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.errors import UserError
 from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_infinity
 from msdcli.metrics.inception import FeatureNetwork, open_network
@@ -267,6 +268,7 @@ def collect(
     seed: int = 0,
     keep_features: bool = True,
     share: Share = WHOLE,
+    memory: DeviceBatch | None = None,
 ) -> FeatureSet:
     """Run the network over every image once. Without `keep_features` memory does not grow with their number.
 
@@ -276,10 +278,10 @@ def collect(
     """
     moments: ClassMoments | None = None
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]] = []
-    seen = 0
+    seen, memory = 0, memory or DeviceBatch()
     with _opened(images) as source:
         for batch, given, numbers in _batches(source, batch_size, workers, limit, seed, network.floats, share):
-            features = _features(batch, network, batch_size)
+            features = _features(batch, network, batch_size, memory)
             moments = moments or ClassMoments(features.shape[1])
             given = given if labels is None else labels[numbers]
             given = np.full(len(features), -1) if given is None else given
@@ -351,10 +353,10 @@ def _as_tensor(images: np.ndarray | torch.Tensor, floats: bool) -> torch.Tensor:
     return x.contiguous().expand(-1, 3, -1, -1)
 
 
-def _features(images: torch.Tensor, network: FeatureNetwork, batch_size: int) -> torch.Tensor:
+def _features(images: torch.Tensor, network: FeatureNetwork, batch_size: int, memory: DeviceBatch) -> torch.Tensor:
     size = min(batch_size, network.cpu_batch) if network.device.type == "cpu" else batch_size
     with torch.no_grad():
-        return torch.cat([network.features(part.to(network.device)) for part in torch.split(images, size)])
+        return memory.map(lambda part: network.features(part.to(network.device)), images, batch=size)
 
 
 def _probabilities(features: torch.Tensor, network: FeatureNetwork) -> np.ndarray | None:

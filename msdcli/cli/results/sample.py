@@ -35,7 +35,9 @@ def sample(
         ),
     ] = "grid",
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN/samples/... if absent.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 500,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per forward pass; the recipe's evaluation.batch if absent.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     json_: options.Json = False,
     dry_run: options.DryRun = False,
@@ -84,7 +86,7 @@ def _of_prompts(
     seed: int,
     format_: str,
     out: Path | None,
-    batch: int,
+    batch: int | None,
     json_: bool,
     dry_run: bool,
 ) -> None:

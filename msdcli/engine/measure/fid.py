@@ -14,6 +14,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset, fingerprint, has_images, in_turn
 from msdcli.data.opening import content_hash
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.distributed import device
@@ -210,7 +211,9 @@ class EvaluationContext:
         if self.planar and (options.lean or options.save):
             raise UserError("points are no pictures: they cannot be saved, and are measured one by one")
         self.metric = metric_of(run, self.recipe, self.data, options, self.device, report)
-        self.extractor = features.FeatureExtractor(self.metric.network, self.batch, keep=not options.lean)
+        self.extractor = features.FeatureExtractor(
+            self.metric.network, self.batch, keep=not options.lean, memory=DeviceBatch(report)
+        )
         # Number i has the class of image i, so classes are as frequent as in the data.
         self.classes: list[int] = pairs.labels_for(self.data, range(self.count)).tolist()
         # A seed of its own, never the noise of the pairs that the students were trained on.
@@ -252,6 +255,7 @@ class EvaluationContext:
         """The students' samples, of all classes or of those in `only`; number i is the same sample either way."""
         at = [i for i, c in enumerate(self.classes) if only is None or c in only]
         classes = [self.classes[i] for i in at]
+        students.memory.say = self.report
         drawn = students.stream(classes, seed=self.seed, batch=self.batch, numbers=at)
         if self.options.save:
             drawn = features.saving(

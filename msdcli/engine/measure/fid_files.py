@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msdcli.data.opening import Images, content_hash, open_images
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.measure import features, groups
 from msdcli.engine.measure.fid import FidOptions, Measurement, Row
@@ -87,6 +88,7 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
         seed=options.seed or 0,
         keep_features=not options.lean,
         share=share,
+        memory=DeviceBatch(report),
     )
     mine = distributed.gather_features(part, share)
     if mine is None:

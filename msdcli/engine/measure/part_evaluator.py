@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser, one_step
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.draws import image_noise
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.inputs import autoencoder, pairs
@@ -74,7 +76,10 @@ class PartEvaluator:
         context = group.leader_first(lambda: EvaluationContext(run, options, report))
         self.metric, self.samples, self.sigma_init = context.metric.name, stage.select.samples, stage.sigma_init
         self.feature_metric, self.device, self.group, self.batch = context.metric, device, group, context.batch
-        self.extractor = features.FeatureExtractor(context.metric.network, context.batch, keep=context.planar)
+        self.extractor = features.FeatureExtractor(
+            context.metric.network, context.batch, keep=context.planar, memory=DeviceBatch(report)
+        )
+        self.memory = DeviceBatch(report)
         self.reference: Reference = group.leader_first(lambda: _of_part(context, part))
         self.decode = autoencoder.decoder(run.teacher, device)
         self.seed = derive("selection", recipe.seed)
@@ -117,11 +122,14 @@ class PartEvaluator:
         own = range(self.group.rank, -(-self.samples // size) * size, size)
         for numbers in (own[i : i + self.batch] for i in range(0, len(own), self.batch)):
             at = [number % self.samples for number in numbers]
-            z = image_noise(self.seed, at, net.shape).to(self.device)
+            z, c = image_noise(self.seed, at, net.shape), self.classes[at]
             with compiling.eagerly():
-                y = one_step(net, z, self.sigma_init, self.classes[at].to(self.device)).float()
+                y = self._drawn(net, z, c) if size > 1 else self.memory.map(functools.partial(self._drawn, net), z, c)
             if kept := sum(number < self.samples for number in numbers):
                 yield self.decode(y[:kept])
+
+    def _drawn(self, net: Denoiser, z: Tensor, c: Tensor) -> Tensor:
+        return one_step(net, z.to(self.device), self.sigma_init, c.to(self.device)).float()
 
     def _compare(self, parts: list[dict[str, Any] | None]) -> float | None:
         sets = [FeatureSet.from_arrays(arrays) for arrays in parts if arrays is not None]
