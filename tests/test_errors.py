@@ -8,8 +8,8 @@ import torch
 from msdcli.errors import FAILED, explain, is_out_of_memory
 
 CUDA = (
-    "CUDA out of memory. Tried to allocate 42.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 5.30 GiB is free. "
-    "Including non-PyTorch memory, this process has 73.80 GiB memory in use."
+    "CUDA out of memory. Tried to allocate 42.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 5.30 GiB is "
+    "free. Including non-PyTorch memory, this process has 73.80 GiB memory in use."
 )
 
 

@@ -33,7 +33,7 @@ torch.Size([5, 2])
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ class DistributionMatching(Objective):
 
     def fake_loss(self, draws: Draws) -> Tensor:
         y, c = self.fake_batch(draws)
-        x, sigma = self.diffuse(y, draws)
+        x, sigma = self.diffuse(y, draws, self.fake_span)
         return self.denoising_loss(x, sigma, c, y)
 
     def denoising_loss(self, x: Tensor, sigma: Tensor, c: Tensor, y: Tensor) -> Tensor:
@@ -115,7 +115,12 @@ class DistributionMatching(Objective):
         self.health = {**self.health, "saturation": lambda: (samples.abs() > 1).float().mean()}
         return y, c
 
-    def diffuse(self, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Return x = y + sigma n and sigma, drawn from the recipe's span of the Karras schedule."""
-        sigma = self.sigma = d.karras_draw(draws.uniform("sigma"), self.settings.sigma_span)
+    @property
+    def fake_span(self) -> Sequence[float]:
+        """The part of the schedule that the fake network learns."""
+        return self.settings.sigma_span if self.settings.fake_span is None else self.settings.fake_span
+
+    def diffuse(self, y: Tensor, draws: Draws, span: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+        """Return x = y + sigma n and sigma, drawn from a span of the Karras schedule, `sigma_span` if None."""
+        sigma = self.sigma = d.karras_draw(draws.uniform("sigma"), self.settings.sigma_span if span is None else span)
         return y + d.per_image(sigma, y) * draws.normal("noise"), sigma

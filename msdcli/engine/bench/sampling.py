@@ -26,8 +26,8 @@ def measure(student: Denoiser, on: torch.device, *, batch: int, repeats: int = 5
     """Return seconds of one image, images per second of a batch, and the share that is left of the bare network's.
 
     `routed` is a request as `msd sample` serves it, with noise, routing and the copy to the host; `zip` and `png` also
-    make an archive and a folder of PNGs, of several batches (absent for points and latents): what lies between them is the file
-    system's.
+    make an archive and a folder of PNGs, of several batches (absent for points and latents): what lies between them is
+    the file system's.
     """
     num_classes = max(student.num_classes, 1)
     names = [str(k) for k in range(num_classes)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from msdcli import nets
@@ -36,6 +36,7 @@ def save_model(
         "sigma_data": net.sigma_data,
         "parameters": sum(p.numel() for p in net.parameters()),
         "sha256": file_hash(folder / WEIGHTS),
+        **({"anchor": net.anchor} if net.anchor else {}),
     }
     write_json(folder / MODEL, description | record)
 
@@ -49,7 +50,9 @@ def load_model(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
         network = TypeAdapter[NetworkSettings](Network).validate_python(description["network"])
         shape, classes = tuple(description["shape"]), description["num_classes"]
         net = nets.build(network, shape=shape, num_classes=classes, sigma_data=description["sigma_data"])
-    except (KeyError, TypeError, ValidationError) as error:
+        if "anchor" in description:
+            net.anchor = float(description["anchor"])
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / MODEL} does not describe a network msd knows: {error}") from None
     tensors, _ = load_tensors(folder / WEIGHTS)
     if description.get("sha256") not in (None, file_hash(folder / WEIGHTS)):

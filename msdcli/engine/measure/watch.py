@@ -93,6 +93,7 @@ def load_snapshot(
         return net, sigma_init, replace(snapshot, step=description["steps"])
     teacher, _ = load_model(run.teacher)
     net = new_network(search.resolve(run, recipe, teacher, silent), teacher, number)
+    net.anchor = getattr(stage, "anchor", 0.0)
     step = storage.read_average(folder, net.requires_grad_(False).eval())
     return net, sigma_init, replace(snapshot, step=step)
 
