@@ -25,9 +25,9 @@ threads: 1
 data: {name: toy2d}
 teacher: {network: {kind: mlp, channels: 4, blocks: 1}, training: {steps: 2, batch: 6}, solver: {steps: 2}}
 partition: {students: 2}
-pairs: {count: 40, shard: 20}
-stages: [{objective: dm, steps: 2, batch: 6, fake_updates: 1, pairs: shared, select: {every: 1, samples: 20}}]
-evaluation: {samples: 50, batch: 7}
+pairs: {count: 250, shard: 250}
+stages: [{objective: dm, steps: 2, batch: 6, fake_updates: 1, pairs: shared, select: {every: 1, samples: 250}}]
+evaluation: {samples: 250, batch: 200}
 micro_batch: 3
 """
 
@@ -63,12 +63,12 @@ def recipe(tmp_path: Path, *words: str) -> Any:
 def test_a_run_from_training_to_its_report(tmp_path: Path, asked: dict[str, list[int]]) -> None:
     run = pipeline.distill(recipe(tmp_path), silent).run
     assert max(asked["training"]) == 3
-    assert max(asked["sampling"]) == 7, "pairs, references, candidates, samples and the preview"
+    assert max(asked["sampling"]) == 200, "pairs, references, candidates, samples and the preview"
     asked["sampling"].clear()
     reports.write([run.root], tmp_path / "report.html", silent)
-    sample.load(run.root).sample([0] * 40)
-    fid.measure(RunDir(run.root), silent, fid.FidOptions(batch=5))
-    assert max(asked["sampling"]) <= 7
+    sample.load(run.root).sample([0] * 250)
+    fid.measure(RunDir(run.root), silent, fid.FidOptions(batch=150))
+    assert max(asked["sampling"]) == 200
 
 
 def test_measurements_of_speed(tmp_path: Path, asked: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,13 +81,13 @@ def test_measurements_of_speed(tmp_path: Path, asked: dict[str, list[int]], monk
 
 def test_samples_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half as many are drawn at once; it is said once, and every figure stays."""
-    made = pipeline.distill(recipe(tmp_path, "evaluation.batch=20"), silent)
+    made = pipeline.distill(recipe(tmp_path), silent)
     plenty = made.measurement
     assert plenty is not None
     forward, said = Denoiser.forward, list[str]()
 
     def small(net: Denoiser, x: Tensor, *rest: Any) -> Tensor:
-        if len(x) > 6:
+        if len(x) > 30:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 42.00 GiB.")
         return forward(net, x, *rest)
 
@@ -98,4 +98,4 @@ def test_samples_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.Monke
     for a, b in zip(plenty.rows, short.rows, strict=True):
         assert a.values == pytest.approx(b.values, rel=1e-4, abs=1e-6)
     notes = sorted(line for line in said if "too little memory" in line)
-    assert len(notes) == 2 and "for 10 images" in notes[0] and "for 20 images" in notes[1], "students and teacher, once"
+    assert len(notes) == 1 and "too little memory for 126 images at once" in notes[0], "the teacher's are its pairs"

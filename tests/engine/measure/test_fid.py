@@ -203,6 +203,7 @@ def test_a_batch_of_adm_is_images_and_statistics(msd: Msd, weights: Path, tmp_pa
 
 
 def test_some_pictures_are_drawn_by_seed(msd: Msd, weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
     for name in ("x", "y"):
         folder_of(tmp_path / "two" / name, 6 if name == "x" else 7)
     reference, words = folder_of(tmp_path / "b", 8), ("--weights", weights, "--samples", 6)
