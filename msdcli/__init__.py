@@ -72,7 +72,7 @@ def sample(
     classes: Sequence[int | str],
     *,
     seed: int = 0,
-    batch: int = 500,
+    batch: int | None = None,
     steps: int | None = None,
     device: str = "auto",
 ) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 
 
@@ -66,6 +67,41 @@ def resumable(how: str) -> Iterator[None]:
         raise
 
 
+# None of these changes what is learnt, as a smaller `batch` of a stage would.
+_LESS_MEMORY = (
+    "less at once: micro_batch=... for training, evaluation.batch=... for sampling and measuring, "
+    "workers=1 for fewer students on a device"
+)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|ALLOC_FAILED|ALLOCATION_FAILED|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE
+)
+_AMOUNT = r"([\d.]+ ?(?:[KMGT]i?B|bytes))"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that host or device have too little memory, in any of the forms of torch and its libraries."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def _memory(error: BaseException) -> str:
+    """Say what was asked for, and what is free, where the error tells."""
+    text = str(error)
+    asked = re.search(rf"(?:tried to allocate|unable to allocate) {_AMOUNT}", text, re.IGNORECASE)
+    free = re.search(rf"capacity of {_AMOUNT} of which {_AMOUNT} is free", text)
+    said = [f"{_readable(asked[1])} more were asked for"] if asked else []
+    said += [f"{free[2]} of {free[1]} are free"] if free else []
+    return f"out of memory: {', '.join(said)}" if said else "out of memory"
+
+
+def _readable(amount: str) -> str:
+    count = amount.removesuffix("bytes").strip()
+    return f"{int(count) / 2**30:,.2f} GiB" if amount.endswith("bytes") and count.isdecimal() else amount
+
+
 def explain(error: BaseException) -> tuple[int, str, str | None]:
     """Return exit code, sentence (empty: say nothing) and next step for an exception that ended a command."""
     if isinstance(error, ElsewhereError):
@@ -76,6 +112,8 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
         return DONE, str(error), None
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, str(error) or "interrupted; the same command continues", None
+    if is_out_of_memory(error):
+        return FAILED, _memory(error), f"{_LESS_MEMORY}; {_RESUME}"
     if isinstance(error, BrokenPipeError):
         return FAILED, "the reader of the output went away", None
     resume: str | None = getattr(error, _RESUME, None)
@@ -90,9 +128,6 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
         return USER, f"{_said(error)}{_file(error)}", "another place (run=..., --out ...)"
     if isinstance(error, OSError):
         return FAILED, f"{_said(error)}{_file(error)}", resume
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        batch = "batch (stages.0.batch=...)" if resume else "--batch"
-        return FAILED, "out of memory", f"a smaller {batch} needs less{then}"
     if isinstance(error, MismatchError):
         return FAILED, str(error), None
     if isinstance(error, WorkerError):

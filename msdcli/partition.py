@@ -151,19 +151,69 @@ def kmeans(vectors: np.ndarray, num_parts: int, *, seed: int = 0) -> Partition:
     return Partition(parts, num, "kmeans", routing.Centres(centres[order], prices[order]))
 
 
-def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
-    """Return the class numbers in `3,7` (numbers, or names of the data's classes). UserError for anything else."""
-    return class_numbers([word.strip() for word in text.split(",")], class_names)
+def parse_classes(text: str, class_names: Sequence[str] = ()) -> list[int]:
+    """Return the class numbers in `3,7,10-19,cat`. UserError for a class that does not exist.
+
+    A name that exists wins. Where all names are whole numbers, numbers and spans mean names (folders called 0 to 11
+    sort as 0, 1, 10, 11, 2 ...); else they are the classes' own numbers, as they are where there are no names.
+    """
+    named = _numbers_of_names(class_names)
+    return [number for word in text.split(",") for number in _members(word.strip(), class_names, named)]
 
 
 def class_numbers(classes: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
-    """Return the numbers of classes that are given by number, by name, or by a number as text."""
-    found = []
-    for c in classes:
-        number = c
-        if isinstance(c, str):
-            number = class_names.index(c) if c in class_names else int(c) if c.isdecimal() else -1
-            if not 0 <= number < len(class_names):
-                raise UserError(f"class {c!r} does not exist: there are {', '.join(class_names[:20])}")
-        found.append(int(number))
-    return found
+    """Return the numbers of classes that are given by number, or as text as `parse_classes` reads a single one."""
+    named = _numbers_of_names(class_names)
+    return [int(c) if not isinstance(c, str) else _member(c, class_names, named) for c in classes]
+
+
+def named_parts(parts: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[list[int]]:
+    """Return a recipe's parts as class numbers: what it lists are names where all names are whole numbers."""
+    named = _numbers_of_names(class_names)
+    if named is None:
+        return [sorted(part) for part in parts]
+    return [sorted(_member(str(c), class_names, named) for c in part) for part in parts]
+
+
+LONGEST_NUMBER = 18  # digits
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= LONGEST_NUMBER
+
+
+def _numbers_of_names(class_names: Sequence[str]) -> dict[int, int] | None:
+    """Return the class of every number that is a name, or None unless all names are numbers, all different."""
+    if not class_names or not all(map(_is_number, class_names)):
+        return None
+    named = {int(name): c for c, name in enumerate(class_names)}
+    return named if len(named) == len(class_names) else None
+
+
+def _members(word: str, class_names: Sequence[str], named: dict[int, int] | None) -> list[int]:
+    """Return the classes of a word: one, or those of a span."""
+    first, dash, last = word.partition("-")
+    if word in class_names or not (dash and _is_number(first) and _is_number(last) and int(first) <= int(last)):
+        return [_member(word, class_names, named)]
+    ends = [_member(end, class_names, named) for end in (first, last)]
+    if named is not None:
+        return [named[number] for number in sorted(named) if int(first) <= number <= int(last)]
+    if ends[1] - ends[0] >= MOST_CLASSES:
+        raise UserError(f"{word} means {ends[1] - ends[0] + 1:,} classes, the limit is {MOST_CLASSES:,}")
+    return list(range(ends[0], ends[1] + 1))
+
+
+MOST_CLASSES = 10**6  # of a span
+
+
+def _member(word: str, class_names: Sequence[str], named: dict[int, int] | None) -> int:
+    if word in class_names:
+        return class_names.index(word)
+    if _is_number(word):
+        number = int(word)
+        if named is not None and number in named:
+            return named[number]
+        if named is None and (not class_names or number < len(class_names)):
+            return number
+    there_are = f": there are {', '.join(class_names[:20])}" if class_names else ""
+    raise UserError(f"class {word[:80]!r} does not exist{there_are}")

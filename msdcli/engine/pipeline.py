@@ -68,7 +68,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     With `planning`, teacher and data that are not here yet are what the recipe says of them.
     """
     data = dataset.look(recipe, planning=planning)
-    partition.check(recipe.partition, len(data.class_names), prompts=recipe.has_prompts)
+    partition.check(recipe.partition, data.class_names, prompts=recipe.has_prompts)
     partition.check_parts(recipe, data)
     if needing := [s.objective for s in recipe.stages if s.needs_images and not (planning or has_images(data))]:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from msdcli import records
 from msdcli.data.prompts import read_lines
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.generator import Generator, levels_of
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.inputs.autoencoder import find, open_autoencoder
@@ -35,6 +37,7 @@ from msdcli.rundir import RunDir, key
 
 BUNDLE = "bundle.json"
 LONGEST = 120  # letters of a file's name that say which classes it shows
+BATCH = 500  # images drawn at once by students that no recipe goes with
 SUFFIXES = {"grid": ".png", "png": "", "zip": ".zip", "npz": ".npz", "latents": ".npz"}  # of the formats of samples
 
 
@@ -43,7 +46,8 @@ class Students:
 
     `autoencoder` is the folder of what makes pictures of their samples, where those are latents. At most `max_resident`
     students stay in memory (all of them if None): the one that was asked least recently goes first. Where conditions
-    are prompts, `prompt_router` gives new ones their number and their student.
+    are prompts, `prompt_router` gives new ones their number and their student. `batch` images are drawn at once unless
+    a call says otherwise, fewer where the device's memory is too small.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Students:
         autoencoder: Path | None = None,
         max_resident: int | None = None,
         prompt_router: PromptRouter | None = None,
+        batch: int = BATCH,
     ) -> None:
         self.folders = list(folders)
         self.partition = partition
@@ -63,6 +68,7 @@ class Students:
         self.autoencoder = autoencoder
         self.max_resident = max_resident
         self.prompt_router = prompt_router
+        self.batch, self.memory = batch, DeviceBatch()
         self._decoder: Autoencoder | None = None
         self.steps: int | None = None  # of those that the students have; None: all
         self._loaded: dict[int, Generator] = {}
@@ -74,7 +80,7 @@ class Students:
         prompts: Sequence[str] | None = None,
         seed: int = 0,
         first: int = 0,
-        batch: int = 500,
+        batch: int | None = None,
         latents: bool = False,
     ) -> Tensor:
         """Return a sample per entry of `classes` or `prompts`, float32 [entries, *shape] on the CPU.
@@ -122,14 +128,14 @@ class Students:
         classes: Sequence[int],
         *,
         seed: int = 0,
-        batch: int = 500,
+        batch: int | None = None,
         numbers: Sequence[int] | None = None,
         latents: bool = False,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the same samples in batches, one student after the other: positions in `classes`, and float32 samples
         on the device. `numbers` are the samples' own, from 0 on if absent.
         """
-        numbers = range(len(classes)) if numbers is None else numbers
+        numbers, batch = range(len(classes)) if numbers is None else numbers, batch or self.batch
         known = len(self.class_names) if self.prompt_router is None else len(self.prompt_router)
         if unknown := [c for c in classes if not 0 <= c < known]:
             raise UserError(f"class {unknown[0]} does not exist: there are 0 to {known - 1}")
@@ -146,8 +152,13 @@ class Students:
         drawn = noises(seed, batches, shape, ahead=self.device.type != "cpu")
         for (student, at), (z, noise) in zip(turns, drawn, strict=True):
             c = torch.tensor([classes[i] for i in at], device=self.device)
-            y = self.generate(student, z.to(self.device), c, None if noise is None else noise.to(self.device))
-            yield at, y if latents else self.decode(y)
+            inputs = [z, c] if noise is None else [z, c, noise]
+            yield at, self.memory.map(functools.partial(self._drawn, student, latents), *inputs)
+
+    def _drawn(self, student: int, latents: bool, z: Tensor, c: Tensor, noise: Tensor | None = None) -> Tensor:
+        between = None if noise is None else noise.to(self.device)
+        y = self.generate(student, z.to(self.device), c, between)
+        return y if latents else self.decode(y)
 
     def generate(self, number: int, z: Tensor, c: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return what student `number` makes of unit noise `z` and class numbers `c`, float32; it may be latents.
@@ -216,11 +227,12 @@ def of_run(run: RunDir, device: torch.device) -> Students:
     partition = Partition.load(run.partition)
     number, last = len(recipe.stages) - 1, recipe.stages[-1]
     folders = [run.stage(k, number, last.objective) for k in range(len(partition.parts))]
-    autoencoder = find(run.teacher)
+    autoencoder, batch = find(run.teacher), recipe.evaluation.batch
     if (prompt_router := prompt_router_of(run, partition, device)) is not None:
-        return Students(folders, partition, read_prompts(run.prompts), device, autoencoder, prompt_router=prompt_router)
+        names = read_prompts(run.prompts)
+        return Students(folders, partition, names, device, autoencoder, prompt_router=prompt_router, batch=batch)
     names = records.class_names(run.record_file, partition.num_conditions)
-    return Students(folders, partition, names, device, autoencoder)
+    return Students(folders, partition, names, device, autoencoder, batch=batch)
 
 
 # What is asked for, and where it is written.
@@ -249,7 +261,7 @@ def texts(given: Sequence[str], file: Path | None, number: int | None) -> list[s
     return [wanted[i % len(wanted)] for i in range(number or len(wanted))]
 
 
-def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, seed: int, batch: int) -> None:
+def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, seed: int, batch: int | None) -> None:
     """Sample the conditions `asked` into a file: one picture (a row per condition), a folder or a zip of PNGs with
     labels or prompts, or an .npz of pixels or of latents.
     """

@@ -21,6 +21,7 @@ import torch
 
 from msdcli.data.images import WHOLE, ImageArray, ImageFiles, Share
 from msdcli.data.opening import Images, content_hash, open_images
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.errors import UserError
 from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_infinity
 from msdcli.metrics.inception import FeatureNetwork, open_network
@@ -35,7 +36,7 @@ from msdcli.metrics.kernel import (
 )
 from msdcli.metrics.manifold import Manifold, manifold
 from msdcli.metrics.moments import ClassMoments, Gaussian
-from msdcli.metrics.reference import is_statistics, read_statistics
+from msdcli.metrics.reference import notes, read_statistics, takes_statistics
 
 EXACT_PAIRS = 10_000**2  # up to here all pairs cost no more than clean-fid's 100 subsets of 1,000
 KEPT = ("features", "probabilities", "labels")
@@ -237,21 +238,27 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 1,
     limit: int | None = None,
+    seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Compare images with a reference (images or published statistics); `options` are those of `FeatureSet.summary`."""
+    """Compare images with a reference (images or published statistics); `options` are those of `FeatureSet.summary`.
+
+    Of files `limit` draws so many with `seed`, as `drawn_numbers` says.
+    """
     network = open_network(protocol, weights=weights, device=device)
     # The reference first: it is what can be wrong, and samples may come from a generator.
     theirs = open_reference(reference, network, batch_size=batch_size, workers=workers)
-    mine = collect(images, network, batch_size=batch_size, workers=workers, limit=limit)
-    return mine.summary(theirs, **options)
+    mine = collect(images, network, batch_size=batch_size, workers=workers, limit=limit, seed=seed)
+    result = mine.summary(theirs, seed=seed, **options)
+    said, warnings = notes(reference, protocol) if isinstance(reference, str | Path) else ({}, [])
+    return result | {"warnings": result["warnings"] + warnings, "record": result["record"] | said}
 
 
 def open_reference(
     reference: ImageSource, network: FeatureNetwork, *, batch_size: int = 64, workers: int = 1
 ) -> FeatureSet | Gaussian:
     """Statistics from a publication's file as they are, or from one pass over images."""
-    if isinstance(reference, str | Path) and is_statistics(reference):
+    if isinstance(reference, str | Path) and takes_statistics(reference, network.protocol):
         return read_statistics(reference, network.protocol)
     return collect(reference, network, batch_size=batch_size, workers=workers)
 
@@ -275,20 +282,23 @@ def collect(
     batch_size: int = 64,
     workers: int = 1,
     limit: int | None = None,
+    seed: int = 0,
     keep_features: bool = True,
     share: Share = WHOLE,
+    memory: DeviceBatch | None = None,
 ) -> FeatureSet:
     """Run the network over every image once. Without `keep_features` memory does not grow with their number.
 
-    `labels` [N] overrides those of a file; images without a label count as one class. With fewer than `limit` images a
-    UserError is raised: a FID of fewer images is another figure. `share` (i, n) takes the i-th part of n of a file.
+    `labels` [N] overrides those of a file; images without a label count as one class. `limit` takes so many: of a file
+    those that `seed` draws (`drawn_numbers`), of a generator the first. With fewer images a UserError is raised: a FID
+    of fewer is another figure. `share` (i, n) takes the i-th part of n of a file.
     """
     moments: ClassMoments | None = None
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]] = []
-    seen = 0
+    seen, memory = 0, memory or DeviceBatch()
     with _opened(images) as source:
-        for batch, given, numbers in _batches(source, batch_size, workers, limit, network.floats, share):
-            features = _features(batch, network, batch_size)
+        for batch, given, numbers in _batches(source, batch_size, workers, limit, seed, network.floats, share):
+            features = _features(batch, network, batch_size, memory)
             moments = moments or ClassMoments(features.shape[1])
             given = given if labels is None else labels[numbers]
             given = np.full(len(features), -1) if given is None else given
@@ -303,6 +313,18 @@ def collect(
     return FeatureSet(network.record(), moments, *_in_order(kept))
 
 
+def drawn_numbers(have: int, wanted: int, seed: int) -> np.ndarray:
+    """Return the numbers of `wanted` of `have` images of a file, ascending.
+
+    They are those that NVlabs' fid.py draws (EDM's ImageFolderDataset with `max_size` and `random_seed`): the first of
+    files sorted by name are often of one class.
+    """
+    order = np.arange(have)
+    if wanted < have:
+        np.random.RandomState(seed % 2**31).shuffle(order)
+    return np.sort(order[:wanted])
+
+
 def _opened(images: ImageSource) -> Any:
     if isinstance(images, str | Path):
         return closing(open_images(images))
@@ -310,11 +332,18 @@ def _opened(images: ImageSource) -> Any:
 
 
 def _batches(
-    source: Images | Iterable[ImageBatch], batch_size: int, workers: int, limit: int | None, floats: bool, share: Share
+    source: Images | Iterable[ImageBatch],
+    batch_size: int,
+    workers: int,
+    limit: int | None,
+    seed: int,
+    floats: bool,
+    share: Share,
 ) -> Iterator[tuple[torch.Tensor, np.ndarray | None, np.ndarray]]:
     """Batches as the network wants them, uint8 [N, 3, H, W] or floats, with labels and numbers, whatever the source."""
     if isinstance(source, ImageFiles | ImageArray):
-        for batch in source.batches(batch_size, workers=workers, limit=limit, share=share):
+        numbers = None if limit is None else drawn_numbers(len(source), limit, seed)
+        for batch in source.batches(batch_size, workers=workers, numbers=numbers, share=share):
             labels = None if source.labels is None else source.labels[batch.numbers]
             yield _as_tensor(batch.images, floats), labels, batch.numbers
         return
@@ -341,10 +370,10 @@ def _as_tensor(images: np.ndarray | torch.Tensor, floats: bool) -> torch.Tensor:
     return x.contiguous().expand(-1, 3, -1, -1)
 
 
-def _features(images: torch.Tensor, network: FeatureNetwork, batch_size: int) -> torch.Tensor:
+def _features(images: torch.Tensor, network: FeatureNetwork, batch_size: int, memory: DeviceBatch) -> torch.Tensor:
     size = min(batch_size, network.cpu_batch) if network.device.type == "cpu" else batch_size
     with torch.no_grad():
-        return torch.cat([network.features(part.to(network.device)) for part in torch.split(images, size)])
+        return memory.map(lambda part: network.features(part.to(network.device)), images, batch=size)
 
 
 def _probabilities(features: torch.Tensor, network: FeatureNetwork) -> np.ndarray | None:

@@ -145,11 +145,16 @@ class DistributionMatching(Objective):
     def diffuse_for_fake(self, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """Return x = y + sigma n and sigma for the fake network: drawn as for the student, or as EDM trains."""
         if self.settings.fake_sigma == "span":
-            return self.diffuse(y, draws)
+            return self.diffuse(y, draws, self.fake_span)
         sigma = self.sigma = d.lognormal(draws.normal("fake sigma", ()), P_mean=-1.2, P_std=1.2)
         return y + d.per_image(sigma, y) * draws.normal("noise"), sigma
 
-    def diffuse(self, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Return x = y + sigma n and sigma, drawn from the recipe's span of the Karras schedule."""
-        sigma = self.sigma = d.karras_draw(draws.uniform("sigma"), self.settings.sigma_span)
+    @property
+    def fake_span(self) -> Sequence[float]:
+        """The part of the schedule that the fake network learns."""
+        return self.settings.sigma_span if self.settings.fake_span is None else self.settings.fake_span
+
+    def diffuse(self, y: Tensor, draws: Draws, span: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+        """Return x = y + sigma n and sigma, drawn from a span of the Karras schedule, `sigma_span` if None."""
+        sigma = self.sigma = d.karras_draw(draws.uniform("sigma"), self.settings.sigma_span if span is None else span)
         return y + d.per_image(sigma, y) * draws.normal("noise"), sigma

@@ -133,7 +133,17 @@ class DmSettings(GeneratorSettings):
         "fresh", description="new samples for every update, or one batch for all updates of a step (cheaper)"
     )
     sigma_span: Span = Field(
-        [0.0, 0.5], min_length=2, max_length=2, description="noise levels of the loss, as parts of the Karras schedule"
+        [0.0, 0.5],
+        min_length=2,
+        max_length=2,
+        description="noise levels of the loss, as parts of the Karras schedule, without the end: [0.02, 0.981] draws "
+        "numbers 20 to 980 of its 1000 (DMD2)",
+    )
+    fake_span: Span | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="noise levels that the fake network learns; those of `sigma_span` if absent, [0, 1] is DMD2's",
     )
     weight: Literal["dmd", "none"] = Field(
         "dmd", description="weight of the score difference: 1 / mean|y - D_teacher| (DMD), or none (Diff-Instruct, VSD)"
@@ -174,6 +184,15 @@ class AdmSettings(DmSettings):
     )
     taps: list[str] | None = Field(
         None, min_length=1, description="encoder blocks that get a head each, by name; the last one if absent"
+    )
+    head_norm: Literal["unet", "dmd2"] = Field(
+        "unet",
+        description="group norms of the heads: as in msd's U-Net (at most 32 groups of at least 4 channels, epsilon "
+        "1e-6), or 32 groups and epsilon 1e-5 (DMD2, FastGen)",
+    )
+    tap_loss: Literal["mean_logit", "mean_loss"] = Field(
+        "mean_logit",
+        description="of several taps: the loss of the heads' mean logit, or the mean of every head's loss (FastGen)",
     )
     gan_weight: Weight = Field(3e-3, description="weight of the student's GAN loss (DMD2: 3e-3)")
     head_weight: Weight = Field(1e-2, description="weight of the heads' loss (DMD2: 1e-2; FastGen: 1)")
@@ -259,6 +278,19 @@ class CdSettings(GeneratorSettings):
     objective: Literal["cd"] = Field("cd", description="consistency distillation")
     sigmas: Levels = Field([80.0], description="noise levels at which the student is evaluated, one after the other")
     levels: int = Field(18, ge=2, le=10_000, description="noise levels of the schedule")
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        le=10_000,
+        description="noise level at which the student gives back what it is given, the first of the schedule; 0: none, "
+        "and the schedule begins at 0.002; OpenAI's consistency models: 0.002",
+    )
+
+    @model_validator(mode="after")
+    def _the_anchor_comes_first(self) -> Self:
+        if self.anchor >= self.sigmas[-1]:
+            raise ValueError(f"`anchor` {self.anchor} must be below the last of `sigmas`, {self.sigmas[-1]}")
+        return self
 
 
 Stage = Annotated[

@@ -34,7 +34,11 @@ def fid(
         Path | None, typer.Option(help="The protocol's weights, if not where msd looks; trusted as code is.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=2, help="Samples, or pictures; a run's recipe says if absent.")
+        int | None,
+        typer.Option(min=2, help="Samples (the recipe's if absent), or pictures drawn by --seed (all if absent)."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Which pictures --samples takes: those of NVlabs' fid.py; 0 if absent.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass; changes no figure.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 1,
@@ -61,6 +65,7 @@ def fid(
     chosen = FidOptions(
         *(protocol, weights, reference, samples, batch, workers, device, bootstrap, infinity, lean, save),
         groups=tuple(group or ()),
+        seed=seed,
     )
     if lean and (infinity or bootstrap):
         from msdcli.errors import UserError
@@ -126,6 +131,8 @@ def _show_files(result: dict[str, Any]) -> None:
         f"weights {(record['weights_sha256'] or '')[:8]}"
         f"{'' if record['weights_published'] else ' (not the published ones)'}"
     )
+    if "drawn" in record:
+        console.say(f"drawn from {record['drawn']['of']:,} images with seed {record['drawn']['seed']}")
 
 
 def show(result: Measurement, *, brief: bool) -> None:

@@ -35,7 +35,9 @@ def sample(
         ),
     ] = "grid",
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN/samples/... if absent.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 500,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per forward pass; the recipe's evaluation.batch if absent.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Evaluations per image, of students that know several; all if absent.")
     ] = None,
@@ -88,7 +90,7 @@ def _of_prompts(
     seed: int,
     format_: str,
     out: Path | None,
-    batch: int,
+    batch: int | None,
     json_: bool,
     dry_run: bool,
 ) -> None:

@@ -28,8 +28,8 @@ def measure(
     """Return seconds of one image, images per second of a batch, and the share that is left of the bare network's.
 
     `routed` is a request as `msd sample` serves it, with noise, routing and the copy to the host; `zip` and `png` also
-    make an archive and a folder of PNGs, of several batches (absent for points): what lies between them is the file
-    system's.
+    make an archive and a folder of PNGs, of several batches (absent for points and latents): what lies between them is
+    the file system's.
     """
     num_classes = max(student.num_classes, 1)
     names = [str(k) for k in range(num_classes)]
@@ -54,7 +54,7 @@ def measure(
         "routed": lambda: students.sample(classes, batch=batch),
         "one": lambda: students.sample(classes[:1]),
     }
-    if len(student.shape) == 3:
+    if len(student.shape) == 3 and student.shape[0] in (1, 3):  # pictures, and no latents
         calls |= {"zip": lambda: written(save_zip), "png": lambda: written(save_pngs)}
     seconds = interleaved(calls, on, repeats)
     for name in seconds.keys() & {"zip", "png"}:

@@ -37,6 +37,7 @@ def save_model(
         "sigma_data": net.sigma_data,
         "parameters": sum(p.numel() for p in net.parameters()),
         "sha256": file_hash(folder / WEIGHTS),
+        **({"anchor": net.anchor} if net.anchor else {}),
     }
     write_json(folder / MODEL, description | record)
 
@@ -66,7 +67,9 @@ def _built(description: Mapping[str, Any], path: Path) -> Denoiser:
     try:
         network = TypeAdapter[NetworkSettings](Network).validate_python(description["network"])
         how = {"num_classes": description["num_classes"], "sigma_data": description["sigma_data"]}
-        return nets.build(network, shape=tuple(description["shape"]), **how)
+        net = nets.build(network, shape=tuple(description["shape"]), **how)
+        net.anchor = float(description.get("anchor", 0.0))
+        return net
     except UserError as error:
         raise UserError(f"{path}: {error.message}", hint=error.hint) from None
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:

@@ -37,6 +37,11 @@ def check(students: sample.Students) -> None:
             f"these students have networks of kind {other[0]}, which are not the diffusers library's",
             hint="--format bundle or --format onnx takes any network",
         )
+    if any(records.model(folder / MODEL).get("anchor") for folder in students.folders):
+        raise UserError(
+            "these students are anchored (stage cd, `anchor`), which a pipeline of the library does not know",
+            hint="--format bundle or --format onnx takes any network",
+        )
     try:
         import diffusers  # noqa: F401
     except ImportError as error:

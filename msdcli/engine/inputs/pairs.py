@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset, fingerprint, fingerprint_of_version_1, in_turn
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import solve
 from msdcli.engine.checkpoints.tensors import load_tensors, save_tensors
@@ -31,19 +32,28 @@ def labels_for(data: Dataset, numbers: range) -> Tensor:
 
 
 def sample_teacher(
-    teacher: Denoiser, z: Tensor, classes: Tensor, solver: SolverSettings, *, u: Tensor | None = None, batch: int = 512
+    teacher: Denoiser,
+    z: Tensor,
+    classes: Tensor,
+    solver: SolverSettings,
+    *,
+    batch: int,
+    u: Tensor | None = None,
+    memory: DeviceBatch | None = None,
 ) -> Tensor:
-    """Return the teacher's samples from unit noise `z`, in batches.
+    """Return the teacher's samples from unit noise `z`, on the CPU, `batch` (or what fits into memory) at once.
 
     `u`, a number in [0, 1) per sample, says where in a range of guidance scales each one lies; 1/2 if absent.
     """
     device = next(teacher.parameters()).device
     u = torch.full((len(z),), 0.5) if u is None else u
-    samples, options = [], solver.model_dump()
-    for chunk in zip(z.split(batch), classes.split(batch), u.split(batch), strict=True):
+    options = solver.model_dump()
+
+    def some(*chunk: Tensor) -> Tensor:
         z_, c_, u_ = (t.to(device) for t in chunk)
-        samples.append(solve(drawn(teacher, lambda purpose, u_=u_: u_), z_, c_, **options).cpu())  # type: ignore[misc]
-    return torch.cat(samples)
+        return solve(drawn(teacher, lambda purpose: u_), z_, c_, **options).cpu()
+
+    return (memory or DeviceBatch()).map(some, z, classes, u, batch=batch)
 
 
 class Pairs:
@@ -51,6 +61,7 @@ class Pairs:
 
     def __init__(self, run: RunDir, recipe: Recipe, data: Dataset, teacher_hash: str) -> None:
         self.settings, self.solver, self.data = recipe.pairs, recipe.teacher.solver, data
+        self.batch, self.memory = recipe.evaluation.batch, DeviceBatch()
         # A pair depends on the teacher (its weights, network, autoencoder, text and guidance are in its hash), the
         # solver, the seed and its number, its class (the data's in turn, whose order and classes the fingerprint has)
         # and the code (FORMAT); a shard on its length. How many are solved at once moves their last bits alone.
@@ -78,6 +89,7 @@ class Pairs:
     def provide(self, teacher: Denoiser, report: Report) -> tuple[Tensor, Tensor, Tensor]:
         """Return (z, y, c) after making the shards that nobody has made; several processes share the work."""
         begun, made = time.monotonic(), 0
+        self.memory.say = report
         sweep_temporaries(self.folder)
         while todo := [(path, numbers) for path, numbers in self.shards() if not path.exists()]:
             before = made
@@ -100,7 +112,7 @@ class Pairs:
             z = self.noise(numbers)
             asked = [torch.full((per_class,), c) for c in classes]
             u = self.uniform(numbers)
-            return [sample_teacher(teacher, z, c, self.solver, u=u, batch=per_class) for c in asked]
+            return [self.sample(teacher, z, c, u) for c in asked]
         if not (made := [path for path, _ in self.shards() if path.exists()]):
             return None
         parts = [load_tensors(path)[0] for path in made]
@@ -113,6 +125,10 @@ class Pairs:
         count = self.settings.count
         y, c = torch.cat([p["y"] for p in parts])[:count], torch.cat([p["c"] for p in parts])[:count]
         return self.noise(range(count)), y, c
+
+    def sample(self, teacher: Denoiser, z: Tensor, classes: Tensor, u: Tensor) -> Tensor:
+        """Return the teacher's samples as pairs have them, as many at once as the recipe measures."""
+        return sample_teacher(teacher, z, classes, self.solver, u=u, batch=self.batch, memory=self.memory)
 
     def noise(self, numbers: range) -> Tensor:
         """Return the unit noise of the pairs `numbers`."""
@@ -138,7 +154,7 @@ class Pairs:
 
     def _make(self, path: Path, numbers: range, teacher: Denoiser) -> None:
         classes = labels_for(self.data, numbers)
-        y = sample_teacher(teacher, self.noise(numbers), classes, self.solver, u=self.uniform(numbers))
+        y = self.sample(teacher, self.noise(numbers), classes, self.uniform(numbers))
         save_tensors(path, {"y": y, "c": classes}, hashed=True)
         write_json(
             self.folder / RECORD,

@@ -35,8 +35,9 @@ LISTED = 12  # classes, in a message
 TEXT_METHODS = ("quadrants", "kmeans", "random")
 
 
-def check(settings: PartitionSettings, num_conditions: int, *, prompts: bool = False) -> None:
-    """Raise UserError if the section cannot give a partition of so many classes or `prompts`; needs no teacher."""
+def check(settings: PartitionSettings, class_names: Sequence[str], *, prompts: bool = False) -> None:
+    """Raise UserError if the section cannot give a partition of these classes or `prompts`; needs no teacher."""
+    num_conditions = len(class_names)
     p.sizes(num_conditions, settings.students)
     if prompts and settings.students > 1 and settings.method not in TEXT_METHODS:
         raise UserError(
@@ -51,7 +52,7 @@ def check(settings: PartitionSettings, num_conditions: int, *, prompts: bool = F
             )
         routing.check_quadrants(settings.students)
     if settings.parts is not None:
-        Partition(settings.parts, num_conditions, "explicit")
+        Partition(p.named_parts(settings.parts, class_names), num_conditions, "explicit")
 
 
 def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -> None:
@@ -128,7 +129,7 @@ def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -
         return of_prompts(settings, data.prompts, pooled)
     num = len(data.class_names)
     if settings.parts is not None:
-        return Partition([sorted(part) for part in settings.parts], num, "explicit")
+        return Partition(p.named_parts(settings.parts, data.class_names), num, "explicit")
     if settings.method == "consecutive":
         return p.consecutive(num, settings.students)
     if settings.method == "random":
@@ -184,7 +185,7 @@ def preview(recipe: Recipe, report: Report = silent) -> tuple[Partition, Dataset
     Prompts are embedded for it, once. UserError where it needs a teacher that is not trained yet.
     """
     data, run = dataset.look(recipe), RunDir(recipe.run_dir)
-    check(recipe.partition, len(data.class_names), prompts=recipe.has_prompts)
+    check(recipe.partition, data.class_names, prompts=recipe.has_prompts)
     if _has_made(run, recipe):
         return Partition.load(run.partition), data
     if isinstance(data, PromptDataset):

@@ -275,8 +275,8 @@ class PromptRouter:
 
 
 def attach_prompts(net: Denoiser, prompts: PromptStore | PromptRouter | None) -> Denoiser:
-    """Let a network that reads text look its conditions up; others stay as they are."""
-    if net.reads_text:
+    """Let a network that reads text look its conditions up; others, and one without a store, stay as they are."""
+    if net.reads_text and prompts is not None:
         net.prompts = prompts
     return net
 

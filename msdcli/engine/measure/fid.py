@@ -15,6 +15,7 @@ from torch import Tensor
 from msdcli import records
 from msdcli.data.base import Dataset, fingerprint, has_images, in_turn
 from msdcli.data.opening import content_hash
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.distributed import device
@@ -25,6 +26,7 @@ from msdcli.engine.measure import classifier, features, groups
 from msdcli.engine.pictures import Drawn
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
+from msdcli.metrics import reference
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.inception import VIT_MODELS, FeatureNetwork, open_network
 from msdcli.metrics.intervals import bootstrap, mean_interval
@@ -96,6 +98,7 @@ class FidOptions:
     lean: bool = False
     save: int = 0
     groups: tuple[str, ...] = ()  # as groups.parse reads them
+    seed: int | None = None  # of which pictures of a file `samples` takes; a run's recipe has its own
 
 
 # How two sets of features are compared.
@@ -210,6 +213,7 @@ class EvaluationContext:
     """A run under one network: what measuring it once and watching it have in common."""
 
     def __init__(self, run: RunDir, options: FidOptions, report: Report) -> None:
+        refuse_seed(options)
         self.run, self.options, self.report = run, options, report
         self.recipe = run.recipe()
         self.device = device.prepare(self.recipe) if options.device is None else device.resolve(options.device)
@@ -224,7 +228,10 @@ class EvaluationContext:
             raise UserError("points are no pictures: they cannot be saved, and are measured one by one")
         self.metric = metric_of(run, self.recipe, self.data, options, self.device, report)
         self.warnings += self.metric.warnings
-        self.extractor = features.FeatureExtractor(self.metric.network, self.batch, keep=not options.lean)
+        memory = DeviceBatch(report)
+        self.extractor = features.FeatureExtractor(
+            self.metric.network, self.batch, keep=not options.lean, memory=memory
+        )
         # Number i has the class of image i, so classes are as frequent as in the data.
         self.classes: list[int] = pairs.labels_for(self.data, range(self.count)).tolist()
         # A seed of its own, never the noise of the pairs that the students were trained on.
@@ -268,6 +275,7 @@ class EvaluationContext:
         """The students' samples, of all classes or of those in `only`; number i is the same sample either way."""
         at = [i for i, c in enumerate(self.classes) if only is None or c in only]
         classes = [self.classes[i] for i in at]
+        students.memory.say = self.report
         drawn: Drawn = students.stream(classes, seed=self.seed, batch=self.batch, numbers=at)
         if self.options.save:
             drawn = features.saving(
@@ -308,8 +316,8 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> M
         *lines.of("teacher", by_teacher, real),
         *lines.of("students", by_students, against),
     ]
-    notes = {"replicates": replicates, "warnings": context.warnings + lines.warnings}
-    record = _record(context, students, by_students) | notes
+    warnings = context.warnings + lines.warnings + _notes(context)[1]
+    record = _record(context, students, by_students) | {"replicates": replicates, "warnings": warnings}
     result = Measurement(context.metric.name, context.metric.protocol, rows, record)
     write_json(run.metrics / f"{context.metric.name}.json", result.to_json())
     return result
@@ -329,9 +337,17 @@ def _record(context: EvaluationContext, students: sample.Students, measured: Fea
         "students_sha256": [records.trained(f / MODEL)["sha256"] for f in students.folders],
         "students_against": "teacher" if context.planar else options.reference or "data",
         "reference_sha256": _reference_hash(context),
+        **_notes(context)[0],
         "solver": recipe.teacher.solver.model_dump(),
         "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
     } | context.metric.record
+
+
+def _notes(context: EvaluationContext) -> tuple[dict[str, Any], list[str]]:
+    """What is said of the statistics that a user named as the reference."""
+    if context.options.reference is None:
+        return {}, []
+    return reference.notes(features.find_reference(context.options.reference), context.metric.network.protocol)
 
 
 def _reference_hash(context: EvaluationContext) -> str:
@@ -343,12 +359,21 @@ def _reference_hash(context: EvaluationContext) -> str:
 def check(run: RunDir, options: FidOptions) -> tuple[int, str]:
     """Check what can be checked without writing; return the number of samples and the protocol."""
     recipe = run.recipe()
+    refuse_seed(options)
     sample.load(run.root)
     if options.protocol not in (None, "data"):
         open_network(str(options.protocol), weights=options.weights)
     if options.reference:
-        features.find_reference(options.reference)
+        path, protocol = features.find_reference(options.reference), options.protocol or "data"
+        if reference.takes_statistics(path, protocol):
+            reference.check_protocol(path, protocol)
     return options.samples or recipe.evaluation.samples, options.protocol or "data"
+
+
+def refuse_seed(options: FidOptions) -> None:
+    """Raise UserError where a seed is given for a run, whose recipe has one."""
+    if options.seed is not None:
+        raise UserError("--seed draws from the pictures of a file; a run's samples have the seed of its recipe")
 
 
 def _has_classes(reference: FeatureSet) -> bool:

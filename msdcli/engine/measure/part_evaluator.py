@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.generator import Generator
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.inputs import autoencoder, pairs
@@ -75,7 +77,10 @@ class PartEvaluator:
         context = group.leader_first(lambda: EvaluationContext(run, options, report))
         self.metric, self.samples, self.sigmas = context.metric.name, stage.select.samples, tuple(stage.sigmas)
         self.feature_metric, self.device, self.group, self.batch = context.metric, device, group, context.batch
-        self.extractor = features.FeatureExtractor(context.metric.network, context.batch, keep=context.planar)
+        self.extractor = features.FeatureExtractor(
+            context.metric.network, context.batch, keep=context.planar, memory=DeviceBatch(report)
+        )
+        self.memory = DeviceBatch(report)
         self.reference: Reference = group.leader_first(lambda: _of_part(context, part))
         self.decode = autoencoder.decoder(run.teacher, device)
         self.seed = derive("selection", recipe.seed)
@@ -119,12 +124,18 @@ class PartEvaluator:
         own = range(self.group.rank, -(-self.samples // size) * size, size)
         for numbers in (own[i : i + self.batch] for i in range(0, len(own), self.batch)):
             at = [number % self.samples for number in numbers]
-            z = image_noise(self.seed, at, net.shape).to(self.device)
-            noise = step_noise(self.seed, at, net.shape, generator.steps)
+            inputs = [image_noise(self.seed, at, net.shape), self.classes[at]]
+            if (noise := step_noise(self.seed, at, net.shape, generator.steps)) is not None:
+                inputs.append(noise)
+            call = functools.partial(self._drawn, generator)
             with compiling.eagerly():
-                y = generator(z, self.classes[at].to(self.device), None if noise is None else noise.to(self.device))
+                y = call(*inputs) if size > 1 else self.memory.map(call, *inputs)
             if kept := sum(number < self.samples for number in numbers):
                 yield self.decode(y[:kept])
+
+    def _drawn(self, generator: Generator, z: Tensor, c: Tensor, noise: Tensor | None = None) -> Tensor:
+        between = None if noise is None else noise.to(self.device)
+        return generator(z.to(self.device), c.to(self.device), between)
 
     def _compare(self, parts: list[dict[str, Any] | None]) -> float | None:
         sets = [FeatureSet.from_arrays(arrays) for arrays in parts if arrays is not None]

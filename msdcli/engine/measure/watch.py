@@ -94,6 +94,7 @@ def load_snapshot(
         return Generator(net, sigmas), replace(snapshot, step=description["steps"])
     teacher, _ = load_model(run.teacher)
     net = new_network(search.resolve(run, recipe, teacher, silent), teacher, number)
+    net.anchor = getattr(stage, "anchor", 0.0)
     step = storage.read_average(folder, net.requires_grad_(False).eval())
     return Generator(net, sigmas), replace(snapshot, step=step)
 

@@ -260,7 +260,7 @@ class SampleRenderer:
                 return kept
             z = image_noise(SEED, range(len(classes) * count), self.teacher.shape)
             asked = torch.tensor([c for c in classes for _ in range(count)])
-            return list(pairs.sample_teacher(self.teacher, z, asked, self.recipe.teacher.solver).split(count))
+            return list(self._teacher_samples(z, asked).split(count))
         return None
 
     def _same_noise(self, classes: list[int]) -> Tensor | None:
@@ -268,7 +268,12 @@ class SampleRenderer:
         if not self._affordable(len(classes) * len(self.students.folders)):
             return None
         z = image_noise(SEED, range(len(classes)), self.teacher.shape)
-        return pairs.sample_teacher(self.teacher, z, torch.tensor(classes), self.recipe.teacher.solver)
+        return self._teacher_samples(z, torch.tensor(classes))
+
+    def _teacher_samples(self, z: Tensor, classes: Tensor) -> Tensor:
+        assert self.teacher is not None
+        solver, batch = self.recipe.teacher.solver, self.recipe.evaluation.batch
+        return pairs.sample_teacher(self.teacher, z, classes, solver, batch=batch)
 
     def _affordable(self, images: int) -> bool:
         assert self.teacher is not None

@@ -21,6 +21,8 @@ from msdcli.diffusion.guidance import Guided
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.counting import forward_flops
 from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
+from msdcli.nets.diffusers.prompt_store import stand_in
+from msdcli.nets.diffusers.text_denoiser import TextDenoiser
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.networks import NetworkSettings
@@ -63,11 +65,20 @@ def choose(recipe: Recipe, teacher: Denoiser, device: torch.device) -> dict[str,
     flops = evaluation_flops(settings, teacher)
     if flops < TINY_FLOPS:
         return {"chosen": "float32", "flops_per_image": flops}
-    batch = max(1, min(recipe.stages[-1].batch, int((2e10 if device.type == "cpu" else 1e13) / flops)))
-    seconds = measure(_build(settings, teacher).to(device).train(), batch, device)
+    most = min(recipe.stages[-1].batch, recipe.micro_batch or recipe.stages[-1].batch)
+    batch = max(1, min(most, int((2e10 if device.type == "cpu" else 1e13) / flops)))
+    seconds = measure(with_prompts(_build(settings, teacher)).to(device).train(), batch, device)
     ratio = seconds["float32"] / seconds["bf16"]
     chosen = "bf16" if ratio >= WORTH else "float32"
     return {"chosen": chosen, "ratio": round(ratio, 3), "seconds": seconds, "batch": batch, "device": str(device)}
+
+
+def with_prompts(net: Denoiser) -> Denoiser:
+    """Give a network that reads text something to read, where it has no prompts: it is only timed."""
+    if isinstance(net, TextDenoiser) and net.prompts is None:
+        shape, (pooled,) = net.embedding_shapes
+        net.prompts = stand_in(shape, pooled)
+    return net
 
 
 def measure(net: Denoiser, batch: int, device: torch.device, *, repeats: int = 5) -> dict[str, float]:
