@@ -139,9 +139,10 @@ def _trained(
 def _examined(network: Classifier, data: Dataset, numbers: Tensor) -> HeldOut:
     labels, right = data.labels(numbers.tolist()), 0
     device = next(network.parameters()).device
-    for part in numbers.split(BATCH):
-        said = network.eval()(data.images(part.tolist()).to(device)).argmax(dim=1).cpu()
-        right += int((said == data.labels(part.tolist())).sum())
+    for start in range(0, len(numbers), BATCH):
+        part = numbers[start : start + BATCH].tolist()
+        said = network.eval()(data.images(part).to(device)).argmax(dim=1).cpu()
+        right += int((said == data.labels(part)).sum())
     return HeldOut(len(numbers), right, int(labels.bincount().max()) if len(labels) else 0)
 
 
