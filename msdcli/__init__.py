@@ -25,7 +25,7 @@ from msdcli.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from msdcli.engine.measure.fid import Measurement
+    from msdcli.engine.measure.rows import Measurement
     from msdcli.engine.pipeline import DistillResult
     from msdcli.engine.sample import Students
     from msdcli.engine.tracking.events import Report
@@ -91,13 +91,14 @@ def fid(
     command's: protocol, weights, samples, batch, workers, device, bootstrap, infinity, lean, save, groups.
     """
     from msdcli.engine.measure import fid as engine
+    from msdcli.engine.measure.feature_metric import FidOptions
     from msdcli.rundir import RunDir
 
-    _known(options, engine.FidOptions.__dataclass_fields__, "fid")
+    _known(options, FidOptions.__dataclass_fields__, "fid")
     if options.get("weights") is not None:
         options["weights"] = Path(options["weights"])
     options["groups"] = tuple(options.get("groups", ()))
-    chosen = engine.FidOptions(reference=None if reference is None else str(reference), **options)
+    chosen = FidOptions(reference=None if reference is None else str(reference), **options)
     path = Path(images)
     with _reporting(report) as tell:
         if (path / "recipe.yaml").is_file():

@@ -41,7 +41,7 @@ ROOMS = (
     {"distributed"},
     {"checkpoints"},
     {"train", "pictures"},
-    {"inputs", "estimate"},
+    {"inputs", "estimate", "claim"},
     {"sample", "search"},
     {"measure"},
     {"pipeline"},

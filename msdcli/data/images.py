@@ -86,7 +86,7 @@ class ImageFiles:
         batch_size: int,
         *,
         workers: int = 1,
-        numbers: Sequence[int] | np.ndarray | None = None,
+        numbers: Sequence[int] | None = None,
         share: Share = WHOLE,
     ) -> Iterator[Batch]:
         """Read all, or `numbers`, which ascend, in order, `workers` threads decoding; mixed sizes are split by size, so
@@ -162,7 +162,7 @@ class ImageArray:
         batch_size: int,
         *,
         workers: int = 1,
-        numbers: Sequence[int] | np.ndarray | None = None,
+        numbers: Sequence[int] | None = None,
         share: Share = WHOLE,
     ) -> Iterator[Batch]:
         """Read all, or `numbers`, which ascend, in order; there is nothing to decode: `workers` changes nothing."""

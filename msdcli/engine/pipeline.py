@@ -7,24 +7,20 @@ run it on one directory at once: each takes the students that nobody else is at.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
-import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from msdcli import records
 from msdcli.data.base import FINGERPRINT, Dataset, has_images
 from msdcli.data.opening import is_there
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.engine import estimate, pictures, sample, search
 from msdcli.engine.checkpoints import disk
+from msdcli.engine.claim import Claim, begun_otherwise
 from msdcli.engine.distributed import device, workers
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
@@ -33,17 +29,18 @@ from msdcli.engine.inputs import autoencoder, dataset, hub, latents, partition, 
 from msdcli.engine.inputs.pairs import Pairs
 from msdcli.engine.measure import fid
 from msdcli.engine.measure import part_evaluator as examine
+from msdcli.engine.measure.rows import Measurement
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.tracking.loggers import logged
 from msdcli.engine.train import precision
 from msdcli.engine.train.counting import num_parameters
 from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network
-from msdcli.errors import CONTINUES, WHOLE, LockedError, UserError, resumable
+from msdcli.errors import CONTINUES, WHOLE, UserError, resumable
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import PromptsSettings
 from msdcli.recipe.stages import GeneratorSettings
-from msdcli.rundir import Presence, RunDir, holder_of, lock, sweep_temporaries, write_json
+from msdcli.rundir import RunDir, holder_of, lock
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class DistillResult:
     """
 
     run: RunDir
-    measurement: fid.Measurement | None
+    measurement: Measurement | None
     grid: Path | None
     unfinished: list[int]
 
@@ -178,97 +175,6 @@ def finish(training: TrainingRun, left: list[int], report: Report) -> DistillRes
         )
     measured = None if training.recipe.has_prompts else fid.measure(training.run, report)
     return DistillResult(training.run, measured, preview(training), [])
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A command's hold on a run directory: begun before work is done for it, settled when all is known to fit.
-
-    A run that was there before is not changed until then, and its recipe never while others are at work by it.
-    """
-
-    run: RunDir
-    recipe: Recipe
-    presence: Presence
-    command: dict[str, Any]  # what run.json is to say of it; empty where it says so already
-
-    @classmethod
-    def begin(
-        cls,
-        run: RunDir,
-        recipe: Recipe,
-        data: Dataset,
-        report: Report,
-        stack: contextlib.ExitStack,
-        *,
-        student: int | None,
-    ) -> Claim:
-        """Take a free directory for the recipe, or check that a run may go on by it. UserError where it may not."""
-        run.check(recipe)  # before even a lock is written there
-        if student is not None and (holder := holder_of(run.student(student))):
-            raise LockedError(f"student {student} is being worked on by {holder}", hint="`msd status RUN` shows it")
-        described = {
-            "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
-            "class_names": [] if recipe.has_prompts else data.class_names,
-            "shape": list(data.shape),
-        }
-        with lock(run.root, "the run directory", wait=report):
-            claim = cls(run, recipe, stack.enter_context(run.attended()), described)
-            for folder in (run.root, *run.folders()):
-                sweep_temporaries(folder)
-            if run.recipe_file.exists():
-                claim.may_change()
-                return claim
-            run.adopt(recipe)
-            claim.note({})
-            return replace(claim, command={})
-
-    def may_change(self) -> bool:
-        """Whether the run's recipe is to be written anew. UserError where others are at work by the one that is there.
-
-        What training does not depend on waits for another time.
-        """
-        self.run.check(self.recipe)
-        old, new = self.run.recipe().dump(), self.recipe.dump()
-        if old == new or self.presence.alone():
-            return old != new
-        if old["stages"] != new["stages"]:
-            raise LockedError(
-                f"{self.run.root} is being worked on by {self.run.who_is_at_work()}, with other stages: "
-                "nothing was changed",
-                hint="wait for it, or stop it; then the same command goes on",
-            )
-        return False
-
-    def settle(self, made_from: dict[str, str], version: int) -> None:
-        """Note in run.json what the run is made from, by fingerprints of a version. UserError where it was begun with
-        something else.
-        """
-        with lock(self.run.root, "the run directory", wait=lambda _: None):
-            known = records.run(self.run.record_file) if self.run.record_file.exists() else {}
-            for what, sha256 in made_from.items():
-                if known.get(what, sha256) != sha256:
-                    raise begun_otherwise(self.run, what)
-            if self.may_change():
-                self.run.adopt(self.recipe)
-            self.note(made_from | {"fingerprints": version})
-
-    def note(self, made_from: dict[str, Any]) -> None:
-        """Write this command and what the run is made from into run.json; hold the run's lock."""
-        known = records.run(self.run.record_file) if self.run.record_file.exists() else {"commands": []}
-        if self.command:
-            known["commands"].append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "line": sys.argv})
-        write_json(self.run.record_file, known | self.command | made_from)
-
-
-def begun_otherwise(run: RunDir, what: str) -> UserError:
-    """The refusal of a run whose `data` or `teacher` are others than when it was begun."""
-    return UserError(
-        f"{run.root} was begun with other weights of the teacher"
-        if what == "teacher"
-        else f"{run.root} was begun with other data: their content has changed",
-        hint=f"bring the {what} back, or give the run another name (name=...)",
-    )
 
 
 def provide_partition(run: RunDir, recipe: Recipe, data: Dataset, frozen: Denoiser) -> Partition:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from msdcli.data.images import WHOLE, ImageArray, ImageFiles, Share
-from msdcli.data.opening import Images, content_hash, open_images
+from msdcli.data.images import WHOLE, Share
+from msdcli.data.opening import content_hash
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.errors import UserError
+from msdcli.metrics.batches import ImageSource, batches_of, opened
 from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_infinity
 from msdcli.metrics.inception import FeatureNetwork, open_network
 from msdcli.metrics.intervals import Interval, bootstrap, bootstrap_weights, centred_interval, mean_interval
@@ -45,8 +45,6 @@ PACKAGES = ("msdcli", "torch", "torchvision", "numpy", "scipy", "pillow")
 
 # uint8, [N, H, W, 3] as numpy or [N, 3, H, W] as torch (one channel is repeated), or the floats that a network wants;
 # or such a batch with its labels [N].
-ImageBatch = np.ndarray | torch.Tensor | tuple[Any, Any]
-ImageSource = str | Path | Images | Iterable[ImageBatch]
 
 
 @dataclass
@@ -296,8 +294,8 @@ def collect(
     moments: ClassMoments | None = None
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]] = []
     seen, memory = 0, memory or DeviceBatch()
-    with _opened(images) as source:
-        for batch, given, numbers in _batches(source, batch_size, workers, limit, seed, network.floats, share):
+    with opened(images) as source:
+        for batch, given, numbers in batches_of(source, batch_size, workers, limit, seed, network.floats, share):
             features = _features(batch, network, batch_size, memory)
             moments = moments or ClassMoments(features.shape[1])
             given = given if labels is None else labels[numbers]
@@ -311,63 +309,6 @@ def collect(
     if moments is None or (limit is not None and seen < limit and share == WHOLE):
         raise UserError(f"{_name(images)} holds {seen} images, fewer than the {limit or 1} asked for.")
     return FeatureSet(network.record(), moments, *_in_order(kept))
-
-
-def drawn_numbers(have: int, wanted: int, seed: int) -> np.ndarray:
-    """Return the numbers of `wanted` of `have` images of a file, ascending.
-
-    They are those that NVlabs' fid.py draws (EDM's ImageFolderDataset with `max_size` and `random_seed`): the first of
-    files sorted by name are often of one class.
-    """
-    order = np.arange(have)
-    if wanted < have:
-        np.random.RandomState(seed % 2**31).shuffle(order)
-    return np.sort(order[:wanted])
-
-
-def _opened(images: ImageSource) -> Any:
-    if isinstance(images, str | Path):
-        return closing(open_images(images))
-    return nullcontext(images)
-
-
-def _batches(
-    source: Images | Iterable[ImageBatch],
-    batch_size: int,
-    workers: int,
-    limit: int | None,
-    seed: int,
-    floats: bool,
-    share: Share,
-) -> Iterator[tuple[torch.Tensor, np.ndarray | None, np.ndarray]]:
-    """Batches as the network wants them, uint8 [N, 3, H, W] or floats, with labels and numbers, whatever the source."""
-    if isinstance(source, ImageFiles | ImageArray):
-        numbers = None if limit is None else drawn_numbers(len(source), limit, seed)
-        for batch in source.batches(batch_size, workers=workers, numbers=numbers, share=share):
-            labels = None if source.labels is None else source.labels[batch.numbers]
-            yield _as_tensor(batch.images, floats), labels, batch.numbers
-        return
-    assert share == WHOLE, "a generator is shared out by whoever makes it"
-    start = 0
-    for item in source:
-        images, labels = item if isinstance(item, tuple) else (item, None)
-        images = _as_tensor(images, floats)[: None if limit is None else limit - start]
-        labels = None if labels is None else np.asarray(labels)[: len(images)]
-        yield images, labels, np.arange(start, start + len(images))
-        start += len(images)
-        if start == limit:
-            return
-
-
-def _as_tensor(images: np.ndarray | torch.Tensor, floats: bool) -> torch.Tensor:
-    if floats:
-        if not (isinstance(images, torch.Tensor) and images.is_floating_point()):
-            raise UserError("This network measures what a model draws, as floats, and not the pictures of a file.")
-        return images
-    x = torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
-    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise UserError(f"Images must be uint8 with 1 or 3 channels, not {x.dtype} {list(x.shape)}.")
-    return x.contiguous().expand(-1, 3, -1, -1)
 
 
 def _features(images: torch.Tensor, network: FeatureNetwork, batch_size: int, memory: DeviceBatch) -> torch.Tensor:

@@ -13,6 +13,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import pipeline, sample
 from msdcli.engine.bench import recipe as bench
 from msdcli.engine.measure import fid
+from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.report import report as reports
 from msdcli.engine.tracking.events import silent
 from msdcli.engine.train import loop, precision
@@ -67,7 +68,7 @@ def test_a_run_from_training_to_its_report(tmp_path: Path, asked: dict[str, list
     asked["sampling"].clear()
     reports.write([run.root], tmp_path / "report.html", silent)
     sample.load(run.root).sample([0] * 250)
-    fid.measure(RunDir(run.root), silent, fid.FidOptions(batch=150))
+    fid.measure(RunDir(run.root), silent, FidOptions(batch=150))
     assert max(asked["sampling"]) == 200
 
 

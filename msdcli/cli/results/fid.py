@@ -11,7 +11,8 @@ from msdcli import console
 from msdcli.cli import options
 
 if TYPE_CHECKING:
-    from msdcli.engine.measure.fid import FidOptions, Measurement
+    from msdcli.engine.measure.feature_metric import FidOptions
+    from msdcli.engine.measure.rows import Measurement
 
 Protocols = Literal["data", "clean", "edm", "legacy-pytorch", "legacy-tensorflow", "clip", "dinov2"]
 
@@ -60,7 +61,7 @@ def fid(
     dry_run: options.DryRun = False,
 ) -> None:
     """Measure a run (teacher and students against the data: whole, per student, per class), or pictures in files."""
-    from msdcli.engine.measure.fid import FidOptions
+    from msdcli.engine.measure.feature_metric import FidOptions
 
     chosen = FidOptions(
         *(protocol, weights, reference, samples, batch, workers, device, bootstrap, infinity, lean, save),

@@ -23,6 +23,7 @@ from msdcli.engine.export.format import (
     RoutedModels,
     RunStudents,
 )
+from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import MismatchError, UserError
 from msdcli.noise import image_noise, step_noise
@@ -147,7 +148,7 @@ def _distance(source: ExportSource, exported: ExportResult) -> dict[str, Any] | 
     count = source.options.samples if source.options.samples is not None else (own or {}).get("samples", 0)
     if own is None or not count:
         return None
-    context = fid.EvaluationContext(source.run, fid.FidOptions(samples=count, device="cpu"), source.report)
+    context = fid.EvaluationContext(source.run, FidOptions(samples=count, device="cpu"), source.report)
     reference = context.teacher() if context.planar else context.real()
     values = [
         context.metric.compare(context.students(students), reference, 0, False)[0][context.metric.name]

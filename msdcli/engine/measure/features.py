@@ -23,7 +23,8 @@ from msdcli.engine.inputs.pairs import Pairs, labels_for, sample_teacher
 from msdcli.engine.pictures import Drawn, labels_file, save_pngs
 from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import UserError
-from msdcli.metrics.evaluate import FeatureSet, ImageBatch, cache_key, collect
+from msdcli.metrics.batches import ImageBatch
+from msdcli.metrics.evaluate import FeatureSet, cache_key, collect
 from msdcli.metrics.inception import FeatureNetwork
 from msdcli.metrics.moments import Gaussian
 from msdcli.metrics.reference import cleanfid_statistics, read_statistics, takes_statistics

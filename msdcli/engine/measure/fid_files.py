@@ -13,10 +13,12 @@ from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed import launcher
 from msdcli.engine.measure import features, groups
-from msdcli.engine.measure.fid import FidOptions, Measurement, Row
+from msdcli.engine.measure.feature_metric import FidOptions
+from msdcli.engine.measure.rows import Measurement, Row
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
-from msdcli.metrics.evaluate import FeatureSet, collect, drawn_numbers
+from msdcli.metrics.batches import drawn_numbers
+from msdcli.metrics.evaluate import FeatureSet, collect
 from msdcli.metrics.inception import FeatureNetwork, open_network
 from msdcli.metrics.reference import check_protocol, has_images, is_statistics, notes, takes_statistics
 

@@ -17,7 +17,8 @@ from msdcli.diffusion.generator import Generator
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.inputs import autoencoder, pairs
 from msdcli.engine.measure import features
-from msdcli.engine.measure.fid import EvaluationContext, FidOptions, Reference
+from msdcli.engine.measure.feature_metric import FidOptions, Reference
+from msdcli.engine.measure.fid import EvaluationContext
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train import compiling
 from msdcli.errors import UserError

@@ -14,7 +14,8 @@ from msdcli.engine import sample, search
 from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.checkpoints import storage
 from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model
-from msdcli.engine.measure.fid import EvaluationContext, FidOptions, Reference
+from msdcli.engine.measure.feature_metric import FidOptions, Reference
+from msdcli.engine.measure.fid import EvaluationContext
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train.student import is_finished, new_network
 from msdcli.metrics.evaluate import FeatureSet

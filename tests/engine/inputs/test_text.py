@@ -17,6 +17,7 @@ from msdcli.data.images import to_uint8
 from msdcli.engine import pipeline
 from msdcli.engine.bench import recipe as bench
 from msdcli.engine.inputs import prompts as engine
+from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.train import precision
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.text_denoiser import TextDenoiser
@@ -269,7 +270,7 @@ def test_prompts_are_measured_against_pictures(hashed: Path, tmp_path: Path, mon
     for i in range(20):
         pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"pictures/{i}.png")
-    options = fid.FidOptions(protocol="clean", reference=str(tmp_path / "pictures"), samples=24, batch=8)
+    options = FidOptions(protocol="clean", reference=str(tmp_path / "pictures"), samples=24, batch=8)
     with contextlib.chdir(hashed.parent.parent):
         found = fid.measure(RunDir(hashed), lambda _: None, options).to_json()
     assert [(row["who"], row["group"]) for row in found["rows"] if row["who"] != "real halves"] == [

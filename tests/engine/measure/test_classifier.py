@@ -11,8 +11,10 @@ from torch import Tensor
 
 from msdcli.data.digits import Digits
 from msdcli.diffusion.draws import Source
-from msdcli.engine.measure import classifier, fid
+from msdcli.engine.measure import classifier
 from msdcli.engine.measure.classifier import HeldOut, held_out
+from msdcli.engine.measure.feature_metric import FidOptions, metric_of
+from msdcli.engine.measure.rows import halves
 from msdcli.engine.tracking.events import silent
 from msdcli.metrics.evaluate import collect
 from msdcli.recipe import Recipe, load
@@ -91,13 +93,13 @@ def test_knowing_is_to_be_right_more_often_than_guessing(images: int, right: int
 def test_a_classifier_of_noise_is_found_out(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier, "TRAINING", classifier.TRAINING.model_copy(update={"steps": 60}))
     data, on = Noise(), torch.device("cpu")
-    metric = fid.metric_of(RunDir(recipe.run_dir), recipe, data, fid.FidOptions(), on, silent)
+    metric = metric_of(RunDir(recipe.run_dir), recipe, data, FidOptions(), on, silent)
     (warning,) = metric.warnings
     assert "not shown to know anything" in warning and "of 12 images" in warning
     real = collect([(data.images(range(120)), data.labels(range(120)).numpy())], metric.network)
-    (halves,) = fid.halves(metric, real)
-    assert halves.values["accuracy"] == metric.record["held_out"]["accuracy"] < 0.5, "of those it has seen it knows all"
-    assert f"{halves.values['accuracy']:.1%} right on 12 images that it was not trained on" in metric.protocol
+    (found,) = halves(metric, real)
+    assert found.values["accuracy"] == metric.record["held_out"]["accuracy"] < 0.5, "of those it has seen it knows all"
+    assert f"{found.values['accuracy']:.1%} right on 12 images that it was not trained on" in metric.protocol
 
 
 def test_a_classifier_of_digits_knows_them(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,5 +115,5 @@ def test_a_classifier_of_digits_knows_them(recipe: Recipe, monkeypatch: pytest.M
 def test_few_images_and_one_class_are_said(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(classifier, "TRAINING", classifier.TRAINING.model_copy(update={"steps": 2}))
     for data, said in ((Noise(8, 2), "too few to hold any out"), (Noise(40, 1), "one class")):
-        metric = fid.metric_of(RunDir(recipe.run_dir), recipe, data, fid.FidOptions(), torch.device("cpu"), silent)
+        metric = metric_of(RunDir(recipe.run_dir), recipe, data, FidOptions(), torch.device("cpu"), silent)
         assert said in metric.warnings[0] and "--protocol clean" in metric.warnings[0]

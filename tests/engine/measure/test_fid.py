@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from msdcli.engine.measure import classifier, fid, watch
+from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.tracking.events import silent
 from msdcli.metrics.evaluate import collect
 from msdcli.metrics.inception import FeatureNetwork
@@ -377,7 +378,7 @@ def test_watch_follows_what_is_in_training(digits: Path, tmp_path: Path) -> None
     for folder in stages:
         (folder / "model.json").rename(folder / "kept")
     (stages[1] / "state.safetensors").rename(stages[1] / "later")
-    lines = watch.watch(run, silent, fid.FidOptions(), poll=0)
+    lines = watch.watch(run, silent, FidOptions(), poll=0)
     first = next(lines)
     assert (list(first["students"]), first["whole"], first["students"]["0"]["step"]) == (["0"], None, 2)
     (stages[1] / "later").rename(stages[1] / "state.safetensors")
