@@ -60,20 +60,26 @@ def distill(
     return outcome
 
 
-def load(source: Source, device: str | torch.device = "cpu") -> Students:
+def load(source: Source, device: str | torch.device = "cpu", *, steps: int | None = None) -> Students:
     """Open the students of a run or of an exported bundle: `load(run).sample(classes=[3, 7], seed=0)`."""
     from msdcli.engine import sample as engine
 
-    return engine.load(Path(source), device)
+    return engine.load(Path(source), device, steps=steps)
 
 
 def sample(
-    run: Source, classes: Sequence[int | str], *, seed: int = 0, batch: int | None = None, device: str = "auto"
+    run: Source,
+    classes: Sequence[int | str],
+    *,
+    seed: int = 0,
+    batch: int | None = None,
+    steps: int | None = None,
+    device: str = "auto",
 ) -> torch.Tensor:
-    """Return one sample per class number or name, float32 [len(classes), *shape], one network evaluation each."""
+    """Return one sample per class number or name, float32 [len(classes), *shape]; `steps`: with fewer evaluations."""
     from msdcli.engine.distributed.device import resolve
 
-    return load(run, resolve(device)).sample(classes, seed=seed, batch=batch)
+    return load(run, resolve(device), steps=steps).sample(classes, seed=seed, batch=batch)
 
 
 def fid(

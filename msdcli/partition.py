@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msdcli import routing
+from msdcli import records, routing
 from msdcli.errors import UserError
 from msdcli.routing import Rule
-from msdcli.rundir import read_json, write_json
+from msdcli.rundir import write_json
 from msdcli.seeds import derive
 
 if TYPE_CHECKING:
@@ -36,12 +37,13 @@ class Partition:
         owners = Counter(c for part in self.parts for c in part)
         if twice := sorted(c for c, n in owners.items() if n > 1):
             raise UserError(f"partition: condition {_listed(twice)} is in more than one part")
-        if outside := sorted(owners.keys() - set(range(self.num_conditions))):
+        if outside := sorted(c for c in owners if not 0 <= c < self.num_conditions):
             raise UserError(
                 f"partition: condition {_listed(outside)} does not exist: there are 0 to {self.num_conditions - 1}"
             )
-        if missing := sorted(set(range(self.num_conditions)) - owners.keys()):
-            raise UserError(f"partition: condition {_listed(missing)} is in no part")
+        if len(owners) < self.num_conditions:  # counted: a file may claim any number of them
+            missing = (c for c in range(self.num_conditions) if c not in owners)
+            raise UserError(f"partition: condition {_listed([*itertools.islice(missing, 9)])} is in no part")
         if empty := [k for k, part in enumerate(self.parts) if not part]:
             raise UserError(f"partition: student {_listed(empty)} has no condition")
 
@@ -68,13 +70,15 @@ class Partition:
     @classmethod
     def load(cls, path: Path) -> Partition:
         """Read partition.json. UserError if it is missing, damaged or no partition."""
-        stored = read_json(path)
+        stored = records.read(path, records.PartitionRecord, "partition")
         try:
-            parts = [[int(c) for c in part] for part in stored["parts"]]
             rule = routing.from_json(stored["rule"]) if "rule" in stored else None
-            return cls(parts, int(stored["num_conditions"]), str(stored["method"]), rule)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path} is not a partition") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not a partition: rule: {error}") from None
+        try:
+            return cls(stored["parts"], stored["num_conditions"], stored["method"], rule)
+        except UserError as error:
+            raise UserError(f"{path}: {error.message}", hint="was it edited? bring it back as it was") from None
 
 
 def _listed(numbers: Sequence[int]) -> str:

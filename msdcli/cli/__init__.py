@@ -16,7 +16,7 @@ from msdcli.cli.results import export, fid, push, sample
 from msdcli.cli.train import bench, distill, sweep
 
 
-class Verbs(TyperGroup):
+class VerbGroup(TyperGroup):
     """Turns whatever ends a command into one sentence and an exit code (MSD_DEBUG=1: the traceback instead)."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -33,8 +33,8 @@ class Verbs(TyperGroup):
 
 app = typer.Typer(
     name="msd",
-    cls=Verbs,
-    help="Distil one diffusion teacher into K one-step students, each for its own part of the conditions.",
+    cls=VerbGroup,
+    help="Distil one diffusion teacher into K students of one or a few steps, each for its own part of the conditions.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     epilog="Start: msd distill digits; the manual: msd docs. The same command again resumes. Exit codes: 0 done, 1 "

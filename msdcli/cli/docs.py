@@ -18,11 +18,12 @@ def register(app: typer.Typer) -> None:
 
 def pages() -> dict[str, Path]:
     """Return the pages by topic, in reading order: a page's file name starts with its number."""
-    return {path.stem.partition("-")[2]: path for path in sorted(FOLDER.glob("*.md"))}
+    files = sorted(FOLDER.glob("*.md"), key=lambda path: int(path.stem.partition("-")[0]))
+    return {path.stem.partition("-")[2]: path for path in files}
 
 
 def docs(topic: Annotated[str | None, typer.Argument(help="A page; without it, the list of pages.")] = None) -> None:
-    """Read the manual: first steps, teachers, data, numbers, clusters, new objectives, troubleshooting."""
+    """Read the manual: first steps, teachers, data, numbers, clusters, new objectives, troubleshooting, the code."""
     import difflib
 
     from msdcli.errors import UserError

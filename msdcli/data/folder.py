@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from msdcli.data.base import Dataset, to_float
+from msdcli.data.base import Dataset, file_stamp, to_float
+from msdcli.data.files.labels import checked
 from msdcli.data.images import ImageArray, ImageFiles
 from msdcli.data.opening import is_there, open_images
 from msdcli.data.webdataset import TarFiles
 from msdcli.errors import UserError
+from msdcli.foreign import shown
 from msdcli.recipe.data import FolderSettings
 
 FILTERS = {
@@ -29,7 +33,7 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 PIXELS, RECORD = "pixels.bin", "data.json"
-SHOWN = 20
+SHOWN, NAMED = 20, 5  # bad pictures, and names of one cause where there are more
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,11 @@ class PictureFiles:
     """The files as they lie: numbered by name, classed by folder or dataset.json, decoded when asked for."""
 
     def __init__(self, settings: FolderSettings) -> None:
-        self.settings = settings
-        self._source = open_images(settings.path)
+        self.settings, path = settings, Path(settings.path)
+        # Before anything of the file is read: what replaces it later has another stamp.
+        opened = [file_stamp(path)] if path.is_file() else None
+        self._source = open_images(path)
+        self._opened = self._source.stamps if isinstance(self._source, TarFiles) else opened
         classes, self.class_names = _classes(self._source, settings)
         self._labels = torch.from_numpy(classes)
         self._check_expected()
@@ -59,6 +66,8 @@ class PictureFiles:
         return self._labels[list(numbers)]
 
     def images(self, numbers: Sequence[int]) -> Tensor:
+        if not len(numbers):
+            return torch.zeros(0, *self.shape)
         return to_float(torch.stack([torch.from_numpy(self._good(n)) for n in numbers]))
 
     def picture(self, number: int) -> np.ndarray | BadPicture:
@@ -76,7 +85,7 @@ class PictureFiles:
         return [self.name(number) for number in range(len(self))]
 
     def name(self, number: int) -> str:
-        return self._source.names[number] if isinstance(self._source, ImageFiles) else f"image {number}"
+        return _name(self._source, number)
 
     def caption(self, number: int) -> str | None:
         """Return the text that comes with image `number` (WebDataset: .txt or .json), if there is one."""
@@ -93,15 +102,27 @@ class PictureFiles:
             while ahead:
                 yield ahead.popleft().result()
 
-    def fingerprint(self) -> list[Any]:
-        """Name what the files are, without reading them: names, sizes and times."""
-        path = Path(self.settings.path)
-        source = self._source
+    def fingerprint(self) -> str:
+        """Name what the pictures and their classes are, without reading pictures: the classes, their names, and every
+        file by its name below the folder and its stamp.
+
+        dataset.json is in it by what it says. Zips, arrays and shards are as they were when they were opened.
+        """
+        return self._named(self._opened or self._stamps())
+
+    def changed(self, fingerprint: str) -> bool:
+        """Whether the files are others than those that had this fingerprint."""
+        return self._named(self._stamps()) != fingerprint
+
+    def _named(self, stamps: Sequence[Any]) -> str:
+        said = json.dumps([self.class_names, stamps])
+        return hashlib.sha256(said.encode() + self._labels.numpy().tobytes()).hexdigest()
+
+    def _stamps(self) -> list[Any]:
+        path, source = Path(self.settings.path), self._source
         if isinstance(source, TarFiles):
-            files = source.shards
-        else:
-            files = [path] if path.is_file() else [path / name for name in source.names]
-        return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            return [(shard.name, *file_stamp(shard)) for shard in source.shards]
+        return [file_stamp(path)] if path.is_file() else [(name, *file_stamp(path / name)) for name in source.names]
 
     def _good(self, number: int) -> np.ndarray:
         picture = self.picture(number)
@@ -120,13 +141,15 @@ class PictureFiles:
         """The side of the first picture that can be decoded."""
         if isinstance(self._source, ImageArray):
             return min(self._source.shape[1:3])
+        bad: list[BadPicture] = []
         for number in range(len(self)):
             try:
-                return min(self._raw(number).shape[:2])
-            except UserError:
+                return int(min(self._raw(number).shape[:2]))
+            except UserError as error:
                 if self.settings.on_bad == "refuse":
                     raise
-        raise UserError(f"{self.settings.path} holds no picture that can be decoded")
+                bad.append(BadPicture(self.name(number), error.message))
+        raise refusal(self.settings, bad)
 
     def _check_expected(self) -> None:
         for what, wanted, found in (
@@ -150,6 +173,7 @@ class DecodedPictures:
             hint = f"remove {folder}, and the same command makes it again"
             raise UserError(f"{folder / PIXELS} is damaged", hint=hint)
         self._pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=shape)
+        self._images_hash: str | None = record.get("sha256")
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -162,6 +186,12 @@ class DecodedPictures:
 
     def images(self, numbers: Sequence[int]) -> Tensor:
         return to_float(self.stored(numbers))
+
+    def images_hash(self) -> str:
+        """Return the hash of all pixels, taken while they were decoded."""
+        if self._images_hash is None:  # decoded before hashes were kept
+            self._images_hash = hashlib.sha256(self._pixels.data).hexdigest()
+        return self._images_hash
 
 
 class ExpectedPictures:
@@ -194,14 +224,33 @@ def expected(settings: FolderSettings) -> Dataset:
 
 
 def refusal(settings: FolderSettings, bad: Sequence[BadPicture]) -> UserError:
-    """The error that lists pictures which cannot be used."""
-    lines = [f"  {b.name}: {b.reason.removeprefix(f'{settings.path}: {b.name} ')}" for b in bad[:SHOWN]]
-    more = f"\n  and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
+    """The error that lists pictures which cannot be used: one by one, or by cause where there are many."""
     count = "1 picture" if len(bad) == 1 else f"{len(bad):,} pictures"
+    size = "" if settings.size else "; data.size says another size than the first picture's"
     return UserError(
-        f"{settings.path}: {count} cannot be used\n" + "\n".join(lines) + more,
-        hint="data.on_bad=skip leaves them out; data.crop=true and data.resize=lanczos make sizes fit",
+        f"{settings.path}: {count} cannot be used\n" + "\n".join(_listed(settings, bad)),
+        hint=f"data.on_bad=skip leaves them out; data.crop=true and data.resize=lanczos make sizes fit{size}",
     )
+
+
+def _listed(settings: FolderSettings, bad: Sequence[BadPicture]) -> list[str]:
+    reasons = [b.reason.removeprefix(f"{settings.path}: {b.name} ") for b in bad]
+    if len(bad) <= SHOWN:
+        return [f"  {b.name}: {reason}" for b, reason in zip(bad, reasons, strict=True)]
+    causes: dict[str, list[str]] = {}
+    for b, reason in zip(bad, reasons, strict=True):
+        causes.setdefault(_cause(reason), []).append(b.name)
+    most_first = sorted(causes.items(), key=lambda item: -len(item[1]))
+    lines = [
+        f"  {len(names):,}: {cause}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
+        for cause, names in most_first[:SHOWN]
+    ]
+    return lines + ([f"  and {len(most_first) - SHOWN:,} more causes"] if len(most_first) > SHOWN else [])
+
+
+def _cause(reason: str) -> str:
+    """What many pictures' reasons have in common: neither where the damage is, nor which wrong size it is."""
+    return re.sub(r"^is \d+x\d+, ", "is ", reason.partition(":")[0].removesuffix("."))
 
 
 def _classes(source: ImageFiles | ImageArray, settings: FolderSettings) -> tuple[np.ndarray, list[str]]:
@@ -209,12 +258,10 @@ def _classes(source: ImageFiles | ImageArray, settings: FolderSettings) -> tuple
     if not settings.labels:
         return np.zeros(len(source), np.int64), ["all"]
     if source.labels is not None:
-        if source.labels.min() < 0:
-            raise UserError(f"{settings.path}: class {source.labels.min()} is negative")
-        return source.labels, list(map(str, range(int(source.labels.max()) + 1)))
+        found = checked(source.labels, functools.partial(_name, source), settings.path)
+        return found, list(map(str, range(int(found.max()) + 1)))
     # EDM's unlabelled sets have folders too, which mean nothing; their dataset.json says so.
-    by_folder = isinstance(source, ImageFiles) and not source.described
-    folders = [name.split("/")[0] if "/" in name else "" for name in source.names] if by_folder else [""]
+    folders = source.classes if isinstance(source, ImageFiles) and not source.described else [""]
     if "" in folders:
         raise UserError(
             f"{settings.path} gives no classes: neither every picture in a folder named after its class, nor labels",
@@ -222,7 +269,12 @@ def _classes(source: ImageFiles | ImageArray, settings: FolderSettings) -> tuple
         )
     names = sorted(set(folders))
     number = {name: i for i, name in enumerate(names)}
-    return np.array([number[folder] for folder in folders], np.int64), names
+    return np.array([number[folder] for folder in folders], np.int64), list(map(shown, names))
+
+
+def _name(source: ImageFiles | ImageArray, number: int) -> str:
+    """What a picture is called, as it can be printed and stored."""
+    return shown(source.names[number]) if isinstance(source, ImageFiles) else f"image {number}"
 
 
 def _fitted(picture: np.ndarray, settings: FolderSettings, size: int) -> np.ndarray:

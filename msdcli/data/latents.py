@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from msdcli.data.base import Dataset
-from msdcli.diffusion.draws import image_noise
 from msdcli.errors import UserError
+from msdcli.noise import image_noise
 
 LATENTS, RECORD = "latents.bin", "latents.json"
 DTYPES = {"float16": np.float16, "float32": np.float32}

@@ -7,16 +7,18 @@ import zipfile
 from contextlib import closing
 from pathlib import Path
 
-from msdcli.data.images import LABELS_FILE, ImageArray, ImageFiles
-from msdcli.data.webdataset import TarFiles, expand, shards
+from msdcli.data.files.labels import LABELS_FILE
+from msdcli.data.images import ImageArray, ImageFiles
+from msdcli.data.webdataset import TarFiles, expand, shards, tars
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 
 Images = ImageFiles | ImageArray
 
 
 def is_shards(path: Path) -> bool:
     """Whether a path means WebDataset shards: a .tar, a pattern of them, or a folder of them."""
-    return next(path.glob("*.tar"), None) is not None if path.is_dir() else path.name.endswith((".tar", ".tgz", ".gz"))
+    return bool(tars(path)) if path.is_dir() else path.name.endswith((".tar", ".tgz", ".gz"))
 
 
 def is_there(path: str | Path) -> bool:
@@ -33,8 +35,7 @@ def open_images(path: str | Path) -> Images:
         return TarFiles(path)
     if path.is_dir():
         return ImageFiles(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist.")
+    check_file(path)
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is neither a folder, a zip nor an npz of images (or it is truncated).")
     return ImageArray(path) if path.suffix == ".npz" else ImageFiles(path)
@@ -53,5 +54,5 @@ def content_hash(path: str | Path) -> str:
         return digest.hexdigest()
     with closing(ImageFiles(path)) as files:
         for name in [*files.names, *([LABELS_FILE] if files.labels is not None else [])]:
-            digest.update(name.encode() + b"\0" + hashlib.sha256(files._read(name)).digest())
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + hashlib.sha256(files._read(name)).digest())
     return digest.hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdcli.data.base import Dataset, to_float
+from msdcli.data.base import Dataset, images_hash, to_float
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 from msdcli.recipe.data import PromptsSettings
 
 TEXT_KEYS, IMAGE_KEYS = ("caption", "text", "prompt"), ("file_name", "image", "file")
+# What is longer is no prompt: text encoders read 77 to 512 tokens. A .json is read in one piece: COCO's has 90 MB.
+MAX_PROMPT, MAX_LINE, MAX_JSON = 20_000, 2**20, 2**31
 Row = tuple[str, str | None]  # a text, and the name of a picture
 
 
@@ -51,7 +55,7 @@ def clean(text: str) -> str:
 def read(settings: PromptsSettings) -> Captions:
     """Read the prompts of a data section. UserError naming file and line for what is no prompt."""
     path = Path(settings.path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} does not exist", hint=f"get it from {settings.source}" if settings.source else None)
     captions = collect(_rows(path, settings.column, settings.image_column), path)
     if settings.count is not None and settings.count != len(captions.prompts):
@@ -67,8 +71,6 @@ def read(settings: PromptsSettings) -> Captions:
 
 def read_lines(path: Path) -> list[str]:
     """The prompts of a text file in order, empty lines aside, repeated ones kept."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
     captions = collect(_rows(path, None, None), path)
     return [captions.prompts[number] for number in captions.numbers]
 
@@ -79,6 +81,14 @@ def collect(rows: Iterator[Row], path: Path) -> Captions:
     numbers, files, empty = list[int](), list[str | None](), 0
     for text, file in rows:
         prompt = clean(text)
+        if "\0" in prompt:
+            raise UserError(f"{path}: {reprlib.repr(prompt)} holds a NUL", hint="prompts are UTF-8 text; is it UTF-16?")
+        if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UserError(f"{path}: {ascii(prompt)[:60]} holds half a character (a lone surrogate)")
+        if len(prompt) > MAX_PROMPT:
+            raise UserError(
+                f"{path}: {reprlib.repr(prompt)} has {len(prompt):,} characters, the limit is {MAX_PROMPT:,}"
+            )
         if not prompt:
             empty += 1
             continue
@@ -90,13 +100,19 @@ def collect(rows: Iterator[Row], path: Path) -> Captions:
 
 
 def _rows(path: Path, column: str | None, image_column: str | None) -> Iterator[Row]:
+    check_file(path, most=MAX_JSON if path.suffix == ".json" else None)
     text_keys = TEXT_KEYS if column is None else (column,)
     image_keys = IMAGE_KEYS if image_column is None else (image_column,)
     if path.suffix == ".json":
         yield from _json_rows(path, text_keys, image_keys)
         return
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+            if len(line) > MAX_LINE:
+                raise UserError(
+                    f"{path}:{number}: the line has more than {MAX_LINE:,} bytes, which is no prompt",
+                    hint="one prompt a line (.txt), one JSON text or object a line (.jsonl), or a list (.json)",
+                )
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -181,6 +197,11 @@ class Prompts:
         stored = getattr(self._pictures, "stored", None) or self._pictures.images
         found: Tensor = stored(at)
         return found
+
+    def images_hash(self) -> str:
+        """Return a hash of all pictures and of which row has which."""
+        assert self._pictures is not None, "these prompts have no pictures"
+        return hashlib.sha256(json.dumps([images_hash(self._pictures), self._at]).encode()).hexdigest()
 
     def text_hash(self) -> str:
         """SHA-256 of the prompts in order."""

@@ -21,15 +21,19 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from msdcli.data.base import user_cache
-from msdcli.data.images import SUFFIXES, ImageFiles
+from msdcli.data.base import file_stamp, user_cache
+from msdcli.data.files.decoding import MAX_BYTES
+from msdcli.data.files.listing import SUFFIXES, is_left_out
+from msdcli.data.images import ImageFiles
 from msdcli.errors import UserError
+from msdcli.foreign import check_file, problem, shown
 
 MAX_SHARDS = 100_000
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CAPTION_KEYS = ("caption", "text", "prompt")
 DESCRIPTIONS = (".cls", ".txt", ".json")
-VERSION = 1  # of the stored index
+MAX_CAPTION = 2**20  # bytes
+VERSION = 3  # of the stored index and of its key
 
 Place = tuple[int, int]  # offset and size of a file in its shard; (0, 0) is none
 
@@ -87,6 +91,8 @@ class TarFiles(ImageFiles):
         self.path = Path(pattern)
         self.shards = shards(pattern)
         self.described = True  # folders inside a tar mean nothing
+        # Before anything of them is read: what replaces a shard later has another stamp.
+        self.stamps = [(shard.name, *file_stamp(shard)) for shard in self.shards]
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
             indices = list(pool.map(_stored_index, self.shards))
         self.names = [f"{shard.name}/{n}" for shard, i in zip(self.shards, indices, strict=True) for n in i.names]
@@ -111,10 +117,13 @@ class TarFiles(ImageFiles):
         """Return the text of a picture: its .txt, or `caption`, `text` or `prompt` of its .json."""
         if not self._captions[number].any():
             return None
+        if (size := self._captions[number][1]) > MAX_CAPTION:
+            name = shown(self.names[number])
+            raise UserError(f"{self.path}: the caption of {name} has {size:,} bytes, the limit is {MAX_CAPTION:,}.")
         text = self._content(number, self._captions[number]).decode("utf-8", "replace").strip()
         try:
             content = json.loads(text) if text.startswith("{") else text
-        except ValueError:
+        except (ValueError, RecursionError):
             content = text  # a caption that only looks like JSON
         if isinstance(content, str):
             return content
@@ -122,29 +131,38 @@ class TarFiles(ImageFiles):
 
     def content(self, number: int) -> bytes:
         if number in self._bad:
-            raise UserError(f"{self.path}: {self.names[number]} {self._bad[number]}.")
+            raise UserError(f"{self._called(number)} {self._bad[number]}.")
         return self._content(number, self._pictures[number])
 
     def _content(self, number: int, place: np.ndarray) -> bytes:
         offset, size = map(int, place)
+        if size > MAX_BYTES:
+            raise UserError(f"{self._called(number)} has {size:,} bytes, the limit is {MAX_BYTES:,}.")
         try:
             with open(self.shards[self._shard[number]], "rb") as file:
                 content = os.pread(file.fileno(), size, offset)
         except OSError as error:
-            raise UserError(f"{self.path}: {self.names[number]} cannot be read: {error}.") from error
+            raise UserError(f"{self._called(number)} cannot be read: {error}.") from error
         if len(content) < size:
-            raise UserError(f"{self.path}: {self.names[number]} cannot be read: the shard ends before it does.")
+            raise UserError(f"{self._called(number)} cannot be read: the shard ends before it does.")
         return content
+
+
+def tars(folder: Path) -> list[Path]:
+    """Return the .tar files of a folder, hidden ones aside (a Mac leaves `._a.tar` beside `a.tar`)."""
+    return sorted(path for path in folder.glob("*.tar") if not is_left_out(path.name))
 
 
 def shards(pattern: str | Path) -> list[Path]:
     """Return the files that `shards-{000..010}.tar`, a folder or one .tar means. UserError naming those that lack."""
     path = Path(pattern)
-    files = sorted(path.glob("*.tar")) if path.is_dir() else [Path(name) for name in expand(str(pattern))]
-    missing = [file for file in files if not file.is_file()]
+    files = tars(path) if path.is_dir() else [Path(name) for name in expand(str(pattern))]
+    missing = [file for file in files if problem(file) == "does not exist"]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(f"{', '.join(map(str, missing[:5]))}{more} does not exist.")
+    for file in files:
+        check_file(file)
     return files
 
 
@@ -168,14 +186,18 @@ def expand(pattern: str) -> list[str]:
 
 def _stored_index(shard: Path) -> Index:
     """Return a shard's index from the user's cache, or make it and keep it there: a million headers take a minute."""
-    stat = shard.stat()
-    named = f"{VERSION} {shard.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    # An index depends on the shard's headers and .cls files, which the stamp follows, and on the code that reads them
+    # (VERSION). It holds no pixels and no captions: these are read from the shard whenever they are asked for.
+    stamp = file_stamp(shard)
+    named = f"{VERSION} {shard.resolve()} {stamp}"
     file = user_cache() / "shards" / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         stored = json.loads(file.read_text(encoding="utf-8"))
         numbered = {key: {int(n): why for n, why in stored[key].items()} for key in ("bad", "unlabelled")}
         return Index(**stored | numbered)
     index = _index(shard)
+    if file_stamp(shard) != stamp:  # somebody writes to it: what was read is no index of what will be there
+        return index
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
@@ -194,18 +216,22 @@ def _index(shard: Path) -> Index:
         with tarfile.open(shard, "r:") as file, open(shard, "rb") as raw:  # compressed: no member can be read by itself
             for info in _readable(file):
                 path = PurePosixPath(info.name)
+                if any(map(is_left_out, path.parts)):
+                    continue
                 stem, dot, rest = path.name.partition(".")
                 suffix, name = f".{rest.lower()}", str(path.with_name(stem or "_"))
                 if not stem or not dot or suffix not in (*SUFFIXES, *DESCRIPTIONS):
                     continue
                 files = samples.setdefault(name, {})
                 if suffix in files:
-                    raise UserError(f"{shard} holds {info.name} twice")
+                    raise UserError(f"{shard} holds {shown(info.name)} twice")
                 files[suffix] = (info.offset_data, info.size)
                 if suffix == ".cls":
                     labels[name] = os.pread(raw.fileno(), min(info.size, 64), info.offset_data)
             end = file.offset
-    except (tarfile.ReadError, EOFError) as error:
+    except (UserError, MemoryError, OSError):
+        raise
+    except Exception as error:  # a damaged first header makes tarfile raise almost anything
         raise UserError(
             f"{shard} is no tar file, or a compressed one: {error}", hint="gunzip it: shards are read by image number"
         ) from None
@@ -222,11 +248,13 @@ def _readable(file: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while True:
         try:
             info = file.next()
-        except (tarfile.TarError, EOFError, OSError, ValueError):
+        except MemoryError:
+            raise
+        except Exception:  # a damaged header makes tarfile raise almost anything
             return
-        if info is None:
+        if info is None or info.size < 0:
             return
-        if info.isfile():
+        if info.isfile() and not info.issparse():  # what is sparse does not lie there in one piece
             yield info
 
 

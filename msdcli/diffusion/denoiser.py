@@ -62,7 +62,8 @@ class Denoiser(nn.Module):
     @property
     def taps(self) -> list[str]:
         """The names of the encoder's blocks, in order, whose features can be asked for."""
-        return self.net.taps
+        names: list[str] = list(self.net.taps)  # type: ignore[arg-type]  # of a raw network that has them
+        return names
 
     def features(self, x: Tensor, sigma: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
         """Return the encoder's features at the named `taps`, without running the decoder."""
@@ -111,6 +112,16 @@ def karras_draw(u: Tensor, span: Sequence[float], *, num: int = 1000) -> Tensor:
     return schedule[index]
 
 
+def continuous_karras(u: Tensor, span: Sequence[float], *, sigma_max: float = 80.0) -> Tensor:
+    """Map uniform numbers `u` in [0, 1) to noise levels of the Karras schedule without its steps, ascending.
+
+    `span` is the part of the schedule that is drawn from: [0, 0.8] is SiD's, up to sigma 24.4.
+    """
+    place = span[0] + u * (span[1] - span[0])
+    low, high = 0.002 ** (1 / 7), sigma_max ** (1 / 7)
+    return (low + place * (high - low)) ** 7
+
+
 def one_step(net: nn.Module, z: Tensor, sigma_init: float, condition: Tensor | None) -> Tensor:
     """The generator G(z, c) = D(sigma_init z, sigma_init, c), of an anchored network f(...): one evaluation."""
     sigma = torch.full((z.shape[0],), sigma_init, device=z.device)  # not len(z): an export keeps the batch open
@@ -131,6 +142,27 @@ def consistency(net: nn.Module, x: Tensor, sigma: Tensor, condition: Tensor | No
     s, variance = per_image(sigma, x), net.sigma_data**2
     share = 1 - anchor / s  # c_out' / c_out
     return (variance / ((s - anchor).square() + variance) - share * variance / (s.square() + variance)) * x + share * D
+
+
+def denoise(net: nn.Module, x: Tensor, sigma: float, condition: Tensor | None) -> Tensor:
+    """D(x, sigma, c) of images that all have one noise level."""
+    return consistency(net, x, torch.full((x.shape[0],), sigma, device=x.device), condition)
+
+
+def few_step(
+    net: nn.Module, z: Tensor, sigmas: Sequence[float], condition: Tensor | None, noise: Tensor | None = None
+) -> Tensor:
+    """The generator of several evaluations (DMD2, arXiv 2405.14867, Section 4.4), from unit noise z [batch, *shape]:
+
+        x_0 = sigma_0 z,  y_i = D(x_i, sigma_i, c),  x_{i+1} = y_i + sigma_{i+1} n_i;  the last y is the sample.
+
+    `noise` [batch, len(sigmas) - 1, *shape] holds the n_i; one level needs none, and is `one_step`.
+    """
+    y = one_step(net, z, sigmas[0], condition)
+    for i, sigma in enumerate(sigmas[1:]):
+        assert noise is not None, "a student of several levels needs noise between them"
+        y = denoise(net, y + sigma * noise[:, i], sigma, condition)
+    return y
 
 
 def matching_gradient(D_fake: Tensor, D_teacher: Tensor, y: Tensor) -> Tensor:

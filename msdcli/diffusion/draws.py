@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,47 +15,12 @@ from msdcli.seeds import generator
 if TYPE_CHECKING:
     from msdcli.data.base import Dataset
 
-WORTH_A_THREAD = 2**18  # normal numbers that take about a millisecond to draw
-
-
-def image_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Return unit noise [len(numbers), *shape] on the CPU; image i's depends on `seed` and i alone."""
-    z = torch.empty(len(numbers), *shape)
-
-    def draw(places: range) -> None:
-        for place in places:
-            torch.randn(shape, generator=generator("image", seed, numbers[place]), out=z[place])
-
-    threads = min(torch.get_num_threads(), z.numel() // WORTH_A_THREAD) or 1
-    shares = [range(i, len(numbers), threads) for i in range(threads)]
-    if threads == 1:
-        draw(shares[0])
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(draw, shares))
-    return z
-
-
-def noises(
-    seed: int, batches: Sequence[Sequence[int]], shape: tuple[int, ...], *, ahead: bool = False
-) -> Iterator[Tensor]:
-    """Yield the `image_noise` of every batch; with `ahead` the next one is drawn while one is used, by a GPU say."""
-    if not ahead:
-        yield from (image_noise(seed, numbers, shape) for numbers in batches)
-        return
-    with ThreadPoolExecutor(1) as background:
-        z = image_noise(seed, batches[0], shape)
-        for numbers in batches[1:]:
-            following = background.submit(image_noise, seed, numbers, shape)
-            yield z
-            z = following.result()
-        yield z
-
 
 class Source:
     """Where a student's draws come from: its part of the data, on the device where it fits, and the teacher's pairs.
 
-    `classes` are the student's conditions; `pairs` is (z, y, c) of the teacher, or None where no stage needs them.
+    `classes` are the student's conditions; `pairs` is (z, y, c) of the teacher, or None where no stage needs them; the
+    images with the numbers `without` are left out.
     """
 
     def __init__(
@@ -65,13 +29,17 @@ class Source:
         classes: Sequence[int],
         *,
         pairs: tuple[Tensor, Tensor, Tensor] | None = None,
+        without: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.shape = data.shape
         self.device = torch.device(device)
         self.classes = torch.tensor(list(classes), device=self.device)
         labels = data.labels(range(len(data)))
-        self.numbers = torch.isin(labels, self.classes.cpu()).nonzero().flatten()
+        kept = torch.isin(labels, self.classes.cpu())
+        if without is not None:
+            kept[without] = False
+        self.numbers = kept.nonzero().flatten()
         self._data = data
         self.image_labels = labels[self.numbers].to(self.device)
         self._pairs = None if pairs is None else [t.to(self.device) for t in pairs]
@@ -155,6 +123,13 @@ class Draws:
             return self.source.image_labels[self._index("labels", len(self.source.numbers), self.batch)]
         return self.source.classes[self._index("labels", len(self.source.classes), self.batch)]
 
+    def one_of(self, purpose: str, count: int) -> int:
+        """Return a number below `count`, the same for all slices; of `count` steps in a row each has another."""
+        *key, step = self.key
+        assert isinstance(step, int), "the last part of a key is the step"
+        order = torch.randperm(count, generator=generator(*key, step // count, self.turn, purpose))
+        return int(order[step % count])
+
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the slice of `count` pairs (or a batch): unit noise z, the teacher's sample y from it, its class."""
         (z, y, c), allowed = self.source.pairs_of(only_part)
@@ -199,6 +174,9 @@ class Batch(Draws):
 
     def labels(self, how: str) -> Tensor:
         return self.c
+
+    def one_of(self, purpose: str, count: int) -> int:
+        return int(torch.randint(count, ()))
 
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         assert self._pairs is not None, "this objective needs the teacher's pairs"

@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from msdcli.diffusion.denoiser import Denoiser
+
 
 class EMA:
     """An exponential moving average of `net`, warmed up so that a short run is not held by its start.
@@ -17,6 +19,12 @@ class EMA:
     def __init__(self, net: nn.Module, decay: float) -> None:
         self.decay = decay
         self.net = copy.deepcopy(net).requires_grad_(False).eval()
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The average, where it is one of a denoiser's."""
+        assert isinstance(self.net, Denoiser)
+        return self.net
 
     @torch.no_grad()
     def update(self, net: nn.Module, num_updates: int) -> None:

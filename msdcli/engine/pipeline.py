@@ -6,18 +6,20 @@ run it on one directory at once: each takes the students that nobody else is at.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from msdcli.data.base import Dataset, fingerprint, has_images
+from msdcli import records
+from msdcli.data.base import FINGERPRINT, Dataset, has_images
 from msdcli.data.opening import is_there
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
@@ -36,12 +38,12 @@ from msdcli.engine.tracking.loggers import logged
 from msdcli.engine.train import precision
 from msdcli.engine.train.counting import num_parameters
 from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network
-from msdcli.errors import UserError
+from msdcli.errors import CONTINUES, WHOLE, LockedError, UserError, resumable
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import PromptsSettings
-from msdcli.recipe.stages import OneStepSettings
-from msdcli.rundir import RunDir, holder_of, lock, read_json, sweep_temporaries, write_json
+from msdcli.recipe.stages import GeneratorSettings
+from msdcli.rundir import Presence, RunDir, holder_of, lock, sweep_temporaries, write_json
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     """
     data = dataset.look(recipe, planning=planning)
     partition.check(recipe.partition, data.class_names, prompts=recipe.has_prompts)
+    partition.check_parts(recipe, data)
     if needing := [s.objective for s in recipe.stages if s.needs_images and not (planning or has_images(data))]:
         raise UserError(
             f"stage {needing[0]} needs real images, and these prompts are alone",
@@ -79,9 +82,9 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
     on = device.resolve(recipe.device)
-    if not isinstance(recipe.stages[-1], OneStepSettings):
+    if not isinstance(recipe.stages[-1], GeneratorSettings):
         raise UserError(
-            f"what stage {recipe.stages[-1].objective} makes is no one-step student", hint="add a stage: dm"
+            f"stage {recipe.stages[-1].objective}, the last, makes no student that gives images", hint="add a stage: dm"
         )
     if not planning:
         run = RunDir(recipe.run_dir)
@@ -112,14 +115,15 @@ def distill(
     """
     if not group.is_leader:
         report = silent
-    with preemptible():
-        training = prepare(recipe, report, student=student, worker=worker, group=group)
+    with preemptible(), resumable(CONTINUES), contextlib.ExitStack() as stack:
+        training = prepare(recipe, report, stack, student=student, worker=worker, group=group)
         everyone = range(recipe.partition.students)
         alone = worker or student is not None or group.size > 1
         num_workers = 1 if alone else device.num_workers(recipe, training.device)
         if num_workers > 1 and training.unfinished(everyone):
             threads = device.share_of_threads(recipe, training.device, num_workers)
-            workers.run(training.run, num_workers, training.device, report, threads=threads)
+            with resumable(WHOLE):
+                workers.run(training.run, num_workers, training.device, report, threads=threads)
         else:
             training.train(everyone if student is None else [student], report, skip_held=student is None)
         done = DistillResult(training.run, None, None, group.broadcast(training.unfinished(everyone)))
@@ -128,21 +132,37 @@ def distill(
         return group.broadcast(finish(training, done.unfinished, report) if group.is_leader else done)
 
 
-def prepare(recipe: Recipe, report: Report, *, student: int | None, worker: bool, group: ProcessGroup) -> TrainingRun:
-    """Check everything, claim the run directory and provide what students are trained with."""
+def prepare(
+    recipe: Recipe,
+    report: Report,
+    stack: contextlib.ExitStack,
+    *,
+    student: int | None,
+    worker: bool,
+    group: ProcessGroup,
+) -> TrainingRun:
+    """Check everything, claim the run directory and provide what students are trained with.
+
+    This process counts as at work on the run until the `stack` is closed.
+    """
     data = check(recipe, group=group)
-    if student is not None and student >= recipe.partition.students:
+    if student is not None and not 0 <= student < recipe.partition.students:
         raise UserError(f"student {student} does not exist: there are 0 to {recipe.partition.students - 1}")
-    run = RunDir(recipe.run_dir)
+    run, claim = RunDir(recipe.run_dir), None
     if not worker and group.is_leader:
-        adopt(run, recipe, data, report)
+        claim = Claim.begin(run, recipe, data, report, stack, student=student)
     told = silent if worker else report
     data = group.leader_first(lambda: dataset.provide(run, recipe, told))
+    if not dataset.is_as_begun(run, data):  # before an hour of training with them
+        raise begun_otherwise(run, "data")
+    partition.check_parts(recipe, data)  # again: pictures may have been left out
     on = device.prepare(recipe) if group.size == 1 else distributed.local_device(recipe.device)
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
-    if not worker and group.is_leader:
-        claim(run, {"data": fingerprint(data), "teacher": teacher_hash})
+    if claim is not None:
+        version = dataset.version_of(run)
+        theirs = teacher_hash if version == FINGERPRINT else teacher.hash_of_version_1(run, recipe)
+        claim.settle({"data": dataset.fingerprint_for(run, data), "teacher": theirs}, version)
     resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report))
     resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
     parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen))
@@ -160,43 +180,104 @@ def finish(training: TrainingRun, left: list[int], report: Report) -> DistillRes
     return DistillResult(training.run, measured, preview(training), [])
 
 
-def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
-    """Claim the run directory for the recipe and note this command, its versions and the data in run.json."""
-    run.check(recipe)  # before even a lock is written there
-    with lock(run.root, "the run directory", wait=report):
-        run.adopt(recipe)
-        for folder in (run.root, *run.folders()):
-            sweep_temporaries(folder)
-        known: dict[str, Any] = read_json(run.record_file) if run.record_file.exists() else {"commands": []}
-        known["commands"].append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "line": sys.argv})
-        known |= {
+@dataclass(frozen=True)
+class Claim:
+    """A command's hold on a run directory: begun before work is done for it, settled when all is known to fit.
+
+    A run that was there before is not changed until then, and its recipe never while others are at work by it.
+    """
+
+    run: RunDir
+    recipe: Recipe
+    presence: Presence
+    command: dict[str, Any]  # what run.json is to say of it; empty where it says so already
+
+    @classmethod
+    def begin(
+        cls,
+        run: RunDir,
+        recipe: Recipe,
+        data: Dataset,
+        report: Report,
+        stack: contextlib.ExitStack,
+        *,
+        student: int | None,
+    ) -> Claim:
+        """Take a free directory for the recipe, or check that a run may go on by it. UserError where it may not."""
+        run.check(recipe)  # before even a lock is written there
+        if student is not None and (holder := holder_of(run.student(student))):
+            raise LockedError(f"student {student} is being worked on by {holder}", hint="`msd status RUN` shows it")
+        described = {
             "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
             "class_names": [] if recipe.has_prompts else data.class_names,
             "shape": list(data.shape),
         }
-        write_json(run.record_file, known)
+        with lock(run.root, "the run directory", wait=report):
+            claim = cls(run, recipe, stack.enter_context(run.attended()), described)
+            for folder in (run.root, *run.folders()):
+                sweep_temporaries(folder)
+            if run.recipe_file.exists():
+                claim.may_change()
+                return claim
+            run.adopt(recipe)
+            claim.note({})
+            return replace(claim, command={})
+
+    def may_change(self) -> bool:
+        """Whether the run's recipe is to be written anew. UserError where others are at work by the one that is there.
+
+        What training does not depend on waits for another time.
+        """
+        self.run.check(self.recipe)
+        old, new = self.run.recipe().dump(), self.recipe.dump()
+        if old == new or self.presence.alone():
+            return old != new
+        if old["stages"] != new["stages"]:
+            raise LockedError(
+                f"{self.run.root} is being worked on by {self.run.who_is_at_work()}, with other stages: "
+                "nothing was changed",
+                hint="wait for it, or stop it; then the same command goes on",
+            )
+        return False
+
+    def settle(self, made_from: dict[str, str], version: int) -> None:
+        """Note in run.json what the run is made from, by fingerprints of a version. UserError where it was begun with
+        something else.
+        """
+        with lock(self.run.root, "the run directory", wait=lambda _: None):
+            known = records.run(self.run.record_file) if self.run.record_file.exists() else {}
+            for what, sha256 in made_from.items():
+                if known.get(what, sha256) != sha256:
+                    raise begun_otherwise(self.run, what)
+            if self.may_change():
+                self.run.adopt(self.recipe)
+            self.note(made_from | {"fingerprints": version})
+
+    def note(self, made_from: dict[str, Any]) -> None:
+        """Write this command and what the run is made from into run.json; hold the run's lock."""
+        known = records.run(self.run.record_file) if self.run.record_file.exists() else {"commands": []}
+        if self.command:
+            known["commands"].append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "line": sys.argv})
+        write_json(self.run.record_file, known | self.command | made_from)
 
 
-def claim(run: RunDir, made_from: dict[str, str]) -> None:
-    """Note in run.json what the run is made from. UserError where it was begun with something else."""
-    with lock(run.root, "the run directory", wait=lambda _: None):
-        known: dict[str, Any] = read_json(run.record_file)
-        for what, sha256 in made_from.items():
-            if known.get(what, sha256) != sha256:
-                raise UserError(
-                    f"{run.root} was begun with other weights of the teacher"
-                    if what == "teacher"
-                    else f"{run.root} was begun with other data: their content has changed",
-                    hint=f"bring the {what} back, or give the run another name (name=...)",
-                )
-        write_json(run.record_file, known | made_from)
+def begun_otherwise(run: RunDir, what: str) -> UserError:
+    """The refusal of a run whose `data` or `teacher` are others than when it was begun."""
+    return UserError(
+        f"{run.root} was begun with other weights of the teacher"
+        if what == "teacher"
+        else f"{run.root} was begun with other data: their content has changed",
+        hint=f"bring the {what} back, or give the run another name (name=...)",
+    )
 
 
 def provide_partition(run: RunDir, recipe: Recipe, data: Dataset, frozen: Denoiser) -> Partition:
     """Return the run's partition, made once."""
     with lock(run.root, "the run directory", wait=lambda _: None):
         if not run.partition.exists():
-            partition.make(recipe.partition, data, frozen).save(run.partition)
+            made = partition.make(recipe.partition, data, frozen)
+            partition.check_parts(recipe, data, made)
+            made.save(run.partition)
     return Partition.load(run.partition)
 
 
@@ -240,7 +321,7 @@ class TrainingRun:
         part = self.partition.parts[number]
         source = Source(self.data, part, pairs=pairs, device=self.device)
 
-        def evaluator(stage: OneStepSettings) -> examine.PartEvaluator:
+        def evaluator(stage: GeneratorSettings) -> examine.PartEvaluator:
             return examine.PartEvaluator(self.run, self.recipe, stage, part, self.device, self.group, report)
 
         folders = self.folders(number)
@@ -302,11 +383,8 @@ def plan(recipe: Recipe) -> list[str]:
 def _embedding_bytes(recipe: Recipe, frozen: Denoiser, data: Dataset) -> int:
     """What the prompts' vectors take on the disk (the pooled ones are a hundredth of them)."""
     assert isinstance(recipe.data, PromptsSettings)
-    return (
-        len(data.class_names)
-        * math.prod(frozen.settings.prompt_shape)
-        * (2 if recipe.data.embeddings == "float16" else 4)
-    )
+    numbers = len(data.class_names) * int(math.prod(frozen.settings.prompt_shape))
+    return numbers * (2 if recipe.data.embeddings == "float16" else 4)
 
 
 def missing(recipe: Recipe) -> list[str]:

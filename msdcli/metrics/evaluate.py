@@ -27,9 +27,11 @@ from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_
 from msdcli.metrics.inception import FeatureNetwork, open_network
 from msdcli.metrics.intervals import Interval, bootstrap, bootstrap_weights, centred_interval, mean_interval
 from msdcli.metrics.kernel import (
+    SPLITS,
     inception_score,
     kernel_distance,
     reweighted_kernel_distance,
+    split_inception_score,
     subset_kernel_distance,
 )
 from msdcli.metrics.manifold import Manifold, manifold
@@ -38,6 +40,7 @@ from msdcli.metrics.reference import notes, read_statistics, takes_statistics
 
 EXACT_PAIRS = 10_000**2  # up to here all pairs cost no more than clean-fid's 100 subsets of 1,000
 KEPT = ("features", "probabilities", "labels")
+FORMAT = 2  # of features of files: another number where the code reads or resizes otherwise
 PACKAGES = ("msdcli", "torch", "torchvision", "numpy", "scipy", "pillow")
 
 # uint8, [N, H, W, 3] as numpy or [N, 3, H, W] as torch (one channel is repeated), or the floats that a network wants;
@@ -180,9 +183,9 @@ class _Comparison:
 
     def companions(self) -> dict[str, float]:
         self.method["seed"] = self.seed
-        figures = {}
+        figures: dict[str, float] = {}
         if self.samples.probabilities is not None:
-            figures["inception_score"] = inception_score(self.samples.probabilities)
+            figures |= self._inception(self.samples.probabilities)
         y = self._reference_features()
         if self.samples.features is not None and y is not None:
             figures |= self._kernel(self.samples.features, y)
@@ -191,12 +194,21 @@ class _Comparison:
                 figures |= self._manifold.figures()
         return figures
 
+    def _inception(self, p: np.ndarray) -> dict[str, float]:
+        figures = {"inception_score": inception_score(p)}
+        if len(p) < SPLITS:
+            return figures
+        self.method["splits"] = SPLITS
+        mean, deviation = split_inception_score(p, seed=self.seed)
+        return figures | {"inception_score_splits": mean, "inception_score_splits_std": deviation}
+
     def intervals(self, figures: Mapping[str, float]) -> dict[str, Any]:
         if not self.replicates:
             return {}
         self.method["replicates"] = self.replicates
-        features, options = self.features(), {"replicates": self.replicates, "seed": self.seed}
-        found = {"fid": bootstrap(ReweightedFrechet(features, self.whole).distance, len(features), **options)}
+        features, options = self.features(), dict[str, Any](replicates=self.replicates, seed=self.seed)
+        frechet = ReweightedFrechet(features, self.whole)
+        found = {"fid": bootstrap(frechet.distance, len(features), influence=frechet.influence(), **options)}
         p, y = self.samples.probabilities, self._reference_features()
         if p is not None:
             found["inception_score"] = bootstrap(lambda weights: inception_score(p, weights), len(p), **options)
@@ -252,8 +264,13 @@ def open_reference(
 
 
 def cache_key(path: str | Path, network: FeatureNetwork) -> str:
-    """A name for the features of a file or folder under a network; it changes with any byte of either."""
-    parts = json.dumps([content_hash(path), network.record()], sort_keys=True)
+    """A name for the features of a file or folder under a network.
+
+    They depend on every byte of the pictures, their names (which order them) and labels; on the network's protocol and
+    weights; on Pillow, whose versions decode a JPEG differently; and on the code here (FORMAT). Batch, device and the
+    version of torch move their last bits alone.
+    """
+    parts = json.dumps([FORMAT, _versions()["pillow"], content_hash(path), network.record()], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -325,7 +342,7 @@ def _batches(
 ) -> Iterator[tuple[torch.Tensor, np.ndarray | None, np.ndarray]]:
     """Batches as the network wants them, uint8 [N, 3, H, W] or floats, with labels and numbers, whatever the source."""
     if isinstance(source, ImageFiles | ImageArray):
-        numbers = None if limit is None else drawn_numbers(len(source), limit, seed)
+        numbers = None if limit is None else drawn_numbers(len(source), limit, seed).tolist()
         for batch in source.batches(batch_size, workers=workers, numbers=numbers, share=share):
             labels = None if source.labels is None else source.labels[batch.numbers]
             yield _as_tensor(batch.images, floats), labels, batch.numbers

@@ -32,6 +32,8 @@ def tap_number(taps: list[str], tap: str) -> int:
 class Embedding(nn.Module):
     """Fourier features of c_noise through two layers, plus one learned vector per class: [batch, width]."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, num_classes: int, *, num_frequencies: int = 16) -> None:
         super().__init__()
         self.width = width

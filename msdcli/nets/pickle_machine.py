@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 
 # The ADM network for ImageNet-64, the largest of EDM's, takes 0.09 million opcodes and 0.1 MB of text.
 MAX_OPCODES = 1_000_000
@@ -56,8 +57,7 @@ class ArrayRecord:
 
 def mapped(path: Path) -> memoryview:
     """The file as a read-only mapping, which lives as long as the records that refer to it."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
+    check_file(path)
     try:
         with path.open("rb") as file:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -36,7 +36,7 @@ class ConsistencyDistillation(Objective):
     def loss(self, draws: Draws) -> Tensor:
         y, c = draws.real()
         first = {"sigma_min": self.settings.anchor} if self.settings.anchor else {}
-        schedule = d.ascending_sigmas(self.settings.levels, like=y, sigma_max=self.settings.sigma_init, **first)
+        schedule = d.ascending_sigmas(self.settings.levels, like=y, sigma_max=self.settings.sigmas[0], **first)
         index = (draws.uniform("level") * (len(schedule) - 1)).long()
         sigma, sigma_next = schedule[index + 1], schedule[index]
         self.sigma = sigma

@@ -153,6 +153,29 @@ def test_bad_pictures_are_refused_by_name(tmp_path: Path, mixed: Path) -> None:
     assert not list((tmp_path / "runs").rglob(RECORD)) and not list((tmp_path / "runs").rglob("*.bin"))
 
 
+def test_many_bad_pictures_are_listed_by_cause(tmp_path: Path) -> None:
+    path = make_folder(tmp_path / "d")
+    for i in range(14):
+        (path / f"cat/w{i:02d}.png").write_bytes(encoded(picture(i, 8, 9 + i), "png"))
+        (path / f"dog/d{i:02d}.png").write_bytes(encoded(picture(i), "png")[: 60 + 9 * i])
+    (path / "emu/t.png").write_text("text")
+    (path / "emu/l.png").write_bytes(encoded(picture(0, 16, 16), "png"))
+    with pytest.raises(UserError) as refusal:
+        provided(tmp_path, [], path=str(path))
+    lines = refusal.value.message.splitlines()
+    assert lines[0].endswith("30 pictures cannot be used")
+    assert "  14: is not square: cat/w00.png, cat/w01.png, cat/w02.png, cat/w03.png, cat/w04.png, ..." in lines
+    assert "  1: is not 8x8: emu/l.png" in lines
+    assert sum(int(line.split(":")[0]) for line in lines[1:]) == 30 and len(lines) <= 8
+    assert "the first picture's" in str(refusal.value.hint)
+
+
+def test_classes_without_pictures_are_named_at_the_start(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.stack([picture(i) for i in range(4)]), labels=np.array([1, 4, 1, 4]))
+    provided(tmp_path, said := [], path=str(tmp_path / "a.npz"))
+    assert said[-1] == "data: 3 of 5 classes have no picture: 0, 2, 3"
+
+
 def test_bad_pictures_are_skipped_by_name(tmp_path: Path, mixed: Path) -> None:
     said: list[Any] = []
     data = provided(tmp_path, said, path=str(mixed), on_bad="skip")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,26 @@ def test_any_bytes_are_prompts_or_a_user_error(tmp_path_factory: pytest.TempPath
     except UserError:
         return
     assert found.prompts and all(p == prompts.clean(p) != "" for p in found.prompts)
+
+
+def test_what_is_too_long_or_binary_is_refused_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sparse.txt").write_bytes(b"a fox\n")
+    with open(tmp_path / "sparse.txt", "ab") as file:
+        file.truncate(2**36)  # zeros, which take no space
+    monkeypatch.setattr(prompts, "MAX_JSON", 100)
+    for name, content, said in (
+        ("sparse.txt", None, r"sparse\.txt:2: the line has more than 1,048,576 bytes"),
+        ("nul.txt", b"a\0f\0o\0x\0\n", "holds a NUL"),
+        ("nul.jsonl", b'"a\\u0000b"\n', "holds a NUL"),
+        ("half.jsonl", b'"a\\ud800b"\n', "half a character"),
+        ("long.txt", b"a fox, " * 5000, "34,999 characters, the limit is 20,000"),
+        ("large.json", b'["' + b"x" * 100 + b'"]', "has 104 bytes, the limit is 100"),
+        ("pointer.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of git-lfs"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            read(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="named pipe"):
+        read(tmp_path / "pipe.txt")

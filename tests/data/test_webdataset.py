@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
@@ -10,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from msdcli.data import open_data
+from msdcli.data.folder import PictureFiles
 from msdcli.data.opening import content_hash, open_images
-from msdcli.data.webdataset import expand
+from msdcli.data.webdataset import TarFiles, expand
 from msdcli.errors import UserError
 from msdcli.recipe.data import FolderSettings
 from tests.data.test_folder import encoded, picture, provided
@@ -169,3 +173,53 @@ def test_patterns_are_written_out() -> None:
 def test_a_plan_does_without_shards_that_are_not_here(tmp_path: Path) -> None:
     settings = FolderSettings(path=str(tmp_path / "s-{0..9}.tar"), size=8, classes=4, count=100)
     assert len(open_data(settings, planning=True)) == 100
+
+
+def test_folders_of_tools_are_left_out(tmp_path: Path) -> None:
+    good = encoded(picture(0), "png")
+    files = {"a/0.png": good, "a/0.cls": b"0", "__MACOSX/a/._0.png": b"x", ".hidden/1.png": good, "@eaDir/2.png": good}
+    make_shard(tmp_path / "d/s.tar", files)
+    (tmp_path / "d/._s.tar").write_bytes(b"a Mac's")
+    source = open_images(tmp_path / "d")
+    assert isinstance(source, TarFiles) and source.names == ["s.tar/a/0.png"]
+
+
+def test_classes_and_captions_are_bounded(tmp_path: Path) -> None:
+    make_shard(tmp_path / "a.tar", sample(0, 0) | sample(1, 999_999_999) | {"000000.txt": b"x" * (2**20 + 1)})
+    with pytest.raises(UserError, match=r"a\.tar/000001\.png has the class 999999999; of 2 pictures"):
+        open_data(FolderSettings(path=str(tmp_path / "a.tar")))
+    files = open_data(FolderSettings(path=str(tmp_path / "a.tar"), labels=False))
+    assert isinstance(files, PictureFiles)
+    with pytest.raises(UserError, match=r"caption of a\.tar/000000\.png has 1,048,577 bytes"):
+        files.caption(0)
+
+
+def test_sizes_that_no_shard_has_are_not_believed(tmp_path: Path) -> None:
+    shard = make_shard(tmp_path / "a.tar", sample(0, 0) | sample(1, 1))
+    with tarfile.open(shard) as file:
+        member = file.getmember("000001.png")
+    for size in (b"\x80" + (2**40).to_bytes(11, "big"), b"\xff" * 12, b"77777777777\0"):
+        content = bytearray(shard.read_bytes())
+        header = content[member.offset : member.offset + 512]
+        header[124:136], header[148:156] = size, b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        content[member.offset : member.offset + 512] = header
+        (tmp_path / "b.tar").write_bytes(content)
+        data = provided(tmp_path, said := [], path=str(tmp_path / "b.tar"), on_bad="skip", labels=False)
+        assert len(data) == 1 and "b.tar/" in said[-1]
+
+
+@settings(max_examples=120, deadline=None)
+@given(places=st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), min_size=1, max_size=6))
+def test_damage_anywhere_is_refused_or_skipped(
+    tmp_path_factory: pytest.TempPathFactory, places: list[tuple[int, int]]
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    content = bytearray(make_shard(folder / "whole.tar", sample(0, 0) | sample(1, 1)).read_bytes())
+    for place, value in places:
+        content[place] = value
+    (folder / "damaged.tar").write_bytes(content)
+    with contextlib.suppress(UserError):
+        data = open_data(FolderSettings(path=str(folder / "damaged.tar"), size=8, on_bad="skip"))
+        assert isinstance(data, PictureFiles)
+        list(data.decode_all(1))

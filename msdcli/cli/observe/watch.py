@@ -39,9 +39,9 @@ def watch(
     from msdcli.rundir import RunDir
 
     watcher = ProgressTracker(RunDir(run))
-    frame = watcher.frame()
+    progress = watcher.progress()
     if once:
-        _print(frame)
+        _print(progress)
         return
     try:
         if not console.out.is_terminal:
@@ -49,57 +49,57 @@ def watch(
             return
         with Live(console=console.out, auto_refresh=False) as live:
             while True:
-                live.update(render(frame, height=console.out.height, width=console.out.width), refresh=True)
-                if frame.done:
+                live.update(render(progress, height=console.out.height, width=console.out.width), refresh=True)
+                if progress.done:
                     return
                 time.sleep(every)
-                frame = watcher.frame()
+                progress = watcher.progress()
     except KeyboardInterrupt:
         return
 
 
-def _print(frame: RunProgress) -> None:
+def _print(progress: RunProgress) -> None:
     sheet = console.sheet()
-    sheet.print(render(frame, height=10_000, width=sheet.width), soft_wrap=False)
+    sheet.print(render(progress, height=10_000, width=sheet.width), soft_wrap=False)
 
 
 def _log(watcher: ProgressTracker, every: float) -> None:
     """Print a frame whenever something has changed: for a file or a pipe."""
     before = None
     while True:
-        frame = watcher.frame()
-        if before is None or frame.parts != before.parts or frame.distances != before.distances or frame.done:
-            _print(frame)
-        if frame.done:
+        progress = watcher.progress()
+        if before is None or progress.parts != before.parts or progress.distances != before.distances or progress.done:
+            _print(progress)
+        if progress.done:
             return
-        before = frame
+        before = progress
         time.sleep(every)
 
 
-def render(frame: RunProgress, *, height: int, width: int) -> RenderableType:
+def render(progress: RunProgress, *, height: int, width: int) -> RenderableType:
     """Return one picture of the run that fits a terminal of this size."""
     from rich.console import Group
     from rich.text import Text
 
-    done, total = sum(p.step for p in frame.parts), sum(p.steps for p in frame.parts)
-    left = "" if frame.seconds_left is None else f", about {_time(frame.seconds_left)} left"
-    head = Text(frame.name, style="bold")
+    done, total = sum(p.step for p in progress.parts), sum(p.steps for p in progress.parts)
+    left = "" if progress.seconds_left is None else f", about {_time(progress.seconds_left)} left"
+    head = Text(progress.name, style="bold")
     head.append(f"  {done:,} of {total:,} steps ({done / max(total, 1):.0%}){left}", style="default")
     lines: list[RenderableType] = [head]
-    shown = _shown(frame.parts, max(4, height - 6 - len(frame.distances)))
+    shown = _shown(progress.parts, max(4, height - 6 - len(progress.distances)))
     lines.append(_table(shown, narrow=width < 100))
-    if hidden := len(frame.parts) - len(shown):
-        counts = {s: sum(p.state == s for p in frame.parts) for s in ("done", "running", "stopped", "waiting")}
+    if hidden := len(progress.parts) - len(shown):
+        counts = {s: sum(p.state == s for p in progress.parts) for s in ("done", "running", "stopped", "waiting")}
         said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         lines.append(Text(f"{hidden} more; of all: {said}", style="dim"))
-    lines += [Text(line) for line in frame.distances]
-    if frame.done:
+    lines += [Text(line) for line in progress.distances]
+    if progress.done:
         lines.append(Text("the run has ended", style="green"))
-    elif all(part.state == "done" for part in frame.parts):
+    elif all(part.state == "done" for part in progress.parts):
         lines.append(Text("all students are finished; the measurement is not there yet"))
-    elif frame.shared and not frame.running:
+    elif progress.shared and not progress.running:
         lines.append(Text("somebody is at what runs share: teacher, pairs or features"))
-    elif not frame.running:
+    elif not progress.running:
         lines.append(Text("nobody is at work on it now: msd distill RUN goes on", style="yellow"))
     return Group(*lines)
 

@@ -148,8 +148,8 @@ def show(result: Measurement, *, brief: bool) -> None:
         for row in (row for row in rows if row.intervals and row.group == "whole"):
             spans = "; ".join(f"{name} {_span(span)}" for name, span in row.intervals.items())
             console.say(f"95 % of {row.who}: {spans}")
-        for warning in result.record["warnings"]:
-            console.say(warning)
+    for warning in result.record["warnings"]:
+        console.say(warning)
 
 
 def line_of(line: dict[str, Any]) -> str:

@@ -60,9 +60,10 @@ def network_free(folder: Path, rng: np.random.Generator, num_images: int, size: 
         return frechet_distance(a, b)
 
     def theirs() -> float:
-        options = {"num_workers": 0, "device": "cpu", "mode": "clean", "verbose": False}
+        options: dict[str, Any] = {"num_workers": 0, "device": "cpu", "mode": "clean", "verbose": False}
         features = [fid.get_folder_features(str(folder / name), _pixels, **options) for name in ("a", "b")]
-        a, b = (Gaussian(np.mean(x, axis=0, dtype=np.float64), np.cov(x, rowvar=False)) for x in features)
+        means = [np.asarray(np.mean(x, axis=0, dtype=np.float64)) for x in features]
+        a, b = (Gaussian(mean, np.atleast_2d(np.cov(x, rowvar=False))) for mean, x in zip(means, features, strict=True))
         return by_sqrtm(a, b)
 
     return _compare(ours, theirs)
@@ -74,7 +75,7 @@ def full_rank_distance(rng: np.random.Generator) -> Timing:
     sides = []
     for scale in (1.0, 1.1):
         x = np.maximum(rng.standard_normal((2 * DIMENSION, DIMENSION)) @ mixing * scale, 0)
-        sides.append(Gaussian(x.mean(axis=0), np.cov(x, rowvar=False)))
+        sides.append(Gaussian(x.mean(axis=0), np.atleast_2d(np.cov(x, rowvar=False))))
     return _compare(lambda: frechet_distance(*sides), lambda: by_sqrtm(*sides), repeats=2)
 
 

@@ -10,6 +10,7 @@ import copy
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameter
 from msdcli.engine.train.loop import optimizers
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import StageSettings
+from msdcli.recipe.stages import GeneratorSettings, StageSettings
 
 EAGER = "float32"
 HOPELESS = 0.5  # of plain float32's speed, where bfloat16 is emulated: an update would take minutes
@@ -57,6 +58,10 @@ class RandomDraws(MetaDraws):
 
     def uniform(self, purpose: str) -> torch.Tensor:
         return torch.rand(self.batch, device=self.on)
+
+    def one_of(self, purpose: str, count: int) -> int:
+        self.step += 1
+        return self.step % count
 
     def labels(self, how: str, count: int | None = None) -> torch.Tensor:
         return torch.randint(self.num_classes, (count or self.batch,), device=self.on)
@@ -106,9 +111,9 @@ class StageTrainer:
             }
         for name, net in self._held[mode.precision].items():
             setattr(self.objective, name, net)
-        for net in self.objective.nets.values():
-            if isinstance(net, Denoiser):
-                net.compute_in(precision.dtype(mode.precision))
+        for learning in self.objective.nets.values():
+            if isinstance(learning, Denoiser):
+                learning.compute_in(precision.dtype(mode.precision))
         if mode.compiled:
             compiling.compile_networks(self.objective)
         else:
@@ -121,7 +126,7 @@ class StageTrainer:
         took, cpu = dict[str, float](), 0.0
         for names, losses in self._kinds().items():
             begun = time.process_time()
-            seconds = precision.timed(lambda names=names, loss=losses[0]: self.turn(names, loss, draws), self.on)
+            seconds = precision.timed(partial(self.turn, names, losses[0], draws), self.on)
             cpu += len(losses) * (time.process_time() - begun)
             took["+".join(names)] = len(losses) * seconds
         took["EMA"] = precision.timed(self.average, self.on)
@@ -167,7 +172,7 @@ class StageTrainer:
 
 
 def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None = None) -> dict[str, Any]:
-    """Measure every stage of a recipe, and one-step sampling. `batch` replaces the stages' own, which on a CPU are
+    """Measure every stage of a recipe, and sampling. `batch` replaces the stages' own, which on a CPU are
     otherwise cut to what takes a few seconds.
     """
     on = device.prepare(recipe)
@@ -197,12 +202,19 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
             figure["flops_per_second"] = flops / figure["seconds"]["update"]
         own = next((mode for mode in compared if mode.compiled), Mode(chosen))
         trainer.enter(own)
-        measured = {"objective": stage.objective, "batch": size, "flops_per_update": flops, "own": own.name}
+        measured: dict[str, Any] = {
+            "objective": stage.objective,
+            "batch": size,
+            "flops_per_update": flops,
+            "own": own.name,
+        }
         measured |= {"modes": figures, "half_batch": half_batch(trainer, student, repeats=repeats)}
         result["stages"].append(measured | {"bound_by": bound(measured, result["peak_flops"][chosen], chosen)})
     report("sampling")
-    size = min(batch or fitting_batch(recipe.stages[-1], student, on), recipe.evaluation.batch)
-    result["sampling"] = bench_sample.measure(student, on, batch=size)
+    last = recipe.stages[-1]
+    assert isinstance(last, GeneratorSettings), "checked with the recipe"
+    size = min(batch or fitting_batch(last, student, on), recipe.evaluation.batch)
+    result["sampling"] = bench_sample.measure(student, tuple(last.sigmas), on, batch=size)
     return result
 
 
@@ -309,7 +321,8 @@ def kept_bytes(trainer: StageTrainer, draws: RandomDraws) -> int:
     weights = {p.data_ptr(): p.nbytes for n in networks if isinstance(n, nn.Module) for p in n.parameters()}
     moments = [t.nbytes for o in trainer.optimizers.values() for s in o.state.values() for t in s.values()]
     gradients = [p.nbytes for net in trainer.objective.nets.values() for p in net.parameters()]
-    return most + sum(weights.values()) + sum(moments) + sum(gradients)
+    total: int = most + sum(weights.values()) + sum(moments) + sum(gradients)
+    return total
 
 
 def half_batch(trainer: StageTrainer, student: Denoiser, *, repeats: int) -> float | None:

@@ -52,7 +52,7 @@ class TeacherBatcher:
     def wrap(self, net: Denoiser) -> None:
         """Let the network be asked here from now on; every thread must ask it for the same things in the same order."""
         for plain in parts(net):
-            plain.forward = self._gathered(plain.forward)
+            plain.forward = self._gathered(plain.forward)  # type: ignore[method-assign]
             plain.features = self._gathered(plain.features)  # type: ignore[method-assign]
 
     def leave(self) -> None:
@@ -103,7 +103,7 @@ class TeacherBatcher:
 
 def _joined(values: Sequence[Any]) -> Any:
     """Return what all threads gave for one argument: images and conditions behind one another, else the first's."""
-    return torch.cat(values) if isinstance(values[0], Tensor) else values[0]
+    return torch.cat(list(values)) if isinstance(values[0], Tensor) else values[0]
 
 
 class ThreadedStudents:
@@ -121,7 +121,7 @@ class ThreadedStudents:
         objectives = [trainer.objective for trainer in trainers.values()]
         teacher = getattr(objectives[0], "teacher", None)
         if len(trainers) > 1 and teacher is not None:
-            assert all(objective.teacher is teacher for objective in objectives), (
+            assert all(vars(objective)["teacher"] is teacher for objective in objectives), (
                 "students in one process share their teacher"
             )
             self.batcher.wrap(teacher)

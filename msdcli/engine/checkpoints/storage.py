@@ -119,10 +119,11 @@ def _own_hashes(place: Path, rank: int) -> dict[str, str]:
 
 def _save_parts(place: Path, copied: Mapping[str, Tensor], group: ProcessGroup) -> None:
     from torch.distributed import checkpoint as dcp  # slow to import, and seldom needed
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    destination = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True)
+    destination = HuggingFaceStorageWriter(str(place), save_distributed=True)
     with group.host_process_group() as processes:
-        dcp.save(dict(copied), storage_writer=destination, process_group=processes)
+        dcp.state_dict_saver.save(dict(copied), storage_writer=destination, process_group=processes)
 
 
 @contextmanager
@@ -220,13 +221,13 @@ def _load_parts(files: Sequence[Path], into: Mapping[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # every process reads on its own
         with _first_failure():
-            dcp.load(dict(into), storage_reader=_reader(files), no_dist=True)
+            dcp.state_dict_loader.load(dict(into), storage_reader=_reader(files), no_dist=True)
 
 
 def _reader(files: Sequence[Path]) -> Any:
     """Return torch's reader of these files, and of no others that lie beside them."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
     from torch.distributed.checkpoint.filesystem import FileSystem
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     class Named(FileSystem):
         def ls(self, path: Any) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from msdcli.engine.checkpoints.files import damaged
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 from msdcli.rundir import writing
 
 HASH = "sha256"  # in a file's metadata
@@ -48,6 +49,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read named tensors and the file's metadata. UserError if the file is missing, DamagedError if it is damaged."""
     if not path.is_file():
         raise UserError(f"{path} is missing")
+    check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             # Clones: memory of our own, aligned as a fresh tensor's is, so that a resumed run takes the same kernels.
@@ -59,6 +61,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if wanted is not None and digest(sorted(tensors.items()), metadata) != wanted:
         raise damaged(path, WRONG)
     return tensors, metadata
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in a file by name, without reading its tensors. Errors are those of `load_tensors`."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, error) from None
 
 
 def check_hash(path: Path) -> None:
@@ -79,7 +92,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -
     found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -18,22 +18,24 @@ def row_of_processes(device_type: str, size: int) -> Any:
     return init_device_mesh(device_type, (size,))
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Any) -> bool:
     """Whether this is a DTensor; a second to import, and most runs need none."""
     return hasattr(tensor, "to_local")
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def own_part(tensor: Any) -> Tensor:
     """Return what this process holds of a tensor that may be sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """Return all of a tensor that may be sharded; then all processes must ask for it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    complete: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return complete
 
 
-def on_host(tensor: Tensor) -> Tensor:
+def on_host(tensor: Any) -> Tensor:
     """Return a copy in host memory, of this process' part only where the tensor is sharded; then all must ask."""
     copied = own_part(tensor.detach()).to("cpu", copy=True)
     if not is_sharded(tensor):
@@ -41,8 +43,9 @@ def on_host(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     mesh = row_of_processes("cpu", tensor.device_mesh.size())
-    layout = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
-    return DTensor.from_local(copied, mesh, tensor.placements, **layout)
+    return DTensor.from_local(
+        copied, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def split(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -51,7 +51,9 @@ def _units(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def _device(mesh: Any) -> torch.device:
-    return torch.device(mesh.device_type, torch.cuda.current_device() if mesh.device_type == "cuda" else None)
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
 
 
 def whole_state(net: nn.Module, group: ProcessGroup) -> dict[str, Tensor]:

@@ -8,20 +8,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msdcli.data.base import Dataset, fingerprint, in_turn
+from msdcli.data.base import Dataset, fingerprint, fingerprint_of_version_1, in_turn
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
-from msdcli.diffusion.draws import image_noise
 from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import solve
 from msdcli.engine.checkpoints.tensors import load_tensors, save_tensors
+from msdcli.engine.inputs.dataset import version_of
 from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import LockedError
+from msdcli.noise import image_noise
 from msdcli.recipe import Recipe, SolverSettings
-from msdcli.rundir import RunDir, holder_of, key, lock, sweep_temporaries, write_json
+from msdcli.rundir import RunDir, holder_of, key, lock, read_json, sweep_temporaries, write_json
 from msdcli.seeds import derive, generator
 
 RECORD = "pairs.json"
+FORMAT = 2  # of pairs: another number where the code draws others from the same recipe
 
 
 def labels_for(data: Dataset, numbers: range) -> Tensor:
@@ -58,19 +60,23 @@ class Pairs:
     """The pairs of one teacher: folder, shards, and the rule that pair i depends on the seed and on i alone."""
 
     def __init__(self, run: RunDir, recipe: Recipe, data: Dataset, teacher_hash: str) -> None:
-        settings = recipe.pairs
-        self.settings, self.solver, self.data = settings, recipe.teacher.solver, data
+        self.settings, self.solver, self.data = recipe.pairs, recipe.teacher.solver, data
         self.batch, self.memory = recipe.evaluation.batch, DeviceBatch()
-        parts = (
-            teacher_hash,
-            fingerprint(data),
-            self.solver.model_dump(),
-            settings.seed,
-            settings.shard,
-            getattr(data, "mixed", False),
-        )
-        self.folder = run.shared / f"pairs-{key('pairs', *parts)}"
+        # A pair depends on the teacher (its weights, network, autoencoder, text and guidance are in its hash), the
+        # solver, the seed and its number, its class (the data's in turn, whose order and classes the fingerprint has)
+        # and the code (FORMAT); a shard on its length. How many are solved at once moves their last bits alone.
+        parts = (teacher_hash, fingerprint(data), self.solver.model_dump(), recipe.pairs.seed, recipe.pairs.shard)
+        self.folder = self._of_version_1(run) or run.shared / f"pairs-{key('pairs', FORMAT, *parts)}"
         self.teacher_hash = teacher_hash
+
+    def _of_version_1(self, run: RunDir) -> Path | None:
+        """Return the pairs that msd 0.1.0 made for this run, where they are; they may have cost hours."""
+        if version_of(run) != 1 or "teacher" not in (record := read_json(run.record_file)):
+            return None
+        seen = (self.solver.model_dump(), self.settings.seed, self.settings.shard, getattr(self.data, "mixed", False))
+        name = key("pairs", record["teacher"], fingerprint_of_version_1(self.data), *seen)
+        folder = run.shared / f"pairs-{name}"
+        return folder if folder.is_dir() else None
 
     def shards(self) -> list[tuple[Path, range]]:
         """The files that are needed and the pairs in each (the last may hold more than are asked for)."""

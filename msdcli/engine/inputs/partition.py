@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from msdcli import partition as p
 from msdcli import routing
 from msdcli.data.base import Dataset, PromptDataset, has_images, in_turn
-from msdcli.data.prompts import clean
+from msdcli.data.files.labels import empty_classes
+from msdcli.data.folder import ExpectedPictures
+from msdcli.data.prompts import ExpectedPrompts, clean
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import pictures
 from msdcli.engine.checkpoints.model import is_complete, load_model
@@ -26,8 +28,10 @@ from msdcli.nets.edm.unet_taps import TappedUNet
 from msdcli.partition import Partition
 from msdcli.recipe import PartitionSettings, Recipe
 from msdcli.recipe.data import PromptsSettings
+from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir
 
+LISTED = 12  # classes, in a message
 TEXT_METHODS = ("quadrants", "kmeans", "random")
 
 
@@ -49,6 +53,73 @@ def check(settings: PartitionSettings, class_names: Sequence[str], *, prompts: b
         routing.check_quadrants(settings.students)
     if settings.parts is not None:
         Partition(p.named_parts(settings.parts, class_names), num_conditions, "explicit")
+
+
+def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -> None:
+    """Raise UserError for a student whose stages look at pictures, or pairs, of its classes, where there are none.
+
+    Without `parts` it looks at those that the run has or will have, as far as they do not depend on the teacher.
+    """
+    if isinstance(data, PromptDataset | ExpectedPictures | ExpectedPrompts):
+        return  # every prompt has a row
+    settings, names = recipe.partition, data.class_names
+    labels = data.labels(range(len(data)))
+    empty = empty_classes(labels.numpy(), len(names))
+    if empty and settings.method == "kmeans" and settings.features == "images":
+        raise _no_mean(empty, names)
+    stored = RunDir(recipe.run_dir).partition
+    if parts is None and stored.is_file():
+        parts = Partition.load(stored)
+    elif parts is None and settings.method != "kmeans":
+        parts = make(settings, data, None)
+    for stage in recipe.stages:
+        if (needed := _needed(stage, recipe, data, labels)) is None:
+            continue
+        what, found = needed
+        _check_filled(parts, settings.students, found, f"stage {stage.objective} needs {what}", names)
+
+
+def _needed(stage: StageSettings, recipe: Recipe, data: Dataset, labels: Tensor) -> tuple[str, set[int]] | None:
+    """What a stage needs of every student's part, and the classes that have it; None: nothing."""
+    if stage.needs_images:
+        return "pictures", set(labels.unique().tolist())
+    if getattr(stage, "labels", None) == "data":
+        return "pictures (labels: data)", set(labels.unique().tolist())
+    if getattr(stage, "pairs", None) == "filtered":
+        drawn = data.labels(in_turn(data, range(recipe.pairs.count)))
+        return f"pairs of its own (pairs: filtered; pairs.count {recipe.pairs.count:,})", set(drawn.unique().tolist())
+    return None
+
+
+def _check_filled(parts: Partition | None, students: int, found: set[int], needs: str, names: Sequence[str]) -> None:
+    """Raise UserError unless every student has a class among those found, or can have where parts are not known yet."""
+    empty = [c for c in range(len(names)) if c not in found]
+    if parts is None and students > len(found):
+        raise UserError(
+            f"{needs}, and {students} students are more than the {len(found)} classes that have any: "
+            f"{_without_pictures(empty, names)}",
+            hint="fewer partition.students, or labels that begin at 0 and have no gaps",
+        )
+    for number, part in enumerate(parts.parts if parts else []):
+        if not found.intersection(part):
+            raise UserError(
+                f"{needs}, and student {number} has none: {_without_pictures(part, names)}",
+                hint="labels that begin at 0 and have no gaps, fewer partition.students, or partition.method=explicit",
+            )
+
+
+def _no_mean(empty: Sequence[int], names: Sequence[str]) -> UserError:
+    return UserError(
+        f"partition: k-means looks at the pictures of every class, and {_without_pictures(empty, names)}",
+        hint="partition.features=embedding looks at no pictures",
+    )
+
+
+def _without_pictures(classes: Sequence[int], names: Sequence[str]) -> str:
+    """Say which classes are empty, by name."""
+    more = f" and {len(classes) - LISTED:,} more" if len(classes) > LISTED else ""
+    named = ", ".join(names[c] for c in classes[:LISTED])
+    return f"{'class' if len(classes) == 1 else 'classes'} {named}{more} {'has' if len(classes) == 1 else 'have'} none"
 
 
 def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -> Partition:
@@ -96,6 +167,8 @@ def _embeddings(teacher: Denoiser | None) -> np.ndarray:
 def _mean_images(data: Dataset) -> np.ndarray:
     """The mean image of every class [classes, numbers], over about 10,000 images."""
     each = _of_classes(data, max(1, 10_000 // len(data.class_names)))
+    if empty := [k for k, numbers in enumerate(each) if not numbers]:
+        raise _no_mean(empty, data.class_names)
     return torch.stack([data.images(numbers).flatten(1).double().mean(0) for numbers in each]).numpy()
 
 
@@ -113,12 +186,20 @@ def preview(recipe: Recipe, report: Report = silent) -> tuple[Partition, Dataset
     """
     data, run = dataset.look(recipe), RunDir(recipe.run_dir)
     check(recipe.partition, data.class_names, prompts=recipe.has_prompts)
-    if run.partition.is_file() and run.recipe().partition == recipe.partition:
+    if _has_made(run, recipe):
         return Partition.load(run.partition), data
     if isinstance(data, PromptDataset):
         store = prompts.for_recipe(run, recipe, data, report) if _looks(recipe.partition) else None
         return of_prompts(recipe.partition, data.prompts, None if store is None else store.pooled), data
     return make(recipe.partition, data, _teacher(run, recipe)), data
+
+
+def _has_made(run: RunDir, recipe: Recipe) -> bool:
+    """Whether the run's partition is what this recipe would get, by all that decides it."""
+    if not (run.partition.is_file() and run.recipe_file.is_file()):
+        return False
+    own = run.recipe()
+    return (own.partition, own.data, own.teacher) == (recipe.partition, recipe.data, recipe.teacher)
 
 
 def _looks(settings: PartitionSettings) -> bool:
@@ -130,9 +211,11 @@ def to_embed(recipe: Recipe, *, explaining: bool) -> int:
     """Return how many prompts showing (or explaining) the partition would have to embed first."""
     data, run = dataset.look(recipe), RunDir(recipe.run_dir)
     looks = isinstance(data, PromptDataset) and (explaining or _looks(recipe.partition))
-    if not looks or (run.prompts / prompts.RECORD).is_file():
+    if not looks:
         return 0
     assert isinstance(data, PromptDataset)
+    if prompts.is_here(run, recipe, data):
+        return 0
     return 0 if (prompts.folder_for(run, recipe, data) / prompts.RECORD).is_file() else len(data.prompts)
 
 

@@ -30,6 +30,7 @@ from msdcli.metrics.reference import cleanfid_statistics, read_statistics, takes
 from msdcli.rundir import key, lock, writing
 
 FILE = "features.npz"
+FORMAT = 3  # of features: another number where the code makes others of the same images
 STEP = 500  # images of a data set, or samples of the teacher, held at once
 
 
@@ -50,7 +51,11 @@ class FeatureExtractor:
         return images if self.network.floats else to_uint8(images)
 
     def key(self, *parts: object) -> str:
-        return key("features", 2, self.network.record(), self.keep, *parts)
+        """Name features by all that they depend on: the code (FORMAT), the network (its protocol and weights), whether
+        single ones are kept or moments alone, and, in `parts`, the images. Batch, device and the version of torch move
+        their last bits alone.
+        """
+        return key("features", FORMAT, self.network.record(), self.keep, *parts)
 
 
 def of_data(data: Dataset, numbers: Sequence[int], extractor: FeatureExtractor) -> FeatureSet:
@@ -139,8 +144,8 @@ def cached(folder: Path, make: Callable[[], FeatureSet], report: Report) -> Feat
             except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 report(f"{path} is damaged: it is made again")
         arrays = make().to_arrays()
-        with writing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+        with writing(path) as temporary, open(temporary, "wb") as target:
+            np.savez(target, **arrays)  # type: ignore[arg-type]  # names of arrays, none of them an option
     return FeatureSet.from_arrays(arrays)  # as it will be read, so that the second figure has the first one's bits
 
 
@@ -157,10 +162,15 @@ def of_reference(
         _refuse_other_features(path, statistics, network)
         return statistics
 
-    def make() -> FeatureSet:
-        return collect(path, network, batch_size=batch, workers=workers, memory=DeviceBatch(report))
+    named = cache_key(path, network)
 
-    folder = user_cache() / f"features-{cache_key(path, network)[:32]}"
+    def make() -> FeatureSet:
+        found = collect(path, network, batch_size=batch, workers=workers, memory=DeviceBatch(report))
+        if cache_key(path, network) != named:
+            raise UserError(f"{path} changed while it was measured", hint="the same command again")
+        return found
+
+    folder = user_cache() / f"features-{named[:32]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.data.base import Dataset, fingerprint, has_images, in_turn
 from msdcli.data.opening import content_hash
 from msdcli.diffusion.device_batch import DeviceBatch
@@ -22,6 +23,7 @@ from msdcli.engine.inputs import autoencoder as autoencoders
 from msdcli.engine.inputs import dataset, pairs
 from msdcli.engine.inputs import teacher as teachers
 from msdcli.engine.measure import classifier, features, groups
+from msdcli.engine.pictures import Drawn
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
 from msdcli.metrics import reference
@@ -30,14 +32,16 @@ from msdcli.metrics.inception import VIT_MODELS, FeatureNetwork, open_network
 from msdcli.metrics.intervals import bootstrap, mean_interval
 from msdcli.metrics.moments import Gaussian
 from msdcli.metrics.planar import histogram_l1, sliced_wasserstein
+from msdcli.nets.classifier import Classifier
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
-from msdcli.rundir import RunDir, read_json, write_json
+from msdcli.rundir import RunDir, write_json
 from msdcli.seeds import derive
 
 MAX_REFERENCE = 50_000
 REPLICATES = 100  # of the bootstrap where no number is asked for and features have at most
 CHEAP = 256  # dimensions: at 2048 a replicate costs seconds
+CHANGED = "The data have changed since the run was begun: the students were made from others."
 FEWEST = 10  # images that an interval needs: of fewer, a resample can be one image over and over
 
 Reference = FeatureSet | Gaussian
@@ -109,6 +113,8 @@ class FeatureMetric:
     protocol: str
     compare: Callable[[FeatureSet, Reference, int, bool], tuple[Values, Intervals, list[str]]]
     record: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    unseen: Values = field(default_factory=dict)  # of real images that the network was not trained on
 
 
 def metric_of(
@@ -133,16 +139,25 @@ def metric_of(
                 f"the classifier of {name} is the run's own, and compares with the run's own data",
                 hint="--protocol clean (or another) for a reference or weights of yours",
             )
-        network = classifier.as_network(*classifier.provide(run, recipe, data, on, report), on)
-        dimension = classifier.Classifier.num_features
-        what = f"Frechet distance, {dimension} features of a classifier trained on {name}"
-        metric = f"fd_{name}"
-        return FeatureMetric(
-            network, metric, what, _pictures(metric, knows=True), {"classifier_sha256": network.sha256}
-        )
+        return _own_metric(name, len(data.class_names), classifier.provide(run, recipe, data, on, report), on)
     network = open_network(protocol, weights=options.weights, device=on)
     metric = ("fd_" if protocol in VIT_MODELS else "fid_") + protocol.replace("-", "_")
     return FeatureMetric(network, metric, protocol, _pictures(metric, knows=False))
+
+
+def _own_metric(name: str, num_classes: int, own: classifier.TrainedClassifier, on: torch.device) -> FeatureMetric:
+    """Measure by the data's own classifier, and say how much it knows of images that it was not trained on."""
+    network, metric, held_out = classifier.as_network(own.network, own.sha256, on), f"fd_{name}", own.held_out
+    dimension = Classifier.num_features
+    return FeatureMetric(
+        network,
+        metric,
+        f"Frechet distance, {dimension} features of a classifier trained on {name} ({held_out.told()})",
+        _pictures(metric, knows=True),
+        {"classifier_sha256": own.sha256, "held_out": vars(held_out) | {"accuracy": held_out.accuracy}},
+        held_out.warnings(metric, num_classes),
+        {} if held_out.accuracy is None else {"accuracy": held_out.accuracy},
+    )
 
 
 def _pictures(metric: str, *, knows: bool) -> Callable[..., tuple[Values, Intervals, list[str]]]:
@@ -162,8 +177,8 @@ def _pictures(metric: str, *, knows: bool) -> Callable[..., tuple[Values, Interv
             values["accuracy"] = float(right.mean())
             if replicates:
                 spans["accuracy"] = asdict(mean_interval(right, replicates=replicates, seed=0))
-            figures.pop("inception_score", None)  # of a network that is not Inception
-            intervals.pop("inception_score", None)
+            # Of a network that is not Inception:
+            figures, intervals = ({k: v for k, v in d.items() if "inception" not in k} for d in (figures, intervals))
         return values | figures, spans | intervals, warnings
 
     return compare
@@ -203,6 +218,7 @@ class EvaluationContext:
         self.recipe = run.recipe()
         self.device = device.prepare(self.recipe) if options.device is None else device.resolve(options.device)
         self.data = dataset.provide(run, self.recipe, report)
+        self.warnings = [] if dataset.is_as_begun(run, self.data) else [CHANGED]
         self.planar = len(self.data.shape) == 1
         names = self.data.class_names
         self.groups = groups.parse(options.groups, range(len(names)), names)
@@ -211,6 +227,7 @@ class EvaluationContext:
         if self.planar and (options.lean or options.save):
             raise UserError("points are no pictures: they cannot be saved, and are measured one by one")
         self.metric = metric_of(run, self.recipe, self.data, options, self.device, report)
+        self.warnings += self.metric.warnings
         self.extractor = features.FeatureExtractor(
             self.metric.network, self.batch, keep=not options.lean, memory=DeviceBatch(report)
         )
@@ -227,17 +244,19 @@ class EvaluationContext:
     def real(self) -> Reference:
         """The reference: the data, or what the user names."""
         if self.options.reference:
-            options = {"batch": self.batch, "workers": self.options.workers, "report": self.report}
+            options: dict[str, Any] = {"batch": self.batch, "workers": self.options.workers, "report": self.report}
             return features.of_reference(self.options.reference, self.metric.network, **options)
         largest = max(self.count, MAX_REFERENCE) if self.planar else MAX_REFERENCE
         numbers = in_turn(self.data, range(min(len(self.data), largest)))
         if not has_images(self.data):
             raise UserError("these prompts have no pictures to compare with", hint="--reference a folder of pictures")
-        depends = fingerprint(self.data), len(numbers)
+        depends = fingerprint(self.data), len(numbers)  # which images these are follows from how many
         return self._cached(lambda: features.of_data(self.data, numbers, self.extractor), "data", *depends)
 
     def teacher(self) -> FeatureSet:
-        """The teacher's samples; they depend on its weights, its solver and the pairs' seed."""
+        """The teacher's samples; they depend on the teacher, its solver, the pairs' seed, how many they are and, for
+        their classes, on the data.
+        """
         net, sha256 = teachers.load(self.run, self.recipe)
         seen = autoencoders.view(self.data, autoencoders.find(self.run.teacher))
         source = pairs.Pairs(self.run, self.recipe, seen, sha256)
@@ -256,7 +275,7 @@ class EvaluationContext:
         at = [i for i, c in enumerate(self.classes) if only is None or c in only]
         classes = [self.classes[i] for i in at]
         students.memory.say = self.report
-        drawn = students.stream(classes, seed=self.seed, batch=self.batch, numbers=at)
+        drawn: Drawn = students.stream(classes, seed=self.seed, batch=self.batch, numbers=at)
         if self.options.save:
             drawn = features.saving(
                 drawn, classes, self.options.save, self.run.samples / f"measured-{self.metric.name}"
@@ -296,13 +315,9 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> M
         *lines.of("teacher", by_teacher, real),
         *lines.of("students", by_students, against),
     ]
-    _, warnings = _notes(context)
-    result = Measurement(
-        context.metric.name,
-        context.metric.protocol,
-        rows,
-        _record(context, students, by_students) | {"replicates": replicates, "warnings": lines.warnings + warnings},
-    )
+    notes = {"replicates": replicates, "warnings": context.warnings + lines.warnings + _notes(context)[1]}
+    record = _record(context, students, by_students) | notes
+    result = Measurement(context.metric.name, context.metric.protocol, rows, record)
     write_json(run.metrics / f"{context.metric.name}.json", result.to_json())
     return result
 
@@ -317,8 +332,8 @@ def _record(context: EvaluationContext, students: sample.Students, measured: Fea
         if recipe.has_prompts
         else {str(label): count for label, count in measured.moments.counts().items()},
         "network": context.metric.network.record() | {"dimension": measured.moments.dimension},
-        "teacher_sha256": read_json(context.run.teacher / MODEL)["sha256"],
-        "students_sha256": [read_json(f / MODEL)["sha256"] for f in students.folders],
+        "teacher_sha256": records.model(context.run.teacher / MODEL).get("sha256"),
+        "students_sha256": [records.trained(f / MODEL)["sha256"] for f in students.folders],
         "students_against": "teacher" if context.planar else options.reference or "data",
         "reference_sha256": _reference_hash(context),
         **_notes(context)[0],
@@ -407,6 +422,8 @@ class MeasurementRows:
 def halves(metric: FeatureMetric, real: Reference, *, splits: int = 10) -> list[Row]:
     """The distance between two random halves of the real data, averaged: what a perfect model of this data could
     show. Nothing where the reference is no more than its moments.
+
+    Accuracy is that on images which the classifier was not trained on, if any, for of the others it knows too much.
     """
     if isinstance(real, Gaussian) or real.features is None or real.count < 2 * FEWEST:
         return []
@@ -419,4 +436,5 @@ def halves(metric: FeatureMetric, real: Reference, *, splits: int = 10) -> list[
         a, b = real.take(order[: real.count // 2]), real.take(order[real.count // 2 :])
         values.append(metric.compare(a, b, 0, False)[0])
     mean = {key: sum(v[key] for v in values) / splits for key in values[0]}
+    mean = {k: metric.unseen.get(k, v) for k, v in mean.items() if k != "accuracy" or k in metric.unseen}
     return [Row("real halves", "whole", real.count // 2, real.count - real.count // 2, mean)]

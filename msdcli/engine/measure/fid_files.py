@@ -11,6 +11,7 @@ from typing import Any
 from msdcli.data.opening import Images, content_hash, open_images
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine.distributed import group as distributed
+from msdcli.engine.distributed import launcher
 from msdcli.engine.measure import features, groups
 from msdcli.engine.measure.fid import FidOptions, Measurement, Row
 from msdcli.engine.tracking.events import Report
@@ -78,7 +79,7 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
     options, network = request.options, request.network
     batch, workers = options.batch or BATCH, options.workers
     theirs = features.of_reference(request.reference, network, batch=batch, workers=workers, report=report)
-    share = distributed.share()
+    share = launcher.share()
     part = collect(
         request.images,
         network,

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msdcli import records
 from msdcli.engine.report.status import status
-from msdcli.engine.tracking.history import METRICS, Training, figures, history, teacher_folder
-from msdcli.rundir import RunDir, holder_of, read_json, read_lines
+from msdcli.engine.tracking.history import METRICS, TrainingHistory, figures, history, teacher_folder
+from msdcli.rundir import RunDir, holder_of
 
 FRESH = 120.0  # seconds since its last line in which a part counts as running where no lock can be seen
 OVER = 60.0  # seconds without a change after which a run that nobody measures has ended
@@ -54,7 +55,7 @@ class ProgressTracker:
         self.run = run
         self._first: dict[tuple[str, str], tuple[float, int]] = {}  # when a part was first seen to move, and its step
 
-    def frame(self) -> RunProgress:
+    def progress(self) -> RunProgress:
         """Return the run's state. UserError if it is no run directory."""
         state = status(self.run)
         trainings = history(self.run)
@@ -75,7 +76,7 @@ class ProgressTracker:
             self.run.root.resolve().name, parts, distances(self.run), left, self._ended(state), self._shared()
         )
 
-    def _part(self, training: Training, known: dict[str, Any], folder: Path, held: bool) -> StageProgress:
+    def _part(self, training: TrainingHistory, known: dict[str, Any], folder: Path, held: bool) -> StageProgress:
         last = training.lines[-1] if training.lines else {}
         steps, step = training.stage.steps, int(last.get("step", 0))
         changed = _changed(folder / METRICS)
@@ -101,7 +102,7 @@ class ProgressTracker:
             None if pace is None else pace * (steps - step),
         )
 
-    def _pace(self, training: Training, step: int, changed: float | None) -> float | None:
+    def _pace(self, training: TrainingHistory, step: int, changed: float | None) -> float | None:
         """Return seconds per step since this part was first seen here, or, at first, since its student was begun."""
         if changed is None or not step:
             return None
@@ -111,7 +112,7 @@ class ProgressTracker:
         begun = self._begun(training)
         return (changed - begun) / step if begun is not None and changed > begun else None
 
-    def _begun(self, training: Training) -> float | None:
+    def _begun(self, training: TrainingHistory) -> float | None:
         if training.student is None:
             return None
         before = training.number - 1
@@ -120,7 +121,7 @@ class ProgressTracker:
             return _changed(self.run.stage(training.student, before, objective) / "model.json")
         return _changed(self.run.student(training.student) / ".lock")
 
-    def _stage_before_done(self, training: Training) -> bool:
+    def _stage_before_done(self, training: TrainingHistory) -> bool:
         if training.student is None or training.number == 0:
             return True
         stage = self.run.recipe().stages[training.number - 1]
@@ -149,19 +150,20 @@ class ProgressTracker:
 
 def _measured(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Return the last distance that was measured while a stage trained; most lines are without one."""
-    return next((figures(line["measured"], "measured.") for line in reversed(lines) if "measured" in line), {})
+    found = (line["measured"] for line in reversed(lines) if isinstance(line.get("measured"), dict))
+    return next((figures(measured, "measured.") for measured in found), {})
 
 
 def distances(run: RunDir) -> list[str]:
     """Return the newest distances as lines: those under way, then the results."""
     found = []
-    if watched := read_lines(run.watched):
+    if watched := records.watched(run.watched):
         last = watched[-1]
         values = [f"student {k} {s['value']:.4g}" for k, s in last["students"].items() if s.get("value") is not None]
         whole = [] if last.get("whole") is None else [f"whole {last['whole']:.4g}"]
         found.append(f"{last['metric']} under way: {', '.join([*whole, *values[:8]])}")
     for path in run.results():
-        result = read_json(path)
+        result = records.measurement(path)
         metric = result.get("metric")
         rows = [r for r in result.get("rows", []) if r["group"] == "whole" and metric in r["values"]]
         found.append(f"{metric}: " + ", ".join(f"{r['who']} {r['values'][metric]:.4g}" for r in rows))

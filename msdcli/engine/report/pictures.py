@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset, has_images
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.diffusion.draws import image_noise
+from msdcli.diffusion.generator import Generator
 from msdcli.engine import pictures, sample
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.distributed import device
@@ -28,7 +28,8 @@ from msdcli.engine.tracking.events import silent
 from msdcli.engine.train.counting import forward_flops
 from msdcli.engine.train.student import new_network
 from msdcli.errors import UserError
-from msdcli.recipe.stages import OneStepSettings
+from msdcli.noise import image_noise
+from msdcli.recipe.stages import GeneratorSettings
 
 SIDE = 64  # pixels; larger images are shrunk to it
 COLUMNS, FEWEST_COLUMNS = 8, 4  # images in a row
@@ -140,6 +141,8 @@ class SampleRenderer:
             self.device = device.prepare(self.recipe)
         with self._noting("No real images beside the samples"):
             self.data = dataset.provide(self.run, self.recipe, silent)
+            if not dataset.is_as_begun(self.run, self.data):
+                self._note("The data have changed since the run was begun: the real images are those of today.")
         if facts.teacher:
             with self._noting("No samples of the teacher"):
                 net, sha256 = teachers.load(self.run, self.recipe)
@@ -190,52 +193,56 @@ class SampleRenderer:
     def stages(self, number: int, classes: list[int]) -> list[ImageStrip]:
         """Return the same noise through the student before training, after every stage, now, and the teacher."""
         found = []
-        for label, net, sigma_init in self._ages(number):
-            self.students.put(number, net, sigma_init)
+        for label, generator in self._ages(number):
+            self.students.put(number, generator)
             found.append(draw_strip(label, self.students.sample(classes, seed=SEED)))
-        if self.newest[number] is not None:
-            self.students.put(number, *self.newest[number])
+        if (now := self.newest[number]) is not None:
+            self.students.put(number, now)
         if found and self.teacher is not None and (theirs := self._same_noise(classes)) is not None:
             with self._noting("No samples of the teacher"):
                 found.append(draw_strip(f"teacher, {self.facts.evaluations} evaluations", self.students.decode(theirs)))
         return found
 
-    def _newest(self, number: int) -> tuple[Denoiser, float] | None:
+    def _newest(self, number: int) -> Generator | None:
         """The student as it is now: finished, or in training; put where samples are drawn from."""
         with self._noting(f"No samples of student {number}"):
             snapshot = watch.newest(self.run, self.recipe, number)
             if snapshot is None:
                 return None
-            net, sigma_init, snapshot = watch.load_snapshot(self.run, self.recipe, number, snapshot)
-            self.students.put(number, net, sigma_init)
+            generator, snapshot = watch.load_snapshot(self.run, self.recipe, number, snapshot)
+            self.students.put(number, generator)
             if not snapshot.done:
                 stage = self.recipe.stages[snapshot.stage].objective
                 self.notes.append(f"Student {number} is drawn as it is now: {stage} at step {snapshot.step:,}.")
-            return net, sigma_init
+            return generator
         return None
 
-    def _ages(self, number: int) -> Iterator[tuple[str, Denoiser, float]]:
-        """Yield a student's weights as they became, with the noise level of its first one-step stage or of its own."""
-        last = next((s.sigma_init for s in self.recipe.stages if isinstance(s, OneStepSettings)), None)
-        if last is None or self.newest[number] is None:
+    def _ages(self, number: int) -> Iterator[tuple[str, Generator]]:
+        """Yield a student as it became, with the noise levels of its first stage that makes images or of its own."""
+        last = next((tuple(s.sigmas) for s in self.recipe.stages if isinstance(s, GeneratorSettings)), None)
+        newest = self.newest[number]
+        if last is None or newest is None:
             return
         with self._noting("The students before training are not drawn"):
             if self.teacher is not None and not any((self.recipe.student.parameters, self.recipe.student.latency)):
-                yield "before training", new_network(self.recipe, self.teacher, number).eval(), last
+                untrained = new_network(self.recipe, self.teacher, number).eval()
+                yield "before training", Generator(untrained, last)
         for i, stage in enumerate(self.recipe.stages):
             folder = self.run.stage(number, i, stage.objective)
             if not is_complete(folder):
                 break
             with self._noting(f"Student {number} after {stage.objective} is not drawn"):
                 net, description = load_model(folder)
-                one_step = isinstance(stage, OneStepSettings)
                 label = f"after {stage.objective}, {description['steps']:,} steps"
-                yield label if one_step else f"{label} (no one-step stage)", net, stage.sigma_init if one_step else last
+                if isinstance(stage, GeneratorSettings):
+                    yield label, Generator(net, tuple(stage.sigmas))
+                else:
+                    yield f"{label} (no stage that makes images)", Generator(net, last)
         else:
             return
         snapshot = watch.newest(self.run, self.recipe, number)
         if snapshot is not None and not snapshot.done:
-            yield f"now: {self.recipe.stages[snapshot.stage].objective}, step {snapshot.step:,}", *self.newest[number]
+            yield f"now: {self.recipe.stages[snapshot.stage].objective}, step {snapshot.step:,}", newest
 
     def _real(self, c: int, count: int) -> Tensor:
         assert self.data is not None

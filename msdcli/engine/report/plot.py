@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from msdcli.engine.report import charts, words
+from msdcli.engine.report import charts
 from msdcli.engine.report.facts import RunFacts, load_runs, lower_is_better, main_result, metrics, row
+from msdcli.engine.tracking import formatting
 from msdcli.errors import UserError
+from msdcli.outputs import MARK, check_file
 from msdcli.rundir import writing
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = (".pdf", ".svg", ".png")
-STYLE = {
+STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -38,6 +40,7 @@ def plot(kind: str, roots: Sequence[Path], out: Path, *, health: bool = False) -
     """Draw `kind` (toy, curves or table) of the runs to `out`. UserError for what the runs do not have."""
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"{out}: figures are {', '.join(FORMATS)}", hint=f"--out {out.with_suffix('.pdf')}")
+    check_file(out, out.suffix.lower())
     runs = load_runs(roots)
     import matplotlib
 
@@ -48,8 +51,10 @@ def plot(kind: str, roots: Sequence[Path], out: Path, *, health: bool = False) -
             figure = curves(runs, health=health)
         else:
             figure = table(runs)
+        kind = out.suffix[1:].lower()
+        told = {"Software": MARK} if kind == "png" else {"Creator": MARK}
         with writing(out) as temporary:
-            figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=300, bbox_inches="tight")
+            figure.savefig(temporary, format=kind, dpi=300, bbox_inches="tight", metadata=told)
 
 
 def _figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Figure:
@@ -135,7 +140,7 @@ def curves(runs: Sequence[RunFacts], *, health: bool = False) -> Figure:
     if len(groups) > 1:
         handles = {s.get_gid(): s for axes in figure.axes for s in axes.get_lines()}
         columns = min(6, len(handles))
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+        figure.legend(list(handles.values()), list(map(str, handles)), loc="outside lower center", ncols=columns)
     return figure
 
 
@@ -175,8 +180,8 @@ def _cell(line: dict[str, Any], name: str) -> str:
     if name not in line["values"]:
         return ""
     span = line["intervals"].get(name)
-    text = words.figure(line["values"][name])
-    return text if span is None else f"{text}\n{words.figure(span['low'])} to {words.figure(span['high'])}"
+    text = formatting.figure(line["values"][name])
+    return text if span is None else f"{text}\n{formatting.figure(span['low'])} to {formatting.figure(span['high'])}"
 
 
 def _drawn(header: list[str], cells: list[list[str]]) -> Figure:

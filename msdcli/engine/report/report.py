@@ -13,7 +13,9 @@ from markupsafe import Markup
 
 from msdcli.engine.report import charts, words
 from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, metrics, row
+from msdcli.engine.tracking import formatting
 from msdcli.engine.tracking.events import Report
+from msdcli.outputs import check_file
 from msdcli.rundir import write_text
 
 PAGE = Path(__file__).with_name("page")
@@ -22,6 +24,7 @@ PICTURE_BYTES = 2_600_000  # of all runs' pictures before base64: the file stays
 
 def write(roots: Sequence[Path], out: Path, report: Report, *, pictures: bool = True) -> list[RunFacts]:
     """Write one report of all runs to `out` and return what was read. UserError for what is no run directory."""
+    check_file(out, ".html")
     runs = load_runs(roots)
     drawn: list[Any] = [None] * len(runs)
     if pictures:
@@ -44,10 +47,10 @@ def render(runs: Sequence[RunFacts], pictures: Sequence[Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "figure": words.figure,
-        "short": words.short,
-        "duration": words.duration,
-        "size": words.size,
+        "figure": formatting.figure,
+        "short": formatting.short,
+        "duration": formatting.duration,
+        "size": formatting.size,
         "hue": charts.hue,
     }
     sections = [_section(facts, drawn) for facts, drawn in zip(runs, pictures, strict=True)]
@@ -101,13 +104,17 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         for who, other, said in whose:
             if line := row(result, who):
                 span = line["intervals"].get(result["metric"])
-                note = f"95 %: {words.figure(span['low'])} to {words.figure(span['high'])}" if span else "no interval"
-                value = words.figure(line["values"][result["metric"]])
+                note = (
+                    f"95 %: {formatting.figure(span['low'])} to {formatting.figure(span['high'])}"
+                    if span
+                    else "no interval"
+                )
+                value = formatting.figure(line["values"][result["metric"]])
                 found.append((f"{who} to {other}, {result['metric']}", value, f"{note}; {said}"))
     total = next((c for c in facts.costs if c["part"] == "all students"), None)
     if total is not None and total["seconds"]:
-        note = f"{words.flop(total['flops'])}, {words.short(total['images'])} images"
-        found.append(("training of the students", words.duration(total["seconds"]), note))
+        note = f"{formatting.flop(total['flops'])}, {formatting.short(total['images'])} images"
+        found.append(("training of the students", formatting.duration(total["seconds"]), note))
     done = sum(all(s["state"] == "done" for s in student["stages"]) for student in facts.state["students"])
     number = facts.recipe.partition.students
     classes = len(facts.class_names)

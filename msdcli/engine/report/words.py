@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from msdcli.engine.report.facts import RunFacts, group_name, lower_is_better, main_result, row
+from msdcli.engine.tracking.formatting import (
+    describe_selected,
+    duration,
+    evaluations,
+    figure,
+    flop,
+    plural,
+    short,
+    size,
+    word,
+)
 
-ONES = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 COMPANIONS = {
     "recall": "are less varied than the teacher's",
     "coverage": "reach fewer of the real images than the teacher's",
@@ -20,7 +29,7 @@ COMPANIONS = {
 def summary(facts: RunFacts) -> list[str]:
     """Return the sentences that open a report."""
     finished = [models[-1] for models in facts.students if len(models) == len(facts.recipe.stages)]
-    return [_what(facts), *_how_good(facts), *chosen(finished), *_cost(facts)]
+    return [_what(facts), *_how_good(facts), *describe_selected(finished), *_cost(facts)]
 
 
 def _what(facts: RunFacts) -> str:
@@ -32,9 +41,8 @@ def _what(facts: RunFacts) -> str:
     if done < number:
         verb = "is being" if number == 1 else "are being"
     classes = f", {word(count)} {plural(count, 'class', 'classes')}" if count else ""
-    head = (
-        f"{word(number).capitalize()} one-step {plural(number, 'student')} {verb} distilled from one diffusion teacher"
-    )
+    kind = f"{word(facts.steps)}-step {plural(number, 'student')}"
+    head = f"{word(number).capitalize()} {kind} {verb} distilled from one diffusion teacher"
     text = f"{head} of {recipe.data.name}{classes}, by {stages}."
     if done < number:
         text += f" {word(done).capitalize()} of them {plural(done, 'is', 'are')} finished."
@@ -64,7 +72,7 @@ def _how_good(facts: RunFacts) -> list[str]:
     against = "the teacher's samples" if result.get("students_against") == "teacher" else "the data"
     text = (
         f"By {metric} ({result['protocol']}) {students['samples']:,} samples of the students are "
-        f"{measured(students, metric)} from {against}, at one network evaluation each."
+        f"{measured(students, metric)} from {against}, at {evaluations(facts.steps)} each."
     )
     comparable = teacher is not None and result.get("students_against") != "teacher"
     if comparable:
@@ -90,22 +98,6 @@ def verdict(students: dict[str, Any], teacher: dict[str, Any], metric: str) -> s
     by = f", by a factor of {max(mine, theirs) / min(mine, theirs):.2g}" if min(mine, theirs) > 0 else ""
     sure = "" if a and b else " (no intervals were computed)"
     return f"the students are {'closer' if closer else 'farther'}{by}{sure}."
-
-
-def chosen(students: Sequence[dict[str, Any]]) -> list[str]:
-    """Say which averages finished students are, by their model.json; nothing where they are simply the last ones."""
-    found = [model for model in students if "selected" in model]
-    if not found:
-        return []
-    first, at = found[0]["selected"], sorted(model["selected"]["step"] for model in found)
-    steps = f"step {at[0]:,}" if at[0] == at[-1] else f"steps {at[0]:,} to {at[-1]:,}"
-    whose = "The student is" if len(found) == 1 else "Every student is"
-    seconds = sum(model["selected"]["seconds"] for model in found)
-    return [
-        f"{whose} the best of {word(first['of'])} averages that were measured while it trained, by {first['metric']} "
-        f"on {first['samples']:,} samples: of {steps} of {found[0]['steps']:,}. A figure flatters what it chose, so "
-        f"the result is measured with other noise. Choosing took {duration(seconds)} beside the training."
-    ]
 
 
 def _cost(facts: RunFacts) -> list[str]:
@@ -199,58 +191,11 @@ def _health(facts: RunFacts) -> list[str]:
 # Numbers for people.
 
 
-def word(count: int) -> str:
-    """Return a small number as a word, a larger one with commas."""
-    return ONES[count] if 0 <= count < len(ONES) else f"{count:,}"
-
-
-def plural(count: int, one: str, many: str | None = None) -> str:
-    return one if count == 1 else many or f"{one}s"
-
-
-def figure(value: float | None) -> str:
-    """Return a measured number with the digits that matter."""
-    if value is None:
-        return ""
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
 def measured(line: dict[str, Any], metric: str) -> str:
     """Return a value with its 95 % interval, if it has one."""
     span = line["intervals"].get(metric)
     value = figure(line["values"][metric])
     return value if span is None else f"{value} ({figure(span['low'])} to {figure(span['high'])})"
-
-
-def short(number: float) -> str:
-    """Return 151281 as 151 k, 7.03e12 as 7.03 T."""
-    for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= scale:
-            return f"{number / scale:.3g} {unit}"
-    return f"{number:.0f}"
-
-
-def flop(number: float) -> str:
-    """Return 7.03e12 as 7.03 TFLOP."""
-    text = short(number)
-    return f"{text}FLOP" if " " in text else f"{text} FLOP"
-
-
-def size(number: float) -> str:
-    """Return bytes as MiB or GiB."""
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as 48 s, 6 min 10 s or 3 h 20 min."""
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def better(metric: str) -> str:

@@ -13,7 +13,7 @@ METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingHistory:
     """One part of a run that was trained: the teacher (`student` is None), or a student in stage `number`."""
 
     student: int | None
@@ -45,12 +45,14 @@ def figures(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def history(run: RunDir) -> list[Training]:
+def history(run: RunDir) -> list[TrainingHistory]:
     """Return the teacher and every student's stages with the lines that each has written so far."""
     recipe = run.recipe()
-    found = [] if recipe.teacher.path else [Training(None, 0, recipe.teacher.training, _lines(teacher_folder(run)))]
+    found = (
+        [] if recipe.teacher.path else [TrainingHistory(None, 0, recipe.teacher.training, _lines(teacher_folder(run)))]
+    )
     return found + [
-        Training(k, i, stage, _lines(run.stage(k, i, stage.objective)))
+        TrainingHistory(k, i, stage, _lines(run.stage(k, i, stage.objective)))
         for k in range(recipe.partition.students)
         for i, stage in enumerate(recipe.stages)
     ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,19 +15,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from msdcli.engine.tracking.events import Progress, Report
-from msdcli.engine.tracking.history import METRICS, Training, figures, history, teacher_folder
+from msdcli.engine.tracking.history import METRICS, TrainingHistory, figures, history, teacher_folder
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe
-from msdcli.rundir import RunDir, key, write_text
+from msdcli.rundir import RunDir, key, lines_of, write_text
 
 
 class Logger(Protocol):
     """Somewhere that figures and pictures go."""
 
-    def knows(self, training: Training) -> bool:
+    def knows(self, training: TrainingHistory) -> bool:
         """Whether an earlier process has logged some of this part."""
 
-    def log(self, training: Training, step: int, values: dict[str, float]) -> None: ...
+    def log(self, training: TrainingHistory, step: int, values: dict[str, float]) -> None: ...
 
     def results(self, values: dict[str, float], pictures: dict[str, Path], step: int) -> None: ...
 
@@ -43,10 +42,10 @@ class TensorBoard:
         self._before = {path.name for path in self.folder.glob("*")}
         self._writers: dict[str, Any] = {}
 
-    def knows(self, training: Training) -> bool:
+    def knows(self, training: TrainingHistory) -> bool:
         return _slug(training.who) in self._before
 
-    def log(self, training: Training, step: int, values: dict[str, float]) -> None:
+    def log(self, training: TrainingHistory, step: int, values: dict[str, float]) -> None:
         writer = self._writer(_slug(training.who))
         for name, value in values.items():
             writer.add_scalar(f"{training.stage.objective}/{name.replace('.', '/')}", value, step)
@@ -97,10 +96,10 @@ class WandB:
         )
         self._known: set[str] = set()
 
-    def knows(self, training: Training) -> bool:
+    def knows(self, training: TrainingHistory) -> bool:
         return self._before
 
-    def log(self, training: Training, step: int, values: dict[str, float]) -> None:
+    def log(self, training: TrainingHistory, step: int, values: dict[str, float]) -> None:
         # Students train at once: each has an axis of its own instead of the run's one step counter.
         part = f"{_slug(training.who)}/{training.stage.objective}"
         if part not in self._known:
@@ -220,11 +219,11 @@ class Follower:
             return {}
         return {_what(t): t.lines[-1]["step"] for t in history(self.run) if t.lines}
 
-    def _parts(self) -> Iterator[tuple[Training, Path]]:
-        yield Training(None, 0, self.recipe.teacher.training), teacher_folder(self.run) / METRICS
+    def _parts(self) -> Iterator[tuple[TrainingHistory, Path]]:
+        yield TrainingHistory(None, 0, self.recipe.teacher.training), teacher_folder(self.run) / METRICS
         for k in range(self.recipe.partition.students):
             for i, stage in enumerate(self.recipe.stages):
-                yield Training(k, i, stage), self.run.stage(k, i, stage.objective) / METRICS
+                yield TrainingHistory(k, i, stage), self.run.stage(k, i, stage.objective) / METRICS
 
     def _new_lines(self, path: Path) -> Iterator[dict[str, Any]]:
         if not path.is_file():
@@ -236,13 +235,10 @@ class Follower:
             file.seek(begin)
             whole, newline, _ = file.read().rpartition(b"\n")
         self._seen[str(path)] = begin + len(whole) + len(newline)
-        for text in whole.splitlines():
-            line = json.loads(text)
-            if "step" in line:
-                yield line
+        yield from (line for line in lines_of(whole) if line is not None and isinstance(line.get("step"), int))
 
 
-def _what(training: Training) -> str:
+def _what(training: TrainingHistory) -> str:
     """The name that reports of a part's training have."""
     return "teacher" if training.student is None else f"{training.who} {training.stage.objective}"
 

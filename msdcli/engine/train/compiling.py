@@ -90,7 +90,8 @@ def eagerly() -> AbstractContextManager[object]:
     """Run compiled networks as they are written, so that their operations can be counted."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def raw_networks(objective: Objective) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from msdcli.engine.distributed.sharded_tensors import norm_of, split
 from msdcli.engine.distributed.sharding import shard
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import compiling
-from msdcli.engine.train.log import METRICS, Log
+from msdcli.engine.train.log import METRICS, TrainLog
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection
+from msdcli.errors import WHOLE, resumable
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
@@ -71,16 +72,17 @@ def train(
     ema = EMA(objective.nets[objective.product], stage.ema)
     for net in [*objective.nets.values(), ema.net] if options.fsdp else []:
         shard(net, group)
-    state = TrainState(objective.nets, optimizers(objective.nets, stage), ema)
+    state = TrainState(objective.nets, optimizers(objective.nets, stage), ema, objective.statistics)
     checkpoints = CheckpointManager(state, folder, options.keep, group)
     checkpoints.load(report)
-    log = Log(folder / METRICS, state, stage, what, report, group=group, max_skipped=options.max_skipped)
+    told: dict[str, Any] = {"group": group, "max_skipped": options.max_skipped, "cycle": objective.cycle}
+    log = TrainLog(folder / METRICS, state, stage, what, report, **told)
     selection.begin(state.step)
-    with interruptible() as stop, seeded_apart(source.device), checkpoints:
+    with resumable(WHOLE), interruptible() as stop, seeded_apart(source.device), checkpoints:
         while state.step < stage.steps:
             torch.manual_seed(layers_seed(key, state.step, group))
             set_learning_rates(state, stage)
-            with counting_flops(state, first=state.cost["flops"] == 0) as count:
+            with counting_flops(wanted=state.step < objective.cycle) as count:
                 for turn, (names, loss) in enumerate(objective.turns(state.step)):
                     for name, net in objective.nets.items():
                         net.requires_grad_(name in names)
@@ -107,28 +109,33 @@ def gradients(
     loss: Callable[[Draws], Tensor],
     draws: Sequence[Draws],
     group: ProcessGroup,
-    log: Log,
+    log: TrainLog,
 ) -> Tensor:
     """Leave the gradient of the mean loss in the named networks, one pass per slice of the batch; return that mean.
 
     Both are of the whole batch, that of all processes.
     """
     params = [p for name in names for p in objective.nets[name].parameters()]
-    means: list[Tensor] = []
+    means, tallies = list[Tensor](), list[Mapping[str, Tensor]]()
     for own in draws:
+        objective.tally = {}
         per_image = loss(own)
+        tallies.append(objective.tally)
         mean = per_image.mean() / len(draws)
         means.append(mean.detach())
         log.images(names[0], per_image.detach(), objective.sigma)
         if len(means) < len(draws):
             mean.backward()
     total = torch.stack(means).sum()
-    with group.averaging_gradients(params, total):
+    sums = {name: torch.stack([tally[name] for tally in tallies]).sum(0) for name in tallies[0]}
+    with group.averaging_gradients(params, [total, *sums.values()]):
         mean.backward()
+    if sums:
+        objective.settle({name: value * group.size for name, value in sums.items()})
     return total
 
 
-def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float | None, log: Log) -> None:
+def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float | None, log: TrainLog) -> None:
     """Let the named networks take a step, or none of them where a loss or a gradient is not finite.
 
     The optimizers' kernels skip the step themselves (`found_inf`), so the host never waits for the device.
@@ -136,7 +143,7 @@ def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float 
     norms = torch.stack([gradient_norm(state.nets[name], clip) for name in names])
     skipped = (norms.sum() + loss).isfinite().logical_not().float()
     for name in names:
-        state.optimizers[name].found_inf = skipped
+        state.optimizers[name].found_inf = skipped  # type: ignore[attr-defined]  # fused kernels look for it
         state.optimizers[name].step()
         state.optimizers[name].zero_grad()
     log.turn(names, loss, norms, skipped)
@@ -145,9 +152,10 @@ def update(state: TrainState, names: tuple[str, ...], loss: Tensor, clip: float 
 def gradient_norm(net: nn.Module, clip: float | None) -> Tensor:
     """Return the norm of a network's gradient, cut to at most `clip` afterwards."""
     params = [p for p in net.parameters() if p.grad is not None]
-    norm = norm_of([p.grad for p in params])
-    for some in split(params) if clip is not None else []:
-        nn.utils.clip_grads_with_norm_(some, clip, norm)
+    norm = norm_of([p.grad for p in params if p.grad is not None])
+    if clip is not None:
+        for some in split(params):
+            nn.utils.clip_grads_with_norm_(some, clip, norm)
     return norm
 
 
@@ -166,8 +174,12 @@ def seeded_apart(device: torch.device) -> Iterator[None]:
 def optimizers(networks: dict[str, nn.Module], stage: StageSettings) -> dict[str, torch.optim.Optimizer]:
     """One optimizer per network; what is sharded in it and what is not are groups of their own."""
     kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
-    options = {"betas": (stage.betas[0], stage.betas[1]), "weight_decay": stage.weight_decay, "fused": True}
-    found = {
+    options: dict[str, Any] = {
+        "betas": (stage.betas[0], stage.betas[1]),
+        "weight_decay": stage.weight_decay,
+        "fused": True,
+    }
+    found: dict[str, torch.optim.Optimizer] = {
         name: kind([{"params": some} for some in split(net.parameters())], **options) for name, net in networks.items()
     }
     for optimizer in found.values():
@@ -194,10 +206,10 @@ def set_learning_rates(state: TrainState, stage: StageSettings) -> None:
 
 
 @contextmanager
-def counting_flops(state: TrainState, *, first: bool) -> Iterator[list[int]]:
-    """Count the floating-point operations of the stage's first step; later steps cost the same."""
+def counting_flops(*, wanted: bool) -> Iterator[list[int]]:
+    """Count the floating-point operations of a step: of the stage's first ones, for later ones cost the same."""
     count: list[int] = []
-    if not first:
+    if not wanted:
         yield count
         return
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and needed once per stage

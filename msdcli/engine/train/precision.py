@@ -15,18 +15,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from msdcli import nets
+from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.counting import forward_flops
-from msdcli.nets.diffusers.denoiser import FromDiffusers
+from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
 from msdcli.nets.diffusers.prompt_store import stand_in
 from msdcli.nets.diffusers.text_denoiser import TextDenoiser
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.networks import NetworkSettings
-from msdcli.rundir import RunDir, lock, read_json, write_json
+from msdcli.rundir import RunDir, lock, write_json
 
 # Under this many operations per image and evaluation little time goes into arithmetic, and nothing is measured: so a
 # recipe of tiny networks is float32 on every machine.
@@ -37,11 +37,15 @@ KEY = "precision"
 
 
 def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, device: torch.device, report: Report) -> Recipe:
-    """Return the recipe with `precision: auto` settled; a run measures once, and keeps to what run.json says."""
+    """Return the recipe with `precision: auto` settled; a run measures once, and keeps to what run.json says.
+
+    This is a decision of the run and no cache: it depends on the recipe and the teacher, which cannot change in a run,
+    and on the device that it was begun on, for all students of a run compute alike wherever they go on.
+    """
     if recipe.precision != "auto":
         return recipe
     with lock(run.root, "the run directory", wait=report):
-        known: dict[str, Any] = read_json(run.record_file)
+        known = records.run(run.record_file)
         if KEY not in known:
             known[KEY] = choose(recipe, teacher, device)
             write_json(run.record_file, known)
@@ -166,7 +170,7 @@ def _guided(net: Guided, low: torch.dtype) -> Guided:
 
 def _plain(net: Denoiser, low: torch.dtype) -> Denoiser:
     copied = copy.deepcopy(net).compute_in(low).requires_grad_(False)
-    cast = (nn.Conv2d, nn.Linear) if isinstance(net, FromDiffusers) else nn.Conv2d  # embeddings stay float32
+    cast = (nn.Conv2d, nn.Linear) if isinstance(net, DiffusersDenoiser) else nn.Conv2d  # embeddings stay float32
     for module in copied.modules():
         if isinstance(module, cast):
             module.to(low)

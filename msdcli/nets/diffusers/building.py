@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from msdcli.errors import UserError
-from msdcli.nets.diffusers.denoiser import FromDiffusers
+from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
 from msdcli.nets.diffusers.files import import_diffusers
 from msdcli.nets.diffusers.text_denoiser import TextDenoiser, check_section
 from msdcli.recipe.networks import DiffusersNetworkSettings
 
 
-def build_diffusers(settings: DiffusersNetworkSettings) -> FromDiffusers:
+def build_diffusers(settings: DiffusersNetworkSettings) -> DiffusersDenoiser:
     """Build the network of a section, with random weights."""
     diffusers = import_diffusers()
     if "sample_size" not in settings.config or "in_channels" not in settings.config:
@@ -26,7 +26,7 @@ def build_diffusers(settings: DiffusersNetworkSettings) -> FromDiffusers:
     for module in net.modules():
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0  # DiT drops classes while training; a one-step student is told its class
-    kind = TextDenoiser if settings.reads_text else FromDiffusers
+    kind = TextDenoiser if settings.reads_text else DiffusersDenoiser
     return kind(net, settings, log_sigmas(settings))
 
 

@@ -18,7 +18,7 @@ from msdcli.nets.diffusers import taps as diffusers_taps
 from msdcli.recipe.networks import DiffusersNetworkSettings
 
 
-class FromDiffusers(Denoiser):
+class DiffusersDenoiser(Denoiser):
     """D(x, sigma, condition) around `net(x_t, t, class_labels)`, by the table of changes of variables.
 
     `log_sigmas` [T] are the schedule's noise levels, ln(sqrt((1 - alpha_bar) / alpha_bar)); empty for a flow. `t` is

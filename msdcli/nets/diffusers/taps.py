@@ -21,8 +21,8 @@ class _EnoughError(Exception):
 def blocks(net: nn.Module) -> dict[str, nn.Module]:
     """Return the encoder's blocks by name: of a U-Net `down_0` ... and `middle`, of a DiT `block_0` ..."""
     if hasattr(net, "transformer_blocks"):
-        return {f"block_{i}": block for i, block in enumerate(net.transformer_blocks)}  # type: ignore[arg-type]
-    found = {f"down_{i}": block for i, block in enumerate(net.down_blocks)}  # type: ignore[arg-type, union-attr]
+        return {f"block_{i}": block for i, block in enumerate(net.get_submodule("transformer_blocks").children())}
+    found = {f"down_{i}": block for i, block in enumerate(net.get_submodule("down_blocks").children())}
     middle = getattr(net, "mid_block", None)
     return found if middle is None else found | {"middle": middle}
 
@@ -44,7 +44,7 @@ def features(net: nn.Module, run: Callable[[], Any], taps: Sequence[str], *, gri
         if name == last:
             raise _EnoughError
 
-    hooks = [known[t].register_forward_hook(lambda _, __, output, t=t: keep(t, output)) for t in {*taps}]  # type: ignore[misc]
+    hooks = [known[t].register_forward_hook(lambda _, __, output, t=t: keep(t, output)) for t in {*taps}]
     try:
         run()
     except _EnoughError:

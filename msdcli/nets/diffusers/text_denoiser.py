@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from msdcli.diffusion.denoiser import per_image
 from msdcli.errors import UserError
-from msdcli.nets.diffusers.denoiser import FromDiffusers
+from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
 from msdcli.recipe.networks import DiffusersNetworkSettings
 
 # Keys of a configuration that ask for more than prompts (SDXL, image prompts, class labels).
 MORE = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
 
 
-class TextDenoiser(FromDiffusers):
+class TextDenoiser(DiffusersDenoiser):
     """D(x, sigma, condition), condition [n] int64 numbers of prompts; a negative one is the empty prompt."""
 
     reads_text = True
@@ -65,9 +65,12 @@ class TextDenoiser(FromDiffusers):
     def blocks(self) -> dict[str, nn.Module]:
         """The encoder's blocks by name: of the U-Net down to the middle, of the transformer all."""
         if self.sd3:
-            return {f"block{i}": block for i, block in enumerate(self.net.transformer_blocks)}
-        down = {f"down{i}": block for i, block in enumerate(self.net.down_blocks)}
-        return down | ({} if self.net.mid_block is None else {"mid": self.net.mid_block})
+            return {
+                f"block{i}": block for i, block in enumerate(self.net.get_submodule("transformer_blocks").children())
+            }
+        down = {f"down{i}": block for i, block in enumerate(self.net.get_submodule("down_blocks").children())}
+        middle = getattr(self.net, "mid_block", None)
+        return down if middle is None else down | {"mid": middle}
 
     @property
     def taps(self) -> list[str]:

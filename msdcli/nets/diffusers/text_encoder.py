@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 from msdcli.nets.diffusers.files import read_object
 
 RECORD = "text.json"
@@ -41,6 +42,8 @@ class TextEncoder:
         for part in record["parts"]:
             clip = part["class_name"] != "T5EncoderModel"
             tokenizer = getattr(library, "CLIPTokenizer" if clip else "T5TokenizerFast")
+            for weights in (folder / part["encoder"]).glob("*.safetensors"):
+                check_file(weights)
             try:
                 words = tokenizer.from_pretrained(folder / part["tokenizer"], local_files_only=True)
                 net = getattr(library, part["class_name"]).from_pretrained(

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdcli.diffusion.denoiser import Denoiser
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 from msdcli.nets.edm.arguments import checked
 from msdcli.nets.edm.edm2 import EDM2, EDM2UNet, round_gains
 from msdcli.nets.edm.networks import DhariwalUNet, SongUNet
@@ -148,7 +150,7 @@ def check_weights(denoiser: Preconditioned, tensors: Mapping[str, Tensor | Tenso
 
 
 @torch.no_grad()
-def check_against(denoiser: Preconditioned, npz_path: Path | str, *, batch_size: int = 16) -> float:
+def check_against(denoiser: Denoiser, npz_path: Path | str, *, batch_size: int = 16) -> float:
     """Largest relative difference between our denoised images and a reference's.
 
     The file holds `x` [n, C, H, W], `sigma` [n], `class_labels` [n, num_classes] one-hot and `denoised`, what the
@@ -278,7 +280,8 @@ def _among(arguments: Mapping[str, Any], made: Callable[..., Any], *taken: str) 
     return {name: value for name, value in arguments.items() if name in _keywords(made) and name not in taken}
 
 
-def _reference(path: Path, denoiser: Preconditioned) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _reference(path: Path, denoiser: Denoiser) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_file(path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             arrays = [torch.from_numpy(held[key]).float() for key in ("x", "sigma", "class_labels", "denoised")]

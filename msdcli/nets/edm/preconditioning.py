@@ -38,9 +38,10 @@ class Preconditioned(ExactBuffers, Denoiser):
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
     @property
-    def taps(self) -> tuple[str, ...]:
+    def taps(self) -> list[str]:
         """Names that `features` takes."""
-        return self.net.taps
+        assert isinstance(self.net, TappedUNet)
+        return list(self.net.taps)
 
     def coefficients(self, sigma: Tensor) -> Coefficients:
         """c_skip, c_out, c_in and c_noise for `sigma` [n, 1, 1, 1] float32."""

@@ -61,10 +61,10 @@ def test_the_pace_is_what_was_seen(begun: Path) -> None:
     for step, at in ((2, now - 20), (4, now)):
         path.write_text(json.dumps({"step": step, "losses": {}}) + "\n")
         os.utime(path, (at, at))
-        frame = watcher.frame()
-    (part,) = frame.running
-    assert part.seconds_left == pytest.approx(20, abs=0.1) and frame.seconds_left == part.seconds_left
-    assert (part.step, frame.done) == (4, False)
+        progress = watcher.progress()
+    (part,) = progress.running
+    assert part.seconds_left == pytest.approx(20, abs=0.1) and progress.seconds_left == part.seconds_left
+    assert (part.step, progress.done) == (4, False)
 
 
 def test_ctrl_c_leaves_quietly(begun: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_ctrl_c_leaves_quietly(begun: Path, tmp_path: Path) -> None:
 
 def test_watching_loads_no_torch(finished: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from msdcli.cli.watch import watch; "
+        "import sys; from pathlib import Path; from msdcli.cli.observe.watch import watch; "
         f"watch(Path({str(finished)!r}), once=True); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, cwd=ROOT)

@@ -1,0 +1,77 @@
+"""Numbers for people, as reports, plots and model cards write them; imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+ONES = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+
+
+def word(count: int) -> str:
+    """Return a small number as a word, a larger one with commas."""
+    return ONES[count] if 0 <= count < len(ONES) else f"{count:,}"
+
+
+def plural(count: int, one: str, many: str | None = None) -> str:
+    return one if count == 1 else many or f"{one}s"
+
+
+def evaluations(steps: int) -> str:
+    """Return `one network evaluation`, or how many there are."""
+    return f"{word(steps)} network {plural(steps, 'evaluation')}"
+
+
+def figure(value: float | None) -> str:
+    """Return a measured number with the digits that matter."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def short(number: float) -> str:
+    """Return 151281 as 151 k, 7.03e12 as 7.03 T."""
+    for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def flop(number: float) -> str:
+    """Return 7.03e12 as 7.03 TFLOP."""
+    text = short(number)
+    return f"{text}FLOP" if " " in text else f"{text} FLOP"
+
+
+def size(number: float) -> str:
+    """Return bytes as MiB or GiB."""
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as 48 s, 6 min 10 s or 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def describe_selected(students: Sequence[dict[str, Any]]) -> list[str]:
+    """Say which averages finished students are, by their model.json; nothing where they are simply the last ones."""
+    found = [model for model in students if "selected" in model]
+    if not found:
+        return []
+    first, at = found[0]["selected"], sorted(model["selected"]["step"] for model in found)
+    steps = f"step {at[0]:,}" if at[0] == at[-1] else f"steps {at[0]:,} to {at[-1]:,}"
+    whose = "The student is" if len(found) == 1 else "Every student is"
+    seconds = sum(model["selected"]["seconds"] for model in found)
+    return [
+        f"{whose} the best of {word(first['of'])} averages that were measured while it trained, by {first['metric']} "
+        f"on {first['samples']:,} samples: of {steps} of {found[0]['steps']:,}. A figure flatters what it chose, so "
+        f"the result is measured with other noise. Choosing took {duration(seconds)} beside the training."
+    ]
