@@ -112,12 +112,12 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
         return DONE, str(error), None
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, str(error) or "interrupted; the same command continues", None
-    if is_out_of_memory(error):
-        return FAILED, _memory(error), f"{_LESS_MEMORY}; {_RESUME}"
     if isinstance(error, BrokenPipeError):
         return FAILED, "the reader of the output went away", None
     resume: str | None = getattr(error, _RESUME, None)
     then = f"; {resume}" if resume else ""
+    if is_out_of_memory(error):
+        return FAILED, _memory(error), f"{_LESS_MEMORY}{then}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return FAILED, f"no space left on the disk{_file(error)}", f"free some space{then}"
     if "No space left on device" in str(error) or "StorageFull" in str(error):

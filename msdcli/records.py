@@ -58,6 +58,7 @@ class Model(TypedDict):
     sigma_data: Annotated[float, Field(gt=0, le=1e6)]
     parameters: NotRequired[Whole]
     sha256: NotRequired[str]
+    anchor: NotRequired[Annotated[float, Field(ge=0, le=10_000)]]
     steps: NotRequired[Whole]
     stage: NotRequired[dict[str, Any]]
     cost: NotRequired[Cost | None]

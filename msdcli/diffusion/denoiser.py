@@ -146,7 +146,7 @@ def consistency(net: nn.Module, x: Tensor, sigma: Tensor, condition: Tensor | No
 
 def denoise(net: nn.Module, x: Tensor, sigma: float, condition: Tensor | None) -> Tensor:
     """D(x, sigma, c) of images that all have one noise level."""
-    return net(x, torch.full((x.shape[0],), sigma, device=x.device), condition)
+    return consistency(net, x, torch.full((x.shape[0],), sigma, device=x.device), condition)
 
 
 def few_step(

@@ -58,7 +58,7 @@ def has_images(path: str | Path) -> bool:
 
 def _members(path: Path) -> set[str]:
     """The names of an npz's arrays; of anything else none."""
-    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+    if path.suffix != ".npz" or not path.is_file() or not zipfile.is_zipfile(path):
         return set()
     try:
         with zipfile.ZipFile(path) as file:
@@ -193,6 +193,7 @@ def _gaussian(path: Path, mu: np.ndarray, sigma: np.ndarray) -> Gaussian:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    check_file(path)
     if path.suffix == ".npz":
         return _read_npz(path)
     content = read_arrays(path)

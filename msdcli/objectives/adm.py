@@ -40,7 +40,7 @@ class AdversarialDistributionMatching(DistributionMatching):
     def fake_loss(self, draws: Draws) -> Tensor:
         """DM's loss of the fake network, and the heads' on as many real as generated images, in one call."""
         y, c = self.fake_batch(draws)
-        x, sigma = self.diffuse(y, draws, self.fake_span)
+        x, sigma = self.diffuse_for_fake(y, draws)
         loss = self.denoising_loss(x, sigma, c, y)
         y_real, c_real = draws.real()
         x_real, sigma_real = self.see(y_real, draws, "real")
