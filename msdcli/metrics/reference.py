@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from msdcli.errors import UserError
+from msdcli.foreign import check_file
 from msdcli.metrics.moments import Gaussian
 from msdcli.metrics.statistics_pickle import read_arrays
 
