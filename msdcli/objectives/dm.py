@@ -93,10 +93,19 @@ class DistributionMatching(Objective):
             teacher = drawn(self.teacher, draws.uniform)
             fake, target = self.fake(x, sigma, c), teacher(x, sigma, c)
             gradient = d.matching_gradient(fake, target, y) if self.settings.weight == "dmd" else fake - target
-        loss = d.surrogate(y, gradient)
-        if self.settings.pairs != "none":
-            loss = loss + self.settings.pair_weight * self.pair_loss(draws)
-        return loss
+            if (weight := self.divergence_weight(x, sigma, c, draws)) is not None:
+                gradient = gradient * d.per_image(weight, gradient)
+        return self.with_pairs(d.surrogate(y, gradient), draws)
+
+    def divergence_weight(self, x: Tensor, sigma: Tensor, c: Tensor, draws: Draws) -> Tensor | None:
+        """Return what the gradient of every image is multiplied by; None: the divergence is KL(student || teacher)."""
+        return None
+
+    def with_pairs(self, loss: Tensor, draws: Draws) -> Tensor:
+        """Add the regression on pairs, if the recipe asks for it."""
+        if self.settings.pairs == "none":
+            return loss
+        return loss + self.settings.pair_weight * self.pair_loss(draws)
 
     def pair_loss(self, draws: Draws) -> Tensor:
         """DMD's regression on the teacher's samples from the same noise: one mean over the pairs."""

@@ -69,9 +69,7 @@ class ScoreIdentity(DistributionMatching):
         if logit is not None:
             w = distance_to_teacher(y, D_t)
             loss = loss + self.settings.gan_weight * d.image_mean(softplus(-logit)) / w
-        if self.settings.pairs != "none":
-            loss = loss + self.settings.pair_weight * self.pair_loss(draws)
-        return loss
+        return self.with_pairs(loss, draws)
 
     def logits(self, x: Tensor, sigma: Tensor, c: Tensor) -> Tensor:
         """Return the discriminator's logits [batch, places]: the channels' mean of the fake network's features."""

@@ -206,6 +206,26 @@ class AdmSettings(DmSettings):
         description="noise levels the heads see, as parts of the Karras schedule",
     )
 
+    dm_weight: Weight = Field(1.0, description="weight of the dm loss; 0: the adversarial loss alone (LADD)")
+    head_penalty: Weight = Field(0.0, description="weight of the heads' R1 penalty on real images, beside their loss")
+    divergence: Divergence = Field(
+        "rkl",
+        description="f-divergence that the dm loss minimises (f-distill): its gradient times h(r), r from the heads",
+    )
+    ratio_clip: ClipRange = Field([0.1, 20.0], description="bounds of the density ratio (f-distill)")
+    ratio_bins: int = Field(
+        10, ge=1, le=1000, description="noise levels are cut into so many parts; r is over its mean"
+    )
+    ratio_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="what stays of those means from batch to batch (f-distill: 0 on CIFAR-10, 0.5 on ImageNet)"
+    )
+
+    @model_validator(mode="after")
+    def _a_divergence_has_something_to_weigh(self) -> Self:
+        if self.divergence != "rkl" and (self.gan_weight == 0 or self.dm_weight == 0):
+            raise ValueError(f"`divergence` {self.divergence} needs `gan_weight` and `dm_weight` above 0")
+        return self
+
     @property
     def needs_images(self) -> bool:
         return True
