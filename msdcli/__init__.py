@@ -25,7 +25,7 @@ from msdcli.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from msdcli.engine.measure.fid import Measurement
+    from msdcli.engine.measure.rows import Measurement
     from msdcli.engine.pipeline import DistillResult
     from msdcli.engine.sample import Students
     from msdcli.engine.tracking.events import Report
@@ -60,20 +60,26 @@ def distill(
     return outcome
 
 
-def load(source: Source, device: str | torch.device = "cpu") -> Students:
+def load(source: Source, device: str | torch.device = "cpu", *, steps: int | None = None) -> Students:
     """Open the students of a run or of an exported bundle: `load(run).sample(classes=[3, 7], seed=0)`."""
     from msdcli.engine import sample as engine
 
-    return engine.load(Path(source), device)
+    return engine.load(Path(source), device, steps=steps)
 
 
 def sample(
-    run: Source, classes: Sequence[int | str], *, seed: int = 0, batch: int = 500, device: str = "auto"
+    run: Source,
+    classes: Sequence[int | str],
+    *,
+    seed: int = 0,
+    batch: int | None = None,
+    steps: int | None = None,
+    device: str = "auto",
 ) -> torch.Tensor:
-    """Return one sample per class number or name, float32 [len(classes), *shape], one network evaluation each."""
+    """Return one sample per class number or name, float32 [len(classes), *shape]; `steps`: with fewer evaluations."""
     from msdcli.engine.distributed.device import resolve
 
-    return load(run, resolve(device)).sample(classes, seed=seed, batch=batch)
+    return load(run, resolve(device), steps=steps).sample(classes, seed=seed, batch=batch)
 
 
 def fid(
@@ -85,13 +91,14 @@ def fid(
     command's: protocol, weights, samples, batch, workers, device, bootstrap, infinity, lean, save, groups.
     """
     from msdcli.engine.measure import fid as engine
+    from msdcli.engine.measure.feature_metric import FidOptions
     from msdcli.rundir import RunDir
 
-    _known(options, engine.FidOptions.__dataclass_fields__, "fid")
+    _known(options, FidOptions.__dataclass_fields__, "fid")
     if options.get("weights") is not None:
         options["weights"] = Path(options["weights"])
     options["groups"] = tuple(options.get("groups", ()))
-    chosen = engine.FidOptions(reference=None if reference is None else str(reference), **options)
+    chosen = FidOptions(reference=None if reference is None else str(reference), **options)
     path = Path(images)
     with _reporting(report) as tell:
         if (path / "recipe.yaml").is_file():

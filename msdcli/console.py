@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,21 +22,38 @@ out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
+# Letters that steer a terminal instead of being shown: controls (but for tab and newline) and those that turn the
+# direction of writing. Half surrogates, of file names that are no UTF-8, no terminal can show.
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+
+
+def plain(text: str) -> str:
+    """Return text of whatever origin as a terminal may have it: what would steer it is spelled out."""
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _shown(text: str) -> str:
+    """Return text that is neither markup nor orders to the terminal."""
+    return escape(plain(text))
+
+
 def say(text: str) -> None:
     """Print a line."""
-    out.print(escape(text))
+    out.print(_shown(text))
 
 
 def tell(text: str) -> None:
     """Print a line about the work on stderr, where it does not mix with results."""
-    err.print(escape(text))
+    err.print(_shown(text))
 
 
 def fail(message: str, hint: str | None) -> None:
     """Print an error and the next step on stderr."""
-    err.print(f"[bold red]error:[/] {escape(message)}")
+    err.print(f"[bold red]error:[/] {_shown(message)}")
     if hint:
-        err.print(f"[bold]try:[/] {escape(hint)}")
+        err.print(f"[bold]try:[/] {_shown(hint)}")
 
 
 def print_json(value: Any, *, compact: bool = False) -> None:
@@ -61,11 +79,11 @@ def page(text: str) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> None:
     """Print a table; the first `text_columns` are text, the others numbers."""
-    grid = Table(title=escape(title), title_justify="left", title_style="bold")
+    grid = Table(title=_shown(title), title_justify="left", title_style="bold")
     for i, name in enumerate(columns):
-        grid.add_column(escape(name), justify="left" if i < text_columns else "right", overflow="fold")
+        grid.add_column(_shown(name), justify="left" if i < text_columns else "right", overflow="fold")
     for row in rows:
-        grid.add_row(*map(escape, row))
+        grid.add_row(*map(_shown, row))
     sheet().print(grid)
 
 
@@ -108,9 +126,9 @@ class Monitor:
             self._print(event)
 
     def _show(self, live: Progress, event: Event) -> None:
-        extra = escape(_extra(event))
+        extra = _shown(_extra(event))
         if event.what not in self._tasks:
-            self._tasks[event.what] = live.add_task(escape(event.what), total=event.total, extra=extra)
+            self._tasks[event.what] = live.add_task(_shown(event.what), total=event.total, extra=extra)
         live.update(self._tasks[event.what], completed=event.done, total=event.total, extra=extra)
 
     def _print(self, event: Event) -> None:
@@ -119,7 +137,7 @@ class Monitor:
             return
         self._printed[event.what] = now
         left = "" if event.seconds_left is None else f", {event.seconds_left:.0f} s left"
-        err.print(escape(f"{event.what}: {event.done}/{event.total} {event.unit}{_extra(event)}{left}"))
+        err.print(_shown(f"{event.what}: {event.done}/{event.total} {event.unit}{_extra(event)}{left}"))
 
 
 def _extra(event: Event) -> str:

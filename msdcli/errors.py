@@ -1,6 +1,9 @@
 """What users can put right, and how every other failure is put into one sentence."""
 
+import contextlib
 import errno
+import re
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -46,7 +49,57 @@ class WorkerError(Exception):
 
 DONE, FAILED, USER, INTERRUPTED = 0, 1, 2, 130
 
-_RESUME = "the last checkpoint is whole: the same command continues from it"
+WHOLE = "the last checkpoint is whole: the same command continues from it"
+CONTINUES = "the same command continues"
+_RESUME = "resume"  # the attribute of an exception that says how to go on
+# What the system says of a place that the user named, and that another place cures.
+_PLACES = (errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
+
+
+@contextlib.contextmanager
+def resumable(how: str) -> Iterator[None]:
+    """Say, of whatever ends the block, how to go on; the innermost block knows best."""
+    try:
+        yield
+    except BaseException as error:
+        if getattr(error, _RESUME, None) is None:
+            setattr(error, _RESUME, how)
+        raise
+
+
+# None of these changes what is learnt, as a smaller `batch` of a stage would.
+_LESS_MEMORY = (
+    "less at once: micro_batch=... for training, evaluation.batch=... for sampling and measuring, "
+    "workers=1 for fewer students on a device"
+)
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|ALLOC_FAILED|ALLOCATION_FAILED|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE
+)
+_AMOUNT = r"([\d.]+ ?(?:[KMGT]i?B|bytes))"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that host or device have too little memory, in any of the forms of torch and its libraries."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def _memory(error: BaseException) -> str:
+    """Say what was asked for, and what is free, where the error tells."""
+    text = str(error)
+    asked = re.search(rf"(?:tried to allocate|unable to allocate) {_AMOUNT}", text, re.IGNORECASE)
+    free = re.search(rf"capacity of {_AMOUNT} of which {_AMOUNT} is free", text)
+    said = [f"{_readable(asked[1])} more were asked for"] if asked else []
+    said += [f"{free[2]} of {free[1]} are free"] if free else []
+    return f"out of memory: {', '.join(said)}" if said else "out of memory"
+
+
+def _readable(amount: str) -> str:
+    count = amount.removesuffix("bytes").strip()
+    return f"{int(count) / 2**30:,.2f} GiB" if amount.endswith("bytes") and count.isdecimal() else amount
 
 
 def explain(error: BaseException) -> tuple[int, str, str | None]:
@@ -61,21 +114,31 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
         return INTERRUPTED, str(error) or "interrupted; the same command continues", None
     if isinstance(error, BrokenPipeError):
         return FAILED, "the reader of the output went away", None
+    resume: str | None = getattr(error, _RESUME, None)
+    then = f"; {resume}" if resume else ""
+    if is_out_of_memory(error):
+        return FAILED, _memory(error), f"{_LESS_MEMORY}{then}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return FAILED, f"no space left on the disk{_file(error)}", f"free some space; {_RESUME}"
+        return FAILED, f"no space left on the disk{_file(error)}", f"free some space{then}"
     if "No space left on device" in str(error) or "StorageFull" in str(error):
-        return FAILED, "no space left on the disk", f"free some space; {_RESUME}"
+        return FAILED, "no space left on the disk", f"free some space{then}"
     if isinstance(error, PermissionError):
         return USER, f"no permission{_file(error)}", None
+    if isinstance(error, OSError) and error.errno in _PLACES:
+        return USER, f"{_said(error)}{_file(error)}", "another place (run=..., --out ...)"
     if isinstance(error, OSError):
-        return FAILED, f"{error.strerror or error}{_file(error)}", _RESUME
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return FAILED, "out of memory", f"a smaller batch (stages.0.batch=...) needs less; {_RESUME}"
+        return FAILED, f"{_said(error)}{_file(error)}", resume
     if isinstance(error, MismatchError):
         return FAILED, str(error), None
     if isinstance(error, WorkerError):
-        return FAILED, str(error), _RESUME
+        return FAILED, str(error), resume
     return FAILED, f"{type(error).__name__}: {error}", "MSD_DEBUG=1 shows where; please report it"
+
+
+def _said(error: OSError) -> str:
+    """Return what the system says, as the beginning of a sentence."""
+    said = error.strerror or str(error)
+    return said[:1].lower() + said[1:]
 
 
 def _file(error: OSError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 from pathlib import Path
 
 from msdcli.errors import UserError
@@ -23,6 +24,12 @@ POINTER_HINT = "`git lfs pull`, in the repository that it comes from, brings the
 def shown(name: str) -> str:
     """A file's name as it can be printed and stored: bytes that are not UTF-8 are written out."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def visible(name: str) -> str:
+    """Return a name, which may come from anywhere, without letters that steer instead of being shown."""
+    unseen = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join("\ufffd" if unicodedata.category(ch) in unseen else ch for ch in name)
 
 
 def is_pointer(content: bytes) -> bool:

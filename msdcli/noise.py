@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from msdcli.seeds import generator
+from msdcli.seeds import derive, generator
 
 WORTH_A_THREAD = 2**18  # normal numbers that take about a millisecond to draw
 
@@ -31,17 +31,34 @@ def image_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Te
     return z
 
 
+def step_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...], steps: int) -> Tensor | None:
+    """Return the unit noise between the steps [len(numbers), steps - 1, *shape], None for one step.
+
+    That before step k of image i depends on `seed`, i and k alone.
+    """
+    if steps == 1:
+        return None
+    return torch.stack([image_noise(derive("step", k, seed), numbers, shape) for k in range(1, steps)], dim=1)
+
+
 def noises(
-    seed: int, batches: Sequence[Sequence[int]], shape: tuple[int, ...], *, ahead: bool = False
-) -> Iterator[Tensor]:
-    """Yield the `image_noise` of every batch; with `ahead` the next one is drawn while one is used, by a GPU say."""
+    seed: int, batches: Sequence[tuple[Sequence[int], int]], shape: tuple[int, ...], *, ahead: bool = False
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield `image_noise` and `step_noise` of every batch, which is its numbers and its steps; with `ahead` the next
+    ones are drawn while one is used, by a GPU say.
+    """
+
+    def draw(batch: tuple[Sequence[int], int]) -> tuple[Tensor, Tensor | None]:
+        numbers, steps = batch
+        return image_noise(seed, numbers, shape), step_noise(seed, numbers, shape, steps)
+
     if not ahead:
-        yield from (image_noise(seed, numbers, shape) for numbers in batches)
+        yield from map(draw, batches)
         return
     with ThreadPoolExecutor(1) as background:
-        z = image_noise(seed, batches[0], shape)
-        for numbers in batches[1:]:
-            following = background.submit(image_noise, seed, numbers, shape)
-            yield z
-            z = following.result()
-        yield z
+        drawn = draw(batches[0])
+        for batch in batches[1:]:
+            following = background.submit(draw, batch)
+            yield drawn
+            drawn = following.result()
+        yield drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -10,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from msdcli import routing
+from msdcli import records, routing
 from msdcli.errors import UserError
 from msdcli.routing import Rule
-from msdcli.rundir import read_json, write_json
+from msdcli.rundir import write_json
 from msdcli.seeds import derive
 
 if TYPE_CHECKING:
@@ -36,12 +37,13 @@ class Partition:
         owners = Counter(c for part in self.parts for c in part)
         if twice := sorted(c for c, n in owners.items() if n > 1):
             raise UserError(f"partition: condition {_listed(twice)} is in more than one part")
-        if outside := sorted(owners.keys() - set(range(self.num_conditions))):
+        if outside := sorted(c for c in owners if not 0 <= c < self.num_conditions):
             raise UserError(
                 f"partition: condition {_listed(outside)} does not exist: there are 0 to {self.num_conditions - 1}"
             )
-        if missing := sorted(set(range(self.num_conditions)) - owners.keys()):
-            raise UserError(f"partition: condition {_listed(missing)} is in no part")
+        if len(owners) < self.num_conditions:  # counted: a file may claim any number of them
+            missing = (c for c in range(self.num_conditions) if c not in owners)
+            raise UserError(f"partition: condition {_listed([*itertools.islice(missing, 9)])} is in no part")
         if empty := [k for k, part in enumerate(self.parts) if not part]:
             raise UserError(f"partition: student {_listed(empty)} has no condition")
 
@@ -68,13 +70,15 @@ class Partition:
     @classmethod
     def load(cls, path: Path) -> Partition:
         """Read partition.json. UserError if it is missing, damaged or no partition."""
-        stored = read_json(path)
+        stored = records.read(path, records.PartitionRecord, "partition")
         try:
-            parts = [[int(c) for c in part] for part in stored["parts"]]
             rule = routing.from_json(stored["rule"]) if "rule" in stored else None
-            return cls(parts, int(stored["num_conditions"]), str(stored["method"]), rule)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path} is not a partition") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not a partition: rule: {error}") from None
+        try:
+            return cls(stored["parts"], stored["num_conditions"], stored["method"], rule)
+        except UserError as error:
+            raise UserError(f"{path}: {error.message}", hint="was it edited? bring it back as it was") from None
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -147,19 +151,69 @@ def kmeans(vectors: np.ndarray, num_parts: int, *, seed: int = 0) -> Partition:
     return Partition(parts, num, "kmeans", routing.Centres(centres[order], prices[order]))
 
 
-def parse_classes(text: str, class_names: Sequence[str]) -> list[int]:
-    """Return the class numbers in `3,7` (numbers, or names of the data's classes). UserError for anything else."""
-    return class_numbers([word.strip() for word in text.split(",")], class_names)
+def parse_classes(text: str, class_names: Sequence[str] = ()) -> list[int]:
+    """Return the class numbers in `3,7,10-19,cat`. UserError for a class that does not exist.
+
+    A name that exists wins. Where all names are whole numbers, numbers and spans mean names (folders called 0 to 11
+    sort as 0, 1, 10, 11, 2 ...); else they are the classes' own numbers, as they are where there are no names.
+    """
+    named = _numbers_of_names(class_names)
+    return [number for word in text.split(",") for number in _members(word.strip(), class_names, named)]
 
 
 def class_numbers(classes: Sequence[int | str], class_names: Sequence[str]) -> list[int]:
-    """Return the numbers of classes that are given by number, by name, or by a number as text."""
-    found = []
-    for c in classes:
-        number = c
-        if isinstance(c, str):
-            number = class_names.index(c) if c in class_names else int(c) if c.isdecimal() else -1
-            if not 0 <= number < len(class_names):
-                raise UserError(f"class {c!r} does not exist: there are {', '.join(class_names[:20])}")
-        found.append(int(number))
-    return found
+    """Return the numbers of classes that are given by number, or as text as `parse_classes` reads a single one."""
+    named = _numbers_of_names(class_names)
+    return [int(c) if not isinstance(c, str) else _member(c, class_names, named) for c in classes]
+
+
+def named_parts(parts: Sequence[Sequence[int]], class_names: Sequence[str]) -> list[list[int]]:
+    """Return a recipe's parts as class numbers: what it lists are names where all names are whole numbers."""
+    named = _numbers_of_names(class_names)
+    if named is None:
+        return [sorted(part) for part in parts]
+    return [sorted(_member(str(c), class_names, named) for c in part) for part in parts]
+
+
+LONGEST_NUMBER = 18  # digits
+
+
+def _is_number(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= LONGEST_NUMBER
+
+
+def _numbers_of_names(class_names: Sequence[str]) -> dict[int, int] | None:
+    """Return the class of every number that is a name, or None unless all names are numbers, all different."""
+    if not class_names or not all(map(_is_number, class_names)):
+        return None
+    named = {int(name): c for c, name in enumerate(class_names)}
+    return named if len(named) == len(class_names) else None
+
+
+def _members(word: str, class_names: Sequence[str], named: dict[int, int] | None) -> list[int]:
+    """Return the classes of a word: one, or those of a span."""
+    first, dash, last = word.partition("-")
+    if word in class_names or not (dash and _is_number(first) and _is_number(last) and int(first) <= int(last)):
+        return [_member(word, class_names, named)]
+    ends = [_member(end, class_names, named) for end in (first, last)]
+    if named is not None:
+        return [named[number] for number in sorted(named) if int(first) <= number <= int(last)]
+    if ends[1] - ends[0] >= MOST_CLASSES:
+        raise UserError(f"{word} means {ends[1] - ends[0] + 1:,} classes, the limit is {MOST_CLASSES:,}")
+    return list(range(ends[0], ends[1] + 1))
+
+
+MOST_CLASSES = 10**6  # of a span
+
+
+def _member(word: str, class_names: Sequence[str], named: dict[int, int] | None) -> int:
+    if word in class_names:
+        return class_names.index(word)
+    if _is_number(word):
+        number = int(word)
+        if named is not None and number in named:
+            return named[number]
+        if named is None and (not class_names or number < len(class_names)):
+            return number
+    there_are = f": there are {', '.join(class_names[:20])}" if class_names else ""
+    raise UserError(f"class {word[:80]!r} does not exist{there_are}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,9 @@ from msdcli.errors import UserError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 32
+MAX_VALUES = 50_000  # keys, values and lists: PyYAML reads some ten thousand in a second
+MAX_DIGITS = 400  # more than any float has
+MAX_SHOWN = 20  # mistakes
 
 Path_ = tuple[str | int, ...]
 
@@ -26,17 +30,23 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's core scalars."""
 
 
+_TAG = "tag:yaml.org,2002:"
+_SCALARS = {
+    "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)\Z"), "tTfF"),
+    "int": (re.compile(r"^[-+]?[0-9]+\Z"), "-+0123456789"),
+    "float": (re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?\Z"), "-+.0123456789"),
+    "null": (re.compile(r"^(?:~|null|Null|NULL|)\Z"), "~nN\0"),
+}
 _Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first])
+for _name, (_pattern, _first) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", _pattern, [*_first])
 _Loader.yaml_implicit_resolvers.setdefault("", []).append(("tag:yaml.org,2002:null", re.compile(r"^$")))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+
+
+# Two spellings of one value: an override of one replaces the other.
+SAME = {"sigmas": "sigma_init", "sigma_init": "sigmas"}
 
 
 class Document:
@@ -87,6 +97,8 @@ class Document:
             index = self._index(node, part, where)
             self.lines[tuple(_numbers(keys[: depth + 1]))] = where
             if depth == len(keys) - 1:
+                if isinstance(node, dict):
+                    node.pop(SAME.get(part), None)
                 node[index] = value
             elif isinstance(node, dict) and not isinstance(node.get(index), dict | list):
                 node[index] = {}
@@ -132,7 +144,7 @@ def _parse(text: str, name: str, lines: dict[Path_, str]) -> Any:
 
 def _refuse_aliases_and_depth(text: str, name: str) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
         line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.AliasEvent):
             raise UserError(f"{name}:{line}: aliases (*{event.anchor}) are not allowed in recipes: write the value out")
@@ -140,12 +152,15 @@ def _refuse_aliases_and_depth(text: str, name: str) -> None:
             depth += 1
         if isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+        if number > MAX_VALUES:
+            raise UserError(f"{name}:{line}: a recipe has at most {MAX_VALUES:,} keys and values")
         if depth > MAX_DEPTH:
             raise UserError(f"{name}:{line}: nested more than {MAX_DEPTH} deep")
 
 
 def _walk(node: Node, path: Path_, name: str, lines: dict[Path_, str]) -> None:
     lines.setdefault(path, f"{name}:{node.start_mark.line + 1}")
+    _check_tag(node, name)
     if isinstance(node, SequenceNode):
         for i, item in enumerate(node.value):
             _walk(item, (*path, i), name, lines)
@@ -159,6 +174,29 @@ def _walk(node: Node, path: Path_, name: str, lines: dict[Path_, str]) -> None:
                 raise UserError(f"{name}:{line}: {'.'.join(map(str, key))} is given twice (first at {lines[key]})")
             lines[key] = f"{name}:{line}"
             _walk(value, key, name, lines)
+
+
+def _check_tag(node: Node, name: str) -> None:
+    """Refuse a tag that YAML's core has not, and a value that is none of its tag's."""
+    line, tag = node.start_mark.line + 1, node.tag.removeprefix(_TAG)
+    kind = {ScalarNode: ("str", *_SCALARS), SequenceNode: ("seq",), MappingNode: ("map",)}[type(node)]
+    if not node.tag.startswith(_TAG) or tag not in kind:
+        raise UserError(
+            f"{name}:{line}: not valid YAML: the tag {_shown(node.tag.replace(_TAG, '!!'))} has no meaning here",
+            hint="leave it out",
+        )
+    if tag in _SCALARS and not _SCALARS[tag][0].match(node.value):
+        raise UserError(f"{name}:{line}: not valid YAML: {_shown(node.value)} is no {tag}, as the tag !!{tag} says")
+    if tag in ("int", "float") and len(node.value) > MAX_DIGITS:
+        raise UserError(f"{name}:{line}: not valid YAML: a number has at most {MAX_DIGITS} digits")
+
+
+def explain_all(document: Document, model: type[BaseModel], errors: Sequence[Any], what: str) -> str:
+    """Return what is wrong with a recipe or a sweep, line by line; of very many mistakes the first."""
+    lines = [explain(document, model, dict(error)) for error in errors[:MAX_SHOWN]]
+    more = [f"  and {len(errors) - MAX_SHOWN:,} more"] if len(errors) > MAX_SHOWN else []
+    count = "1 mistake" if len(errors) == 1 else f"{len(errors):,} mistakes"
+    return "\n".join([f"{count} in {what}", *lines, *more])
 
 
 def explain(document: Document, model: type[BaseModel], error: dict[str, Any]) -> str:
@@ -243,5 +281,5 @@ def _model(annotation: Any, tree: Any) -> type[BaseModel] | None:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = repr(value[:60] if isinstance(value, str | list | tuple) else value)
     return text if len(text) <= 60 else text[:57] + "..."

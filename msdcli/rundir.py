@@ -72,6 +72,18 @@ class RunDir:
         self.check(recipe)
         write_text(self.recipe_file, recipe.to_yaml())
 
+    @contextlib.contextmanager
+    def attended(self) -> Iterator[Presence]:
+        """Be one of those at work on the run until the block ends; hold the run's lock to begin."""
+        with open(self.root / ".at-work", "a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield Presence(file)
+
+    def who_is_at_work(self) -> str:
+        """Return who holds a student, as a phrase."""
+        held = (holder_of(folder) for folder in sorted(self.students.glob("*/")))
+        return next((who for who in held if who), "another process")
+
     def check(self, recipe: Recipe) -> None:
         """Raise UserError unless the directory is free, or the run of this very recipe."""
         if self.recipe_file.exists():
@@ -84,6 +96,19 @@ class RunDir:
             raise UserError(
                 f"{self.root} exists and is not a run directory", hint="give the run another name (name=...)"
             )
+
+
+class Presence:
+    """The sign that a process is at work on a run; several may be."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def alone(self) -> bool:
+        """Whether nobody else is at work. Hold the run's lock: then nobody else comes meanwhile."""
+        alone = _try_lock(self._file)
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+        return alone
 
 
 def key(*parts: Any) -> str:
@@ -100,7 +125,7 @@ def file_hash(path: Path) -> str:
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """Give a temporary file for `path` to write to; at the end it is synced and takes the name, or is removed."""
-    with _place_beside(path) as place:
+    with place_beside(path) as place:
         temporary = place / path.name
         yield temporary
         with open(temporary, "rb") as file:
@@ -115,7 +140,7 @@ def discard(path: Path) -> None:
     if not path.is_dir():
         path.unlink(missing_ok=True)
         return
-    with _place_beside(path) as place:
+    with place_beside(path) as place:
         os.replace(path, place / path.name)
 
 
@@ -123,7 +148,7 @@ def discard(path: Path) -> None:
 def building(folder: Path) -> Iterator[Path]:
     """Give a temporary folder for `folder` to fill; at the end it takes the place of `folder`, or is removed."""
     folder = folder.absolute()
-    with _place_beside(folder) as place:
+    with place_beside(folder) as place:
         temporary = place / folder.name
         temporary.mkdir()
         yield temporary
@@ -136,7 +161,7 @@ def building(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _place_beside(path: Path) -> Iterator[Path]:
+def place_beside(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` with a lock in it: as long as the writer lives, nobody takes it for a
     leftover. The lock is a file of its own, for a library may put a new file in the place of the one it was given.
     """
@@ -177,19 +202,40 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}", hint="remove it, and the same command makes it again") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a .jsonl that msd writes, also while it does: what is cut off or damaged is left out."""
-    found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            if isinstance(value := json.loads(line), dict):
-                found.append(value)
+    return [line for line in parsed_lines(path) if line is not None]
+
+
+def parsed_lines(path: Path) -> list[dict[str, Any] | None]:
+    """Return the lines of a .jsonl, None for one that is damaged."""
+    return lines_of(path.read_bytes() if path.is_file() else b"")
+
+
+def lines_of(content: bytes) -> list[dict[str, Any] | None]:
+    """Return the lines of a .jsonl's content, None for one that is damaged."""
+    found: list[dict[str, Any] | None] = []
+    for raw in content.split(b"\n"):
+        if raw.strip():
+            value = None
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(raw.decode("utf-8"))
+            found.append(value if isinstance(value, dict) else None)
     return found
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add a line to a .jsonl in one piece; what a killed process left of one stays a line by itself."""
+    line = json.dumps(value).encode() + b"\n"
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
 
 
 def _umask() -> int:
@@ -301,7 +347,7 @@ def link(source: Path, target: Path) -> None:
         if place.exists() and (place.samefile(file) or filecmp.cmp(place, file, shallow=False)):
             continue
         try:
-            os.link(file, place)
+            os.link(file.resolve(), place)  # a link's file: the link itself may mean nothing elsewhere
         except OSError:
             with writing(place) as temporary:
                 shutil.copyfile(file, temporary)

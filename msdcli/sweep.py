@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from msdcli import recipe_yaml
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, find, recipes_folder, validate
 from msdcli.recipe.section import Section, Seed
+
+MAX_ROWS = 1000  # times the seeds: runs
 
 
 class RowSettings(Section):
@@ -66,8 +69,10 @@ def load(source: str | Path, *, folder: str | None = None) -> Sweep:
     try:
         settings = SweepSettings.model_validate(document.tree)
     except ValidationError as error:
-        lines = [recipe_yaml.explain(document, SweepSettings, dict(e)) for e in error.errors(include_url=False)]
-        raise UserError("mistakes in the sweep\n" + "\n".join(lines)) from None
+        found = error.errors(include_url=False)
+        raise UserError(recipe_yaml.explain_all(document, SweepSettings, found, "the sweep")) from None
+    if (count := len(settings.rows) + math.prod(map(len, settings.grid.values())) * bool(settings.grid)) > MAX_ROWS:
+        raise UserError(f"{path}: {count:,} lines; a sweep has at most {MAX_ROWS:,}", hint="a smaller grid")
     root = Path(folder or f"runs/{path.stem}")
     rows = [*settings.rows, *_grid_rows(settings.grid)] or [RowSettings(label=path.stem)]
     cells = []

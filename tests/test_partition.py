@@ -70,3 +70,58 @@ def test_file_round_trip_and_damage(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError):
             Partition.load(path)
+
+
+SORTED_AS_TEXT = sorted(map(str, range(12)))  # 0, 1, 10, 11, 2 ...: folders
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("0-2", ["0", "1", "2"]),
+        ("0,1,2", ["0", "1", "2"]),
+        ("10", ["10"]),
+        ("9-11, 3", ["9", "10", "11", "3"]),
+        ("02", ["2"]),
+    ],
+)
+def test_numbers_mean_names_where_all_names_are_numbers(text: str, names: list[str]) -> None:
+    assert [SORTED_AS_TEXT[c] for c in p.parse_classes(text, SORTED_AS_TEXT)] == names
+    assert [SORTED_AS_TEXT[c] for c in p.class_numbers(list(names), SORTED_AS_TEXT)] == names
+
+
+def test_other_classes_are_numbered_in_order() -> None:
+    names = ["cat", "7", "dog", "a-b", "3-4"]
+    assert p.parse_classes("cat, 7, 2, a-b, 0-2, 3-4", names) == [0, 1, 2, 3, 0, 1, 2, 4], "a name that exists wins"
+    assert p.parse_classes("5,2-4") == [5, 2, 3, 4], "labels of files have no names"
+    assert p.class_numbers([2, "2", "dog"], names) == [2, 2, 2]
+    gaps = ["5", "10", "7"]
+    assert p.parse_classes("5-10", gaps) == [0, 2, 1], "those between that there are"
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "said"),
+    [
+        ("12", SORTED_AS_TEXT, "class '12' does not exist: there are 0, 1, 10"),
+        ("0-12", SORTED_AS_TEXT, "class '12' does not exist"),
+        ("1", ["0", "2"], "class '1' does not exist"),
+        ("4-2", ["a", "b"], "class '4-2' does not exist"),
+        ("x", ["a", "b"], "class 'x' does not exist"),
+        ("", ["a"], "class '' does not exist"),
+        ("9" * 5000, ["a"], "does not exist"),
+        ("0-99999999999", (), "limit"),
+        ("\u0663", SORTED_AS_TEXT, "does not exist"),
+    ],
+)
+def test_classes_that_do_not_exist(text: str, names: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        p.parse_classes(text, names)
+
+
+def test_parts_of_a_recipe_mean_names_too() -> None:
+    parts = p.named_parts([[0, 1, 2], [11, 3, 4, 5, 6, 7, 8, 9, 10]], SORTED_AS_TEXT)
+    assert [SORTED_AS_TEXT[c] for c in parts[0]] == ["0", "1", "2"]
+    assert Partition(parts, 12, "explicit").owner[SORTED_AS_TEXT.index("10")] == 1
+    assert p.named_parts([[1, 0], [2]], ["cat", "dog", "7"]) == [[0, 1], [2]]
+    with pytest.raises(UserError, match="class '12' does not exist"):
+        p.named_parts([[12]], SORTED_AS_TEXT)

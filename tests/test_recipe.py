@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msdcli.console import plain
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, differences, load, shipped, validate
 from msdcli.recipe_yaml import Document
@@ -91,9 +92,9 @@ def test_all_mistakes_at_once_with_line_key_value_and_nearest_name() -> None:
     assert lines[0] == "3 mistakes in the recipe"
     assert "  r.yaml:4: wrkers: no such key; did you mean `workers`?" in lines
     assert "  r.yaml:11: partition.students: is 'two': input should be a valid integer" in lines
-    assert "  r.yaml:14: stages.0.objective: is 'dmm', not one of edm, tsm, dm; did you mean `dm`?" in [
-        line.replace(", adm, cd", "") for line in lines
-    ]
+    assert (
+        "  r.yaml:14: stages.0.objective: is 'dmm', not one of edm, tsm, dm, adm, sid, cd; did you mean `dm`?" in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_two_hundred_mutated_recipes_are_refused_by_line_and_key(msd: Msd, tmp_p
             key = next((str(part) for part in reversed(path) if isinstance(part, str)), "")
             # A key that decides between sections is missed by its right name when it is renamed.
             others = ("aliases (*id001) are not allowed", "needs the key")
-            assert any(words in done.stderr for words in (key, *others)), (path, done.stderr)
+            assert any(words in done.stderr for words in (plain(key), *others)), (path, done.stderr)
             assert "Traceback" not in done.stderr
             assert re.search(r"mutated\.yaml:\d+: ", done.stderr), (path, done.stderr)
             assert not [*tmp_path.glob("runs*")], "a mistake leaves nothing behind"
@@ -206,3 +207,135 @@ def test_command_names_file_and_line_and_exits_with_2(msd: Msd, tiny: Path) -> N
 def test_missing_recipe_offers_the_nearest(msd: Msd) -> None:
     done = msd("distill", "digit")
     assert (done.returncode, "did you mean `digits`" in done.stderr) == (2, True)
+
+
+# Names, paths and numbers.
+
+
+@pytest.mark.parametrize("name", ["my recipe (1)", "-x", "a b", "x" * 101, "a\nb", "ü!"])
+def test_a_file_that_cannot_name_a_run_is_refused_before_anything_runs(msd: Msd, tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.yaml").write_text(TINY.replace("name: tiny\n", ""))
+    for words in (["distill", f"./{name}.yaml"], ["recipes", "validate", f"./{name}.yaml"]):
+        done = msd(*words)
+        assert (done.returncode, "name=" in done.stderr) == (2, True), done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [f"{name}.yaml"]
+    assert load(tmp_path / f"{name}.yaml", ["name=good"]).name == "good"
+
+
+def test_paths_know_home_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data/set")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    text = "stages: [{objective: dm}]\ndata: {name: folder, path: $DATA/a}\n"
+    recipe = validate(
+        Document.parse(text + "run: ~/runs/x\nteacher: {path: '${DATA}/t', guidance: {scale: 2, guide: ~/g}}", "r")
+    )
+    assert (recipe.data.path, recipe.run) == ("/data/set/a", "/home/me/runs/x")  # type: ignore[union-attr]
+    assert (recipe.teacher.path, recipe.teacher.guidance.guide) == ("/data/set/t", "/home/me/g")  # type: ignore[union-attr]
+    assert validate(Document.parse(recipe.to_yaml(), "r")) == recipe, "what is put in once stays"
+    for key, value in (("run", "$NOWHERE/x"), ("run", "${NOWHERE}"), ("data.path", "$NOWHERE"), ("run", "~nobody9/x")):
+        document = Document.parse(text, "r")
+        document.override(f"{key}={value}")
+        with pytest.raises(UserError, match=r"NOWHERE is not set|no home directory"):
+            validate(document)
+    (tmp_path / "$NOWHERE").mkdir()
+    document = Document.parse(text, "r")
+    document.override("data.path=$NOWHERE")
+    assert validate(document).data.path == "$NOWHERE", "it is there by this very name"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "teacher.solver.sigma_min=80.0",
+        "teacher.solver.sigma_max=0.001",
+        "teacher.solver.rho=1e300",
+        "teacher.sigma_data=1e-40",
+        "teacher.training.P_mean=1e308",
+        "teacher.training.P_std=1e39",
+        "teacher.training.P_std=1e-300",
+        "stages.0.sigma_span=[0.6,0.1]",
+        "stages.0.sigma_span=[0.5,0.5]",
+        "stages.0.lr=1e308",
+        "stages.0.lr=1e-60",
+        "stages.0.lr_of={fake: 1e300}",
+        "stages.0.warmup=9223372036854775808",
+        "stages.0.log_every=9223372036854775808",
+        "stages.0.weight_decay=1e300",
+        "stages.0.clip=1e200",
+        "stages.0.betas=[1.0,0.9]",
+        "stages.0.ema=1.0",
+        "stages.0.pair_weight=1e39",
+        "stages.0.pair_batch=10000000",
+        "stages.0.sigma_init=1e-300",
+        "teacher.guidance={scale: [3,2]}",
+        "teacher.guidance={scale: 2, interval: [5,1]}",
+        "checkpoint_seconds=1e300",
+        "micro_batch=9223372036854775808",
+        "pairs.count=1000000000000",
+        "pairs.shard=1000000000000",
+        "student.width=1e-300",
+        "evaluation.batch=1000000000000",
+        "data.points=1099511627776",
+        "seed=-1",
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused_by_key(tiny: Path, override: str) -> None:
+    with pytest.raises(
+        UserError, match=override.partition("=")[0].split(".")[-1].replace("guidance", "scale|interval")
+    ):
+        load(tiny, [override])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("!!bool maybe", "!!timestamp hello", "!!float x", "!!int x", "!!null x", "!!binary '%%%'", "!!set {a, b}"),
+        *("!!omap [a: 1]", "!mine x", "!!map [1]", "!!seq {a: 1}", "!!str [1]", "!!int 0x10", f"!!float {'9' * 500}"),
+    ],
+)
+def test_tags_and_their_values_are_refused_with_a_line(value: str) -> None:
+    with pytest.raises(UserError, match=r"^r\.yaml:2: "):
+        Document.parse(f"\nseed: {value}", "r.yaml")
+
+
+def test_tags_that_say_what_is_so_are_read() -> None:
+    text = "a: !!int 3\nb: !!float 3\nc: !!bool true\nd: !!str 3\ne: !!null ~\nf: !!seq [1]\ng: !!map {h: 1}"
+    wanted = {"a": 3, "b": 3.0, "c": True, "d": "3", "e": None, "f": [1], "g": {"h": 1}}
+    assert Document.parse(text, "r").tree == wanted
+
+
+def test_a_recipe_of_very_many_values_is_refused_soon_and_mistakes_are_counted() -> None:
+    with pytest.raises(UserError, match="at most 50,000 keys and values"):
+        Document.parse(f"loggers: [{'a,' * 480_000}]", "r")
+    with pytest.raises(UserError) as caught:
+        validate(Document.parse(f"stages: [{'a, ' * 1000}]", "r"))
+    assert len(caught.value.message.splitlines()) < 25
+
+
+def test_the_schema_beside_the_recipes_is_this_one(msd: Msd) -> None:
+    assert (ROOT / "recipes" / "schema.json").read_text() == msd("recipes", "schema").stdout
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_layers": 10**9},
+        {"layers_per_block": [2, 5000]},
+        {"sample_size": 10**9},
+        {"block_out_channels": [32] * 2000},
+        {"a": {"num_train_timesteps": 10**12}},
+        {"a": 1e300},
+    ],
+)
+def test_networks_that_would_be_built_for_ever_are_refused(config: dict[str, Any]) -> None:
+    from pydantic import ValidationError
+
+    from msdcli.recipe.networks import DiffusersNetworkSettings
+
+    good = {"sample_size": 512, "in_channels": 4, "block_out_channels": [320, 640], "dropout": 0.1, "act": "silu"}
+    DiffusersNetworkSettings(class_name="UNet2DModel", config=good)
+    for keys in ({"config": good | config}, {"config": good, "schedule": config}):
+        with pytest.raises(ValidationError, match="can be built"):
+            DiffusersNetworkSettings(class_name="UNet2DModel", **keys)

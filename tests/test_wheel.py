@@ -50,5 +50,5 @@ def test_commands_work_from_the_wheel(unpacked: Path, tmp_path: Path, words: tup
 
 
 def test_files_that_travel_with_an_export_are_inside(unpacked: Path) -> None:
-    given = unpacked / "msdcli" / "engine" / "given"
+    given = unpacked / "msdcli" / "engine" / "export" / "given"
     assert {"students.py", "pipeline.py", "triton_model.py"} <= {path.name for path in given.iterdir()}

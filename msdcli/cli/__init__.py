@@ -34,7 +34,7 @@ class VerbGroup(TyperGroup):
 app = typer.Typer(
     name="msd",
     cls=VerbGroup,
-    help="Distil one diffusion teacher into K one-step students, each for its own part of the conditions.",
+    help="Distil one diffusion teacher into K students of one or a few steps, each for its own part of the conditions.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     epilog="Start: msd distill digits; the manual: msd docs. The same command again resumes. Exit codes: 0 done, 1 "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from msdcli.errors import UserError
 from msdcli.seeds import derive
 
 
@@ -87,19 +89,74 @@ def has_images(data: Dataset) -> bool:
     return not isinstance(data, PromptDataset) or data.has_images
 
 
-PROBES = 64  # images that a fingerprint looks at
+# What a data set is, as a name for what is made from it.
+
+FINGERPRINT = 2  # the version of what `fingerprint` hashes: run.json says by which one a run was begun
+PROBES = 64  # images that `spread` names
+STEP = 1000  # images held at once while all are hashed
+
+
+@runtime_checkable
+class HashedImages(Protocol):
+    """A data set that can name all of its images without reading every one of them again."""
+
+    def images_hash(self) -> str:
+        """Return a hash of everything that decides the images."""
 
 
 def fingerprint(data: Dataset) -> str:
-    """Return a hash of the data's content, all labels and some images: what was made from other data is not reused.
+    """Return a hash of all that a data set is: what was made from other data is not reused.
 
-    Latents are named by the pictures they are of; who made them is for the teacher's hash to say.
+    That is the shape, the number and order of the images, every pixel, every label, the classes' names or the prompts,
+    and whether samples take the images in turn as they are. Latents are named by the pictures they are of; who made
+    them is for the teacher's hash to say. 50,000 pictures of 32x32 take 0.2 s, or nothing where they were decoded
+    here.
     """
+    data = getattr(data, "pictures", data)
+    texts = data.text_hash() if isinstance(data, PromptDataset) else data.class_names
+    labels = data.labels(range(len(data))).numpy().tobytes()
+    parts = (
+        *(FINGERPRINT, list(data.shape), getattr(data, "mixed", False), texts),
+        *(len(data), hashlib.sha256(labels).hexdigest(), images_hash(data) if has_images(data) else None),
+    )
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def images_hash(data: Dataset) -> str:
+    """Return a hash of all images in the type they are kept in."""
+    if isinstance(data, HashedImages):
+        return data.images_hash()
+    read = data.stored if isinstance(data, StoredImages) else data.images
+    digest = hashlib.sha256()
+    for start in range(0, len(data), STEP):
+        digest.update(read(range(start, min(start + STEP, len(data)))).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_of_version_1(data: Dataset) -> str:
+    """Return what msd 0.1.0 wrote into run.json: labels and 64 images. For resuming its runs, and for nothing new."""
     data = getattr(data, "pictures", data)
     content = data.labels(range(len(data))).numpy().tobytes()
     if isinstance(data, PromptDataset):
         content += data.text_hash().encode()
     if has_images(data):
-        some = sorted({i * (len(data) - 1) // (PROBES - 1) for i in range(PROBES)})
-        content += data.images(some).numpy().tobytes()
+        content += data.images(spread(len(data))).numpy().tobytes()
     return hashlib.sha256(content).hexdigest()
+
+
+def spread(count: int) -> list[int]:
+    """Return up to 64 image numbers from the first to the last."""
+    return sorted({i * (count - 1) // (PROBES - 1) for i in range(PROBES)})
+
+
+def file_stamp(path: Path) -> list[int]:
+    """Return what changes with a file's content: its inode, size, and the times of its content and of its entry.
+
+    The last one nobody can set back: a file that was edited and given its old time (cp -p, rsync, touch -r) is another.
+    UserError where the file is gone.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}", hint="the same command again, once it is") from None
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 from collections import deque
@@ -17,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from msdcli.data.base import Dataset, to_float
+from msdcli.data.base import Dataset, file_stamp, to_float
 from msdcli.data.files.labels import checked
 from msdcli.data.images import ImageArray, ImageFiles
 from msdcli.data.opening import is_there, open_images
@@ -47,8 +48,11 @@ class PictureFiles:
     """The files as they lie: numbered by name, classed by folder or dataset.json, decoded when asked for."""
 
     def __init__(self, settings: FolderSettings) -> None:
-        self.settings = settings
-        self._source = open_images(settings.path)
+        self.settings, path = settings, Path(settings.path)
+        # Before anything of the file is read: what replaces it later has another stamp.
+        opened = [file_stamp(path)] if path.is_file() else None
+        self._source = open_images(path)
+        self._opened = self._source.stamps if isinstance(self._source, TarFiles) else opened
         classes, self.class_names = _classes(self._source, settings)
         self._labels = torch.from_numpy(classes)
         self._check_expected()
@@ -98,15 +102,27 @@ class PictureFiles:
             while ahead:
                 yield ahead.popleft().result()
 
-    def fingerprint(self) -> list[Any]:
-        """Name what the files are, without reading them: names, sizes and times."""
-        path = Path(self.settings.path)
-        source = self._source
+    def fingerprint(self) -> str:
+        """Name what the pictures and their classes are, without reading pictures: the classes, their names, and every
+        file by its name below the folder and its stamp.
+
+        dataset.json is in it by what it says. Zips, arrays and shards are as they were when they were opened.
+        """
+        return self._named(self._opened or self._stamps())
+
+    def changed(self, fingerprint: str) -> bool:
+        """Whether the files are others than those that had this fingerprint."""
+        return self._named(self._stamps()) != fingerprint
+
+    def _named(self, stamps: Sequence[Any]) -> str:
+        said = json.dumps([self.class_names, stamps])
+        return hashlib.sha256(said.encode() + self._labels.numpy().tobytes()).hexdigest()
+
+    def _stamps(self) -> list[Any]:
+        path, source = Path(self.settings.path), self._source
         if isinstance(source, TarFiles):
-            files = source.shards
-        else:
-            files = [path] if path.is_file() else [path / name for name in source.names]
-        return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            return [(shard.name, *file_stamp(shard)) for shard in source.shards]
+        return [file_stamp(path)] if path.is_file() else [(name, *file_stamp(path / name)) for name in source.names]
 
     def _good(self, number: int) -> np.ndarray:
         picture = self.picture(number)
@@ -157,6 +173,7 @@ class DecodedPictures:
             hint = f"remove {folder}, and the same command makes it again"
             raise UserError(f"{folder / PIXELS} is damaged", hint=hint)
         self._pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=shape)
+        self._images_hash: str | None = record.get("sha256")
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -169,6 +186,12 @@ class DecodedPictures:
 
     def images(self, numbers: Sequence[int]) -> Tensor:
         return to_float(self.stored(numbers))
+
+    def images_hash(self) -> str:
+        """Return the hash of all pixels, taken while they were decoded."""
+        if self._images_hash is None:  # decoded before hashes were kept
+            self._images_hash = hashlib.sha256(self._pixels.data).hexdigest()
+        return self._images_hash
 
 
 class ExpectedPictures:

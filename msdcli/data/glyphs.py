@@ -8,6 +8,8 @@ downloaded.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from msdcli.data.base import spread
 from msdcli.recipe.data import GlyphsSettings
 from msdcli.seeds import derive
 
@@ -32,6 +35,7 @@ FAMILIES = (
     "cmb10.ttf",
 )
 OVERSAMPLING = 4
+DRAWING = 1  # the version of the code below: another number where it draws something else
 
 
 @functools.cache
@@ -65,6 +69,16 @@ class Glyphs:
     def images(self, numbers: Sequence[int]) -> Tensor:
         pixels = np.stack([self._draw(n) for n in numbers]) if len(numbers) else np.empty((0, *self.shape), np.uint8)
         return torch.from_numpy(pixels).to(torch.float32) / 127.5 - 1
+
+    def images_hash(self) -> str:
+        """Return a hash of what decides the images: the settings, the typefaces and the code that draws.
+
+        To draw them all takes half a millisecond each. What the libraries change (Pillow's text, its filters) shows in
+        every picture, so some are drawn to tell.
+        """
+        faces = [hashlib.sha256(path.read_bytes()).hexdigest() for path in typefaces()]
+        said = json.dumps([DRAWING, self.settings.model_dump(mode="json"), faces])
+        return hashlib.sha256(said.encode() + self.images(spread(len(self))).numpy().tobytes()).hexdigest()
 
     def _draw(self, number: int) -> np.ndarray:
         """Return image `number` as uint8 [channels, size, size]."""

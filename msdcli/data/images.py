@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,10 +82,17 @@ class ImageFiles:
             self._zip.close()
 
     def batches(
-        self, batch_size: int, *, workers: int = 1, limit: int | None = None, share: Share = WHOLE
+        self,
+        batch_size: int,
+        *,
+        workers: int = 1,
+        numbers: Sequence[int] | None = None,
+        share: Share = WHOLE,
     ) -> Iterator[Batch]:
-        """Read in order, `workers` threads decoding; mixed sizes are split by size, so that each batch is one array."""
-        numbers = range(len(self))[:limit]
+        """Read all, or `numbers`, which ascend, in order, `workers` threads decoding; mixed sizes are split by size, so
+        that each batch is one array.
+        """
+        numbers = range(len(self)) if numbers is None else numbers
         starts = range(0, len(numbers), batch_size)[share[0] :: share[1]]
         with ThreadPoolExecutor(max(workers, 1)) as pool:
             # One window ahead: the threads decode it while the caller works on the one before.
@@ -94,9 +101,10 @@ class ImageFiles:
                 coming = start + starts.step
                 if coming < len(numbers):
                     ahead.append(self._submit(pool, numbers[coming : coming + batch_size]))
-                yield from _by_size([future.result() for future in ahead.popleft()], start)
+                images = [future.result() for future in ahead.popleft()]
+                yield from _by_size(images, numbers[start : start + batch_size])
 
-    def _submit(self, pool: ThreadPoolExecutor, numbers: range) -> list[Future[np.ndarray]]:
+    def _submit(self, pool: ThreadPoolExecutor, numbers: Sequence[int]) -> list[Future[np.ndarray]]:
         # A zip has one file handle, so it is read here and only decoded in the threads.
         return [pool.submit(decode, self.content(n), self._called(n)) for n in numbers]
 
@@ -150,23 +158,33 @@ class ImageArray:
         self._zip.close()
 
     def batches(
-        self, batch_size: int, *, workers: int = 1, limit: int | None = None, share: Share = WHOLE
+        self,
+        batch_size: int,
+        *,
+        workers: int = 1,
+        numbers: Sequence[int] | None = None,
+        share: Share = WHOLE,
     ) -> Iterator[Batch]:
-        """Read in order; there is nothing to decode, so `workers` changes nothing."""
+        """Read all, or `numbers`, which ascend, in order; there is nothing to decode: `workers` changes nothing."""
         assert self._member is not None
-        count = len(self) if limit is None else min(limit, len(self))
-        one = int(np.prod(self.shape[1:]))
+        wanted = np.arange(len(self)) if numbers is None else np.asarray(numbers)
         with self._zip.open(self._member) as file:
             self._checked_shape(file)
-            for start in range(0, count, batch_size):
-                size = min(batch_size, count - start)
-                content = file.read(size * one)
-                if len(content) < size * one:
-                    raise UserError(f"{self.path} ends before image {start + size}.")
-                if start // batch_size % share[1] != share[0]:
-                    continue
-                images = np.frombuffer(bytearray(content), dtype=np.uint8).reshape(size, *self.shape[1:])
-                yield Batch(_as_rgb(images), np.arange(start, start + size))
+            begin = file.tell()
+            for start in range(0, len(wanted), batch_size)[share[0] :: share[1]]:
+                own = wanted[start : start + batch_size]
+                images = np.frombuffer(self._content(file, begin, own), dtype=np.uint8)
+                yield Batch(_as_rgb(images.reshape(len(own), *self.shape[1:])), own)
+
+    def _content(self, file: IO[bytes], begin: int, numbers: np.ndarray) -> bytearray:
+        """The bytes of images whose numbers ascend, neighbours in one piece."""
+        one, content = int(np.prod(self.shape[1:])), bytearray()
+        for run in np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1):
+            file.seek(begin + int(run[0]) * one)
+            content += file.read(len(run) * one)
+        if len(content) < len(numbers) * one:
+            raise UserError(f"{self.path} ends before image {numbers[-1] + 1}.")
+        return content
 
     def _named(self, names: tuple[str, ...]) -> str | None:
         return next((f"{name}.npy" for name in names if f"{name}.npy" in self._zip.members), None)
@@ -233,12 +251,12 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return (x * 127.5).add_(128).clamp_(0, 255).to(torch.uint8)
 
 
-def _by_size(images: list[np.ndarray], start: int) -> Iterator[Batch]:
+def _by_size(images: list[np.ndarray], numbers: Sequence[int]) -> Iterator[Batch]:
     sizes: dict[Any, list[int]] = {}
     for i, image in enumerate(images):
         sizes.setdefault(image.shape, []).append(i)
     for members in sizes.values():
-        yield Batch(np.stack([images[i] for i in members]), np.array(members) + start)
+        yield Batch(np.stack([images[i] for i in members]), np.array([numbers[i] for i in members]))
 
 
 def _as_rgb(images: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msdcli.data.base import Dataset, to_float
+from msdcli.data.base import Dataset, images_hash, to_float
 from msdcli.errors import UserError
 from msdcli.foreign import check_file
 from msdcli.recipe.data import PromptsSettings
@@ -197,6 +197,11 @@ class Prompts:
         stored = getattr(self._pictures, "stored", None) or self._pictures.images
         found: Tensor = stored(at)
         return found
+
+    def images_hash(self) -> str:
+        """Return a hash of all pictures and of which row has which."""
+        assert self._pictures is not None, "these prompts have no pictures"
+        return hashlib.sha256(json.dumps([images_hash(self._pictures), self._at]).encode()).hexdigest()
 
     def text_hash(self) -> str:
         """SHA-256 of the prompts in order."""

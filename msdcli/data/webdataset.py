@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from msdcli.data.base import user_cache
+from msdcli.data.base import file_stamp, user_cache
 from msdcli.data.files.decoding import MAX_BYTES
 from msdcli.data.files.listing import SUFFIXES, is_left_out
 from msdcli.data.images import ImageFiles
@@ -33,7 +33,7 @@ BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 CAPTION_KEYS = ("caption", "text", "prompt")
 DESCRIPTIONS = (".cls", ".txt", ".json")
 MAX_CAPTION = 2**20  # bytes
-VERSION = 2  # of the stored index
+VERSION = 3  # of the stored index and of its key
 
 Place = tuple[int, int]  # offset and size of a file in its shard; (0, 0) is none
 
@@ -91,6 +91,8 @@ class TarFiles(ImageFiles):
         self.path = Path(pattern)
         self.shards = shards(pattern)
         self.described = True  # folders inside a tar mean nothing
+        # Before anything of them is read: what replaces a shard later has another stamp.
+        self.stamps = [(shard.name, *file_stamp(shard)) for shard in self.shards]
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
             indices = list(pool.map(_stored_index, self.shards))
         self.names = [f"{shard.name}/{n}" for shard, i in zip(self.shards, indices, strict=True) for n in i.names]
@@ -184,14 +186,18 @@ def expand(pattern: str) -> list[str]:
 
 def _stored_index(shard: Path) -> Index:
     """Return a shard's index from the user's cache, or make it and keep it there: a million headers take a minute."""
-    stat = shard.stat()
-    named = f"{VERSION} {shard.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    # An index depends on the shard's headers and .cls files, which the stamp follows, and on the code that reads them
+    # (VERSION). It holds no pixels and no captions: these are read from the shard whenever they are asked for.
+    stamp = file_stamp(shard)
+    named = f"{VERSION} {shard.resolve()} {stamp}"
     file = user_cache() / "shards" / f"{hashlib.sha256(named.encode()).hexdigest()[:32]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):
         stored = json.loads(file.read_text(encoding="utf-8"))
         numbered = {key: {int(n): why for n, why in stored[key].items()} for key in ("bad", "unlabelled")}
         return Index(**stored | numbered)
     index = _index(shard)
+    if file_stamp(shard) != stamp:  # somebody writes to it: what was read is no index of what will be there
+        return index
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(

@@ -35,6 +35,7 @@ class Denoiser(nn.Module):
     settings: Any = None
     reads_text = False
     prompts: Any = None
+    anchor = 0.0  # the noise level at which a consistency model gives back what it is given (`consistency`)
 
     def __init__(self, net: nn.Module, *, shape: tuple[int, ...], num_classes: int, sigma_data: float = 0.5) -> None:
         super().__init__()
@@ -89,31 +90,79 @@ def karras_sigmas(num: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0
     return (high + ramp * (low - high)) ** rho
 
 
-def ascending_sigmas(num: int, *, like: Tensor, sigma_max: float = 80.0) -> Tensor:
+def ascending_sigmas(num: int, *, like: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     """Return the schedule in ascending order, in the type and on the device of `like`, where it is made once."""
-    return _ascending_sigmas(num, sigma_max, like.device, like.dtype)
+    return _ascending_sigmas(num, sigma_min, sigma_max, like.device, like.dtype)
 
 
 @lru_cache(maxsize=64)
-def _ascending_sigmas(num: int, sigma_max: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return karras_sigmas(num, sigma_max=sigma_max).flip(0).to(device, dtype)
+def _ascending_sigmas(num: int, sigma_min: float, sigma_max: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return karras_sigmas(num, sigma_min=sigma_min, sigma_max=sigma_max).flip(0).to(device, dtype)
 
 
 def karras_draw(u: Tensor, span: Sequence[float], *, num: int = 1000) -> Tensor:
     """Map uniform numbers `u` in [0, 1) to entries of the ascending `num`-step Karras schedule.
 
-    `span` is the part of the schedule that is drawn from, as fractions of its length: [0.02, 0.98] is DMD2's.
+    `span` is the part of the schedule that is drawn from, as fractions of its length, without its end: [0.02, 0.981]
+    gives the numbers 20 to 980, which are DMD2's.
     """
     schedule = ascending_sigmas(num, like=u)
     low, high = round(span[0] * num), max(round(span[1] * num), round(span[0] * num) + 1)
-    index = (low + u * (high - low)).long().clamp(max=num - 1)
+    index = (low + u * (high - low)).long().clamp(max=min(high, num) - 1)
     return schedule[index]
 
 
+def continuous_karras(u: Tensor, span: Sequence[float], *, sigma_max: float = 80.0) -> Tensor:
+    """Map uniform numbers `u` in [0, 1) to noise levels of the Karras schedule without its steps, ascending.
+
+    `span` is the part of the schedule that is drawn from: [0, 0.8] is SiD's, up to sigma 24.4.
+    """
+    place = span[0] + u * (span[1] - span[0])
+    low, high = 0.002 ** (1 / 7), sigma_max ** (1 / 7)
+    return (low + place * (high - low)) ** 7
+
+
 def one_step(net: nn.Module, z: Tensor, sigma_init: float, condition: Tensor | None) -> Tensor:
-    """The generator G(z, c) = D(sigma_init z, sigma_init, c): one network evaluation."""
+    """The generator G(z, c) = D(sigma_init z, sigma_init, c), of an anchored network f(...): one evaluation."""
     sigma = torch.full((z.shape[0],), sigma_init, device=z.device)  # not len(z): an export keeps the batch open
-    return net(sigma_init * z, sigma, condition)
+    return consistency(net, sigma_init * z, sigma, condition)
+
+
+def consistency(net: nn.Module, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
+    """The consistency function f(x, sigma, c), which is x itself at the network's `anchor` sigma_min.
+
+    f = c_skip' x + c_out' F with c_skip' = sd^2 / ((sigma - sigma_min)^2 + sd^2), c_out' = (sigma - sigma_min) sd /
+    sqrt(sigma^2 + sd^2) (Song et al. 2023, arXiv 2303.01469, Appendix C), for the F of EDM's D. Anchored at 0 it is D.
+    """
+    D: Tensor = net(x, sigma, condition)
+    anchor = float(getattr(net, "anchor", 0.0))
+    if not anchor:
+        return D
+    assert isinstance(net, Denoiser)
+    s, variance = per_image(sigma, x), net.sigma_data**2
+    share = 1 - anchor / s  # c_out' / c_out
+    return (variance / ((s - anchor).square() + variance) - share * variance / (s.square() + variance)) * x + share * D
+
+
+def denoise(net: nn.Module, x: Tensor, sigma: float, condition: Tensor | None) -> Tensor:
+    """D(x, sigma, c) of images that all have one noise level."""
+    return consistency(net, x, torch.full((x.shape[0],), sigma, device=x.device), condition)
+
+
+def few_step(
+    net: nn.Module, z: Tensor, sigmas: Sequence[float], condition: Tensor | None, noise: Tensor | None = None
+) -> Tensor:
+    """The generator of several evaluations (DMD2, arXiv 2405.14867, Section 4.4), from unit noise z [batch, *shape]:
+
+        x_0 = sigma_0 z,  y_i = D(x_i, sigma_i, c),  x_{i+1} = y_i + sigma_{i+1} n_i;  the last y is the sample.
+
+    `noise` [batch, len(sigmas) - 1, *shape] holds the n_i; one level needs none, and is `one_step`.
+    """
+    y = one_step(net, z, sigmas[0], condition)
+    for i, sigma in enumerate(sigmas[1:]):
+        assert noise is not None, "a student of several levels needs noise between them"
+        y = denoise(net, y + sigma * noise[:, i], sigma, condition)
+    return y
 
 
 def matching_gradient(D_fake: Tensor, D_teacher: Tensor, y: Tensor) -> Tensor:

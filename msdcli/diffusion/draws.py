@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Source:
     """Where a student's draws come from: its part of the data, on the device where it fits, and the teacher's pairs.
 
-    `classes` are the student's conditions; `pairs` is (z, y, c) of the teacher, or None where no stage needs them.
+    `classes` are the student's conditions; `pairs` is (z, y, c) of the teacher, or None where no stage needs them; the
+    images with the numbers `without` are left out.
     """
 
     def __init__(
@@ -28,13 +29,17 @@ class Source:
         classes: Sequence[int],
         *,
         pairs: tuple[Tensor, Tensor, Tensor] | None = None,
+        without: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.shape = data.shape
         self.device = torch.device(device)
         self.classes = torch.tensor(list(classes), device=self.device)
         labels = data.labels(range(len(data)))
-        self.numbers = torch.isin(labels, self.classes.cpu()).nonzero().flatten()
+        kept = torch.isin(labels, self.classes.cpu())
+        if without is not None:
+            kept[without] = False
+        self.numbers = kept.nonzero().flatten()
         self._data = data
         self.image_labels = labels[self.numbers].to(self.device)
         self._pairs = None if pairs is None else [t.to(self.device) for t in pairs]
@@ -118,6 +123,13 @@ class Draws:
             return self.source.image_labels[self._index("labels", len(self.source.numbers), self.batch)]
         return self.source.classes[self._index("labels", len(self.source.classes), self.batch)]
 
+    def one_of(self, purpose: str, count: int) -> int:
+        """Return a number below `count`, the same for all slices; of `count` steps in a row each has another."""
+        *key, step = self.key
+        assert isinstance(step, int), "the last part of a key is the step"
+        order = torch.randperm(count, generator=generator(*key, step // count, self.turn, purpose))
+        return int(order[step % count])
+
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the slice of `count` pairs (or a batch): unit noise z, the teacher's sample y from it, its class."""
         (z, y, c), allowed = self.source.pairs_of(only_part)
@@ -162,6 +174,9 @@ class Batch(Draws):
 
     def labels(self, how: str) -> Tensor:
         return self.c
+
+    def one_of(self, purpose: str, count: int) -> int:
+        return int(torch.randint(count, ()))
 
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         assert self._pairs is not None, "this objective needs the teacher's pairs"

@@ -16,7 +16,7 @@ from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
 from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, saved_bytes
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import StageSettings
+from msdcli.recipe.stages import GeneratorSettings, StageSettings
 
 # What hours are stated at: a third of what an A100 multiplies in TF32, as convolutions of U-Nets reach.
 DEVICE, PEAK_FLOPS, UTILISATION = "A100, TF32", 156e12, 0.3
@@ -59,6 +59,7 @@ def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser
     forward_teacher, forward_student = forward_flops(teacher), forward_flops(student)
     solver = num_evaluations(recipe.teacher.solver.name, recipe.teacher.solver.steps)
     training = recipe.teacher.training
+    steps = len(recipe.stages[-1].sigmas) if isinstance(recipe.stages[-1], GeneratorSettings) else 1
     needs_pairs = any(getattr(stage, "pairs", "none") != "none" for stage in recipe.stages)
     samples = recipe.evaluation.samples
     more = max(0, samples - (recipe.pairs.count if needs_pairs else 0))
@@ -68,22 +69,26 @@ def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser
         else 0.0,
         pairs_flops=float(recipe.pairs.count * solver * forward_teacher) if needs_pairs else 0.0,
         stages=[stage_cost(stage, student, teacher, recipe.micro_batch) for stage in recipe.stages],
-        evaluation_flops=float(samples * forward_student + more * solver * forward_teacher),
+        evaluation_flops=float(samples * steps * forward_student + more * solver * forward_teacher),
         students=recipe.partition.students,
         selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),
     )
 
 
 def _measured(stage: StageSettings) -> int:
-    """Return how many samples a stage draws to select the best of its averages."""
-    select = getattr(stage, "select", None)
-    return 0 if select is None else select.samples * select.count(stage.steps)
+    """Return how often a stage evaluates the student to select the best of its averages."""
+    if not isinstance(stage, GeneratorSettings) or stage.select is None:
+        return 0
+    return stage.select.samples * stage.select.count(stage.steps) * len(stage.sigmas)
 
 
 def stage_cost(
     stage: StageSettings, student: Denoiser, teacher: Denoiser | None, micro_batch: int | None = None
 ) -> StageCost:
-    """Run one step of a stage's turns on the meta device, in passes of at most `micro_batch` images, and count it."""
+    """Run a stage's turns on the meta device, in passes of at most `micro_batch` images, and count them.
+
+    That is one step, or the few after which the same operations come again.
+    """
     from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
     passes = len(slices(stage.batch, getattr(stage, "pair_batch", None), SINGLE_PROCESS, micro_batch))
@@ -91,22 +96,24 @@ def stage_cost(
     with torch.device("meta"):
         objective = objective_class(stage.objective)(stage, student, teacher)
     counted: dict[tuple[Any, ...], list[int]] = {}
-    for names, loss in objective.turns(0):
-        known = counted.setdefault((names, loss.__name__), [])
-        if len(known) > 1:  # the first may make what later ones share; from the second on they are alike
-            known.append(known[-1])
-            continue
-        for name, net in objective.nets.items():
-            net.requires_grad_(name in names)
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            with saved_bytes() as saved:
-                value = loss(draws)
-            value.mean().backward()
-        known.append(counter.get_total_flops())
-        peak = max(peak, sum(saved.values()))
+    for step in range(objective.cycle):
+        draws.step = step
+        for names, loss in objective.turns(step):
+            known = counted.setdefault((names, loss.__name__, step), [])
+            if len(known) > 1:  # the first may make what later ones share; from the second on they are alike
+                known.append(known[-1])
+                continue
+            for name, net in objective.nets.items():
+                net.requires_grad_(name in names)
+            with torch.device("meta"), FlopCounterMode(display=False) as counter:
+                with saved_bytes() as saved:
+                    value = loss(draws)
+                value.mean().backward()
+            known.append(counter.get_total_flops())
+            peak = max(peak, sum(saved.values()))
     return StageCost(
         objective=stage.objective,
-        flops=float(sum(map(sum, counted.values())) * passes * stage.steps),
+        flops=float(sum(map(sum, counted.values())) * passes * stage.steps) / objective.cycle,
         state_bytes=_state_bytes(objective.nets, objective.product, teacher),
         activation_bytes=peak,
     )

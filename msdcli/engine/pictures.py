@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -15,10 +16,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from msdcli.data.images import to_uint8
 from msdcli.errors import UserError
+from msdcli.outputs import COMMENT, MARK, in_own_place, is_marked_picture, mark_archive
 from msdcli.rundir import building, writing
 
 WAITING = 2000  # images of a GPU that are drawn and not yet on the disk, at most
@@ -53,7 +56,7 @@ def save_grid(
                 big = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
                 canvas[top : top + height * scale, left : left + width * scale] = big
     with writing(path) as temporary:
-        Image.fromarray(canvas).save(temporary, format="PNG")
+        Image.fromarray(canvas).save(temporary, format="PNG", pnginfo=_marked())
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -80,10 +83,10 @@ def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] |
         if beside is not None:
             axes.scatter(beside[i][:, 0], beside[i][:, 1], s=2, linewidths=0, alpha=0.5, color="tab:gray")
         axes.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, alpha=0.7, color="tab:blue")
-        axes.set_title(name, fontsize=9)
+        axes.set_title(name.replace("$", r"\$"), fontsize=9)  # a dollar would begin a formula
         axes.tick_params(labelsize=6)
     with writing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": MARK})
 
 
 def save_pngs(folder: Path, drawn: Drawn, beside: Mapping[str, str]) -> None:
@@ -92,7 +95,7 @@ def save_pngs(folder: Path, drawn: Drawn, beside: Mapping[str, str]) -> None:
     The folder appears when it is complete, in the place of samples that were there before. UserError where something
     else is there, or for points.
     """
-    _check_replaceable(folder)
+    check_replaceable(folder)
     with building(folder) as place:
 
         def write(name: str, pixels: np.ndarray) -> None:
@@ -106,6 +109,7 @@ def save_pngs(folder: Path, drawn: Drawn, beside: Mapping[str, str]) -> None:
 def save_zip(path: Path, drawn: Drawn, beside: Mapping[str, str]) -> None:
     """Write what `save_pngs` does as one archive, EDM's form of a data set; the same samples give the same bytes."""
     with writing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.comment = COMMENT
         for name, png in _in_threads(lambda name, pixels: (name, _png(pixels)), drawn):
             archive.writestr(zipfile.ZipInfo(name), png)  # not compressed again; of 1980, not of now
         for name, text in beside.items():
@@ -131,25 +135,51 @@ def _in_threads(do: Callable[[str, np.ndarray], Done], drawn: Drawn) -> Iterator
 def _png(pixels: np.ndarray) -> bytes:
     """Encode [height, width, 1 or 3] uint8."""
     file = io.BytesIO()
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, format="PNG")
+    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(file, format="PNG", pnginfo=_marked())
     return file.getvalue()
 
 
-def _check_replaceable(folder: Path) -> None:
+def _marked() -> PngInfo:
+    """Say in a PNG that msd drew it: only such a one is ever replaced."""
+    info = PngInfo()
+    info.add_text("Software", MARK)
+    return info
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise UserError unless a folder is free, or holds samples that msd wrote and nothing else."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file", hint="--out names a folder for the PNGs")
-    ours = re.compile(r"\d{6,}\.png|dataset\.json|prompts\.jsonl")
-    others = sorted(f.name for f in folder.iterdir() if not ours.fullmatch(f.name)) if folder.is_dir() else []
-    if others:
+    known = in_own_place(folder)  # earlier versions left no mark: in a run they are known by their names
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    if other := next((file.name for file in files if not _is_sample(file, known=known)), None):
         raise UserError(
-            f"{folder} holds {others[0]}, which is no sample and would be lost", hint="--out names a new folder"
+            f"{folder} holds {other}, which is no sample of msd's and would be lost", hint="--out names a new folder"
         )
+
+
+def _is_sample(file: Path, *, known: bool) -> bool:
+    """Whether msd wrote a file of a folder of samples; `known`: its name says so."""
+    if (
+        file.is_symlink()
+        or not file.is_file()
+        or not re.fullmatch(r"\d{6,}\.png|dataset\.json|prompts\.jsonl", file.name)
+    ):
+        return False
+    if known or file.suffix == ".png":
+        return known or is_marked_picture(file)
+    text = file.read_text(encoding="utf-8", errors="replace")
+    with contextlib.suppress(ValueError, AttributeError):
+        if file.suffix == ".json":
+            return bool(json.loads(text).get("made_by") == MARK)
+        return all(json.loads(line).keys() == {"file_name", "prompt", "student"} for line in text.splitlines())
+    return False
 
 
 def labels_file(classes: Sequence[int]) -> dict[str, str]:
     """Return dataset.json in EDM's form: the class of every PNG."""
     labels = [[f"{i:06d}.png", int(c)] for i, c in enumerate(classes)]
-    return {"dataset.json": json.dumps({"labels": labels}, indent=1) + "\n"}
+    return {"dataset.json": json.dumps({"made_by": MARK, "labels": labels}, indent=1) + "\n"}
 
 
 def prompts_file(prompts: Sequence[str], owners: Sequence[int]) -> dict[str, str]:
@@ -170,3 +200,5 @@ def save_npz(path: Path, images: Tensor, classes: Sequence[int] | Sequence[str],
         arrays["latents"] = images.numpy()
     with writing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
+        file.close()
+        mark_archive(temporary)

@@ -6,23 +6,21 @@ run it on one directory at once: each takes the students that nobody else is at.
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
 import math
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from msdcli.data.base import Dataset, fingerprint, has_images
+from msdcli.data.base import FINGERPRINT, Dataset, has_images
 from msdcli.data.opening import is_there
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.engine import estimate, pictures, sample, search
 from msdcli.engine.checkpoints import disk
+from msdcli.engine.claim import Claim, begun_otherwise
 from msdcli.engine.distributed import device, workers
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
@@ -31,17 +29,18 @@ from msdcli.engine.inputs import autoencoder, dataset, hub, latents, partition, 
 from msdcli.engine.inputs.pairs import Pairs
 from msdcli.engine.measure import fid
 from msdcli.engine.measure import part_evaluator as examine
+from msdcli.engine.measure.rows import Measurement
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.tracking.loggers import logged
 from msdcli.engine.train import precision
 from msdcli.engine.train.counting import num_parameters
 from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network
-from msdcli.errors import UserError
+from msdcli.errors import CONTINUES, WHOLE, UserError, resumable
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import PromptsSettings
-from msdcli.recipe.stages import OneStepSettings
-from msdcli.rundir import RunDir, holder_of, lock, read_json, sweep_temporaries, write_json
+from msdcli.recipe.stages import GeneratorSettings
+from msdcli.rundir import RunDir, holder_of, lock
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class DistillResult:
     """
 
     run: RunDir
-    measurement: fid.Measurement | None
+    measurement: Measurement | None
     grid: Path | None
     unfinished: list[int]
 
@@ -66,7 +65,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     With `planning`, teacher and data that are not here yet are what the recipe says of them.
     """
     data = dataset.look(recipe, planning=planning)
-    partition.check(recipe.partition, len(data.class_names), prompts=recipe.has_prompts)
+    partition.check(recipe.partition, data.class_names, prompts=recipe.has_prompts)
     partition.check_parts(recipe, data)
     if needing := [s.objective for s in recipe.stages if s.needs_images and not (planning or has_images(data))]:
         raise UserError(
@@ -80,9 +79,9 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
     on = device.resolve(recipe.device)
-    if not isinstance(recipe.stages[-1], OneStepSettings):
+    if not isinstance(recipe.stages[-1], GeneratorSettings):
         raise UserError(
-            f"what stage {recipe.stages[-1].objective} makes is no one-step student", hint="add a stage: dm"
+            f"stage {recipe.stages[-1].objective}, the last, makes no student that gives images", hint="add a stage: dm"
         )
     if not planning:
         run = RunDir(recipe.run_dir)
@@ -113,14 +112,15 @@ def distill(
     """
     if not group.is_leader:
         report = silent
-    with preemptible():
-        training = prepare(recipe, report, student=student, worker=worker, group=group)
+    with preemptible(), resumable(CONTINUES), contextlib.ExitStack() as stack:
+        training = prepare(recipe, report, stack, student=student, worker=worker, group=group)
         everyone = range(recipe.partition.students)
         alone = worker or student is not None or group.size > 1
         num_workers = 1 if alone else device.num_workers(recipe, training.device)
         if num_workers > 1 and training.unfinished(everyone):
             threads = device.share_of_threads(recipe, training.device, num_workers)
-            workers.run(training.run, num_workers, training.device, report, threads=threads)
+            with resumable(WHOLE):
+                workers.run(training.run, num_workers, training.device, report, threads=threads)
         else:
             training.train(everyone if student is None else [student], report, skip_held=student is None)
         done = DistillResult(training.run, None, None, group.broadcast(training.unfinished(everyone)))
@@ -129,22 +129,37 @@ def distill(
         return group.broadcast(finish(training, done.unfinished, report) if group.is_leader else done)
 
 
-def prepare(recipe: Recipe, report: Report, *, student: int | None, worker: bool, group: ProcessGroup) -> TrainingRun:
-    """Check everything, claim the run directory and provide what students are trained with."""
+def prepare(
+    recipe: Recipe,
+    report: Report,
+    stack: contextlib.ExitStack,
+    *,
+    student: int | None,
+    worker: bool,
+    group: ProcessGroup,
+) -> TrainingRun:
+    """Check everything, claim the run directory and provide what students are trained with.
+
+    This process counts as at work on the run until the `stack` is closed.
+    """
     data = check(recipe, group=group)
-    if student is not None and student >= recipe.partition.students:
+    if student is not None and not 0 <= student < recipe.partition.students:
         raise UserError(f"student {student} does not exist: there are 0 to {recipe.partition.students - 1}")
-    run = RunDir(recipe.run_dir)
+    run, claim = RunDir(recipe.run_dir), None
     if not worker and group.is_leader:
-        adopt(run, recipe, data, report)
+        claim = Claim.begin(run, recipe, data, report, stack, student=student)
     told = silent if worker else report
     data = group.leader_first(lambda: dataset.provide(run, recipe, told))
+    if not dataset.is_as_begun(run, data):  # before an hour of training with them
+        raise begun_otherwise(run, "data")
     partition.check_parts(recipe, data)  # again: pictures may have been left out
     on = device.prepare(recipe) if group.size == 1 else distributed.local_device(recipe.device)
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
-    if not worker and group.is_leader:
-        claim(run, {"data": fingerprint(data), "teacher": teacher_hash})
+    if claim is not None:
+        version = dataset.version_of(run)
+        theirs = teacher_hash if version == FINGERPRINT else teacher.hash_of_version_1(run, recipe)
+        claim.settle({"data": dataset.fingerprint_for(run, data), "teacher": theirs}, version)
     resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report))
     resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
     parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen))
@@ -160,38 +175,6 @@ def finish(training: TrainingRun, left: list[int], report: Report) -> DistillRes
         )
     measured = None if training.recipe.has_prompts else fid.measure(training.run, report)
     return DistillResult(training.run, measured, preview(training), [])
-
-
-def adopt(run: RunDir, recipe: Recipe, data: Dataset, report: Report) -> None:
-    """Claim the run directory for the recipe and note this command, its versions and the data in run.json."""
-    run.check(recipe)  # before even a lock is written there
-    with lock(run.root, "the run directory", wait=report):
-        run.adopt(recipe)
-        for folder in (run.root, *run.folders()):
-            sweep_temporaries(folder)
-        known: dict[str, Any] = read_json(run.record_file) if run.record_file.exists() else {"commands": []}
-        known["commands"].append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "line": sys.argv})
-        known |= {
-            "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
-            "class_names": [] if recipe.has_prompts else data.class_names,
-            "shape": list(data.shape),
-        }
-        write_json(run.record_file, known)
-
-
-def claim(run: RunDir, made_from: dict[str, str]) -> None:
-    """Note in run.json what the run is made from. UserError where it was begun with something else."""
-    with lock(run.root, "the run directory", wait=lambda _: None):
-        known: dict[str, Any] = read_json(run.record_file)
-        for what, sha256 in made_from.items():
-            if known.get(what, sha256) != sha256:
-                raise UserError(
-                    f"{run.root} was begun with other weights of the teacher"
-                    if what == "teacher"
-                    else f"{run.root} was begun with other data: their content has changed",
-                    hint=f"bring the {what} back, or give the run another name (name=...)",
-                )
-        write_json(run.record_file, known | made_from)
 
 
 def provide_partition(run: RunDir, recipe: Recipe, data: Dataset, frozen: Denoiser) -> Partition:
@@ -244,7 +227,7 @@ class TrainingRun:
         part = self.partition.parts[number]
         source = Source(self.data, part, pairs=pairs, device=self.device)
 
-        def evaluator(stage: OneStepSettings) -> examine.PartEvaluator:
+        def evaluator(stage: GeneratorSettings) -> examine.PartEvaluator:
             return examine.PartEvaluator(self.run, self.recipe, stage, part, self.device, self.group, report)
 
         folders = self.folders(number)

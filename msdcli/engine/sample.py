@@ -1,7 +1,8 @@
-"""One-step samples from K students: requests are routed to the owners of their classes and come back in order."""
+"""Samples from K students: requests are routed to the owners of their classes and come back in order."""
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -10,29 +11,43 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.data.prompts import read_lines
-from msdcli.diffusion.denoiser import Denoiser, one_step
+from msdcli.diffusion.device_batch import DeviceBatch
+from msdcli.diffusion.generator import Generator, levels_of
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.inputs.autoencoder import find, open_autoencoder
 from msdcli.engine.inputs.importing import TEXT
 from msdcli.engine.inputs.prompts import PromptRouter, attach_prompts, prompt_router_of, read_prompts
-from msdcli.engine.pictures import labels_file, prompts_file, save_grid, save_npz, save_pngs, save_zip
+from msdcli.engine.pictures import (
+    check_replaceable,
+    labels_file,
+    prompts_file,
+    save_grid,
+    save_npz,
+    save_pngs,
+    save_zip,
+)
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.autoencoder import Autoencoder
 from msdcli.noise import noises
+from msdcli.outputs import check_file
 from msdcli.partition import Partition, class_numbers
-from msdcli.rundir import RunDir, key, read_json
+from msdcli.rundir import RunDir, key
 
 BUNDLE = "bundle.json"
+LONGEST = 120  # letters of a file's name that say which classes it shows
+BATCH = 500  # images drawn at once by students that no recipe goes with
 SUFFIXES = {"grid": ".png", "png": "", "zip": ".zip", "npz": ".npz", "latents": ".npz"}  # of the formats of samples
 
 
 class Students:
-    """K one-step students behind one router; a student's weights are read when it is first asked.
+    """K students behind one router; a student's weights are read when it is first asked.
 
     `autoencoder` is the folder of what makes pictures of their samples, where those are latents. At most `max_resident`
     students stay in memory (all of them if None): the one that was asked least recently goes first. Where conditions
-    are prompts, `prompt_router` gives new ones their number and their student.
+    are prompts, `prompt_router` gives new ones their number and their student. `batch` images are drawn at once unless
+    a call says otherwise, fewer where the device's memory is too small.
     """
 
     def __init__(
@@ -44,6 +59,7 @@ class Students:
         autoencoder: Path | None = None,
         max_resident: int | None = None,
         prompt_router: PromptRouter | None = None,
+        batch: int = BATCH,
     ) -> None:
         self.folders = list(folders)
         self.partition = partition
@@ -52,8 +68,10 @@ class Students:
         self.autoencoder = autoencoder
         self.max_resident = max_resident
         self.prompt_router = prompt_router
+        self.batch, self.memory = batch, DeviceBatch()
         self._decoder: Autoencoder | None = None
-        self._loaded: dict[int, tuple[Denoiser, float]] = {}
+        self.steps: int | None = None  # of those that the students have; None: all
+        self._loaded: dict[int, Generator] = {}
 
     def sample(
         self,
@@ -62,10 +80,10 @@ class Students:
         prompts: Sequence[str] | None = None,
         seed: int = 0,
         first: int = 0,
-        batch: int = 500,
+        batch: int | None = None,
         latents: bool = False,
     ) -> Tensor:
-        """Return a sample per entry of `classes` or `prompts`, float32 [entries, *shape] on the CPU, in one evaluation.
+        """Return a sample per entry of `classes` or `prompts`, float32 [entries, *shape] on the CPU.
 
         Classes are numbers or names. Sample number `first + i` depends on `seed`, its number and its class or prompt
         alone. Students of a latent teacher give pictures too; with `latents`, what they make before it is decoded.
@@ -110,14 +128,14 @@ class Students:
         classes: Sequence[int],
         *,
         seed: int = 0,
-        batch: int = 500,
+        batch: int | None = None,
         numbers: Sequence[int] | None = None,
         latents: bool = False,
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the same samples in batches, one student after the other: positions in `classes`, and float32 samples
         on the device. `numbers` are the samples' own, from 0 on if absent.
         """
-        numbers = range(len(classes)) if numbers is None else numbers
+        numbers, batch = range(len(classes)) if numbers is None else numbers, batch or self.batch
         known = len(self.class_names) if self.prompt_router is None else len(self.prompt_router)
         if unknown := [c for c in classes if not 0 <= c < known]:
             raise UserError(f"class {unknown[0]} does not exist: there are 0 to {known - 1}")
@@ -128,17 +146,26 @@ class Students:
         ]
         if not turns:
             return
-        shape = self.student(turns[0][0])[0].shape
-        noise = noises(seed, [[numbers[i] for i in at] for _, at in turns], shape, ahead=self.device.type != "cpu")
-        for (student, at), z in zip(turns, noise, strict=True):
+        shape = self.student(turns[0][0]).net.shape
+        steps = {student: self.student(student).steps for student, _ in turns}
+        batches = [([numbers[i] for i in at], steps[student]) for student, at in turns]
+        drawn = noises(seed, batches, shape, ahead=self.device.type != "cpu")
+        for (student, at), (z, noise) in zip(turns, drawn, strict=True):
             c = torch.tensor([classes[i] for i in at], device=self.device)
-            y = self.generate(student, z.to(self.device), c)
-            yield at, y if latents else self.decode(y)
+            inputs = [z, c] if noise is None else [z, c, noise]
+            yield at, self.memory.map(functools.partial(self._drawn, student, latents), *inputs)
 
-    def generate(self, number: int, z: Tensor, c: Tensor) -> Tensor:
-        """Return what student `number` makes of unit noise `z` and class numbers `c`, float32; it may be latents."""
-        net, sigma_init = self.student(number)
-        return one_step(net, z, sigma_init, c).float()
+    def _drawn(self, student: int, latents: bool, z: Tensor, c: Tensor, noise: Tensor | None = None) -> Tensor:
+        between = None if noise is None else noise.to(self.device)
+        y = self.generate(student, z.to(self.device), c, between)
+        return y if latents else self.decode(y)
+
+    def generate(self, number: int, z: Tensor, c: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return what student `number` makes of unit noise `z` and class numbers `c`, float32; it may be latents.
+
+        `noise` [n, steps - 1, *shape] is what a student of several steps takes between them.
+        """
+        return self.student(number)(z, c, noise)
 
     def decode(self, y: Tensor) -> Tensor:
         """Return the pictures of a student's samples: the samples themselves, unless they are latents."""
@@ -148,40 +175,45 @@ class Students:
             self._decoder = open_autoencoder(self.autoencoder, self.device)
         return self._decoder.decode(y.to(self.device))
 
-    def put(self, number: int, net: Denoiser, sigma_init: float) -> None:
-        """Use this network as student `number`, whatever its folder holds."""
-        self._loaded[number] = attach_prompts(net.to(self.device), self.prompt_router), sigma_init
+    def put(self, number: int, generator: Generator) -> None:
+        """Use this generator as student `number`, whatever its folder holds."""
+        attach_prompts(generator.net.to(self.device), self.prompt_router)
+        self._loaded[number] = generator.first(self.steps)
 
-    def student(self, number: int) -> tuple[Denoiser, float]:
-        """Return student `number` and the noise level that it is evaluated at."""
+    def student(self, number: int) -> Generator:
+        """Return student `number`."""
         if number not in self._loaded:
             folder = self.folders[number]
             net, description = load_model(folder)
             try:
-                sigma_init = float(description["stage"]["sigma_init"])
+                self.put(number, Generator(net, levels_of(description["stage"])))
             except (KeyError, TypeError, ValueError):
-                raise UserError(f"{folder} is not a one-step student: its model.json names no sigma_init") from None
-            self._loaded[number] = attach_prompts(net.to(self.device), self.prompt_router), sigma_init
+                raise UserError(f"{folder} is no student that makes images: its model.json names no sigmas") from None
         self._loaded[number] = self._loaded.pop(number)  # the last one asked is the last in line
         while self.max_resident is not None and len(self._loaded) > self.max_resident:
             del self._loaded[next(iter(self._loaded))]
         return self._loaded[number]
 
 
-def load(source: Path | str, device: torch.device | str = "cpu") -> Students:
-    """Open the students of a run directory or of an exported bundle. UserError if they are not all finished."""
+def load(source: Path | str, device: torch.device | str = "cpu", *, steps: int | None = None) -> Students:
+    """Open the students of a run directory or of an exported bundle; with `steps`, only their first ones are taken.
+
+    UserError if they are not all finished, or have fewer steps.
+    """
     root, device = Path(source), torch.device(device)
     if (root / BUNDLE).is_file():
         partition = Partition.load(root / "partition.json")
         folders = [root / "students" / str(k) for k in range(len(partition.parts))]
-        record = read_json(root / BUNDLE)
+        record = records.read(root / BUNDLE, records.Bundle, "bundle")
         prompt_router = None
         if "embeddings" in record:
             prompt_router = PromptRouter(root / TEXT, partition, store=None, device=device, dtype=record["embeddings"])
-        return Students(
-            folders, partition, list(record["class_names"]), device, find(root), prompt_router=prompt_router
-        )
+        names = [] if prompt_router else records.class_names(root / BUNDLE, partition.num_conditions)
+        students = Students(folders, partition, names, device, find(root), prompt_router=prompt_router)
+        students.steps = steps
+        return students
     students = of_run(RunDir(root), device)
+    students.steps = steps
     if waiting := [str(k) for k, folder in enumerate(students.folders) if not is_complete(folder)]:
         raise UserError(
             f"{root}: student {', '.join(waiting[:8])} is not finished", hint=f"`msd distill {root}` continues the run"
@@ -195,10 +227,12 @@ def of_run(run: RunDir, device: torch.device) -> Students:
     partition = Partition.load(run.partition)
     number, last = len(recipe.stages) - 1, recipe.stages[-1]
     folders = [run.stage(k, number, last.objective) for k in range(len(partition.parts))]
-    autoencoder = find(run.teacher)
+    autoencoder, batch = find(run.teacher), recipe.evaluation.batch
     if (prompt_router := prompt_router_of(run, partition, device)) is not None:
-        return Students(folders, partition, read_prompts(run.prompts), device, autoencoder, prompt_router=prompt_router)
-    return Students(folders, partition, read_json(run.record_file)["class_names"], device, autoencoder)
+        names = read_prompts(run.prompts)
+        return Students(folders, partition, names, device, autoencoder, prompt_router=prompt_router, batch=batch)
+    names = records.class_names(run.record_file, partition.num_conditions)
+    return Students(folders, partition, names, device, autoencoder, batch=batch)
 
 
 # What is asked for, and where it is written.
@@ -207,8 +241,18 @@ def of_run(run: RunDir, device: torch.device) -> Students:
 def default_target(run: Path, format_: str, classes: Sequence[int], seed: int, *, everything: bool) -> Path:
     """Name the samples after what they are."""
     which = "all" if everything else "classes-" + "-".join(map(str, classes))
+    if len(which) > LONGEST:  # file systems take names of 255 bytes
+        which = f"{len(classes)}-classes-{key(*classes)}"
     name = f"{which}-seed{seed}"
     return run / "samples" / f"{name}{'.latents' if format_ == 'latents' else ''}{SUFFIXES[format_]}"
+
+
+def check_target(path: Path, format_: str) -> None:
+    """Raise UserError, before anything is drawn, where samples of this format would replace what is not msd's."""
+    if format_ == "png":
+        check_replaceable(path)
+    else:
+        check_file(path, SUFFIXES[format_])
 
 
 def texts(given: Sequence[str], file: Path | None, number: int | None) -> list[str]:
@@ -217,10 +261,11 @@ def texts(given: Sequence[str], file: Path | None, number: int | None) -> list[s
     return [wanted[i % len(wanted)] for i in range(number or len(wanted))]
 
 
-def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, seed: int, batch: int) -> None:
+def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, seed: int, batch: int | None) -> None:
     """Sample the conditions `asked` into a file: one picture (a row per condition), a folder or a zip of PNGs with
     labels or prompts, or an .npz of pixels or of latents.
     """
+    check_target(path, format_)
     prompt_router = students.prompt_router
     names = [students.name(c) for c in asked]
     if format_ in ("png", "zip"):

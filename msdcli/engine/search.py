@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
-from msdcli import nets
+from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, StudentSettings
 from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
-from msdcli.rundir import RunDir, lock, read_json, write_json
+from msdcli.rundir import RunDir, lock, write_json
 
 WIDTHS = [w / 20 for w in range(20, 2, -1)]
 DEPTHS = [1.0, 0.75, 0.5, 0.25]
@@ -45,6 +45,9 @@ class Candidate:
 def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report) -> Recipe:
     """Return the recipe with its student's network settled; a search is made once per run and kept in student.json.
 
+    This is a decision of the run and no cache: it depends on the recipe and the teacher, which cannot change in a run,
+    and on the device that it was begun on, for weights that fit one network fit no other.
+
     UserError if no network of the teacher's kind meets the target.
     """
     student = recipe.student
@@ -56,7 +59,11 @@ def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report) -> R
             chosen, tried = search(student, teacher)
             write_json(path, {"target": student.model_dump(mode="json"), "chosen": chosen.record(), "tried": tried})
             report(_said(chosen))
-    network = TypeAdapter[NetworkSettings](Network).validate_python(read_json(path)["chosen"]["network"])
+    chosen_network = records.read(path, records.Searched, "choice of a network")["chosen"]["network"]
+    try:
+        network = TypeAdapter[NetworkSettings](Network).validate_python(chosen_network)
+    except ValidationError as error:
+        raise UserError(f"{path} does not describe a network msd knows: {error}") from None
     return recipe.model_copy(update={"student": StudentSettings(network=network, init=student.init)})
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msdcli import records
 from msdcli.engine import pipeline
 from msdcli.engine.tracking.accounting import costs
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
-from msdcli.rundir import RunDir, read_json, write_text, writing
+from msdcli.outputs import MARK, check_drawn_table, check_table
+from msdcli.rundir import RunDir, write_text, writing
 from msdcli.sweep import Cell, Sweep
 
 
@@ -38,6 +40,7 @@ class TableRow:
 
 def run(sweep: Sweep, report: Report, *, worker: tuple[int, int] = (0, 1)) -> None:
     """Finish the cells of worker i of n (i, i + n, ...), waiting where another process is at one."""
+    check(sweep)
     index, count = worker
     mine = sweep.cells[index::count]
     for cell in mine:
@@ -51,7 +54,7 @@ def _result(cell: Cell) -> dict[str, Any] | None:
     run_dir = RunDir(cell.recipe.run_dir)
     run_dir.check(cell.recipe)
     found = run_dir.results()
-    return read_json(found[0]) if found else None
+    return records.measurement(found[0]) if found else None
 
 
 def lines(sweep: Sweep) -> list[TableRow]:
@@ -76,7 +79,7 @@ def _teachers(sweep: Sweep) -> list[TableRow]:
     found = {}
     for cell in sweep.cells:
         if result := _result(cell):
-            found[result["teacher_sha256"]] = (cell.seed, _whole(result, "teacher"), result["samples"])
+            found[result.get("teacher_sha256")] = (cell.seed, _whole(result, "teacher"), result["samples"])
     figures = [values for _, values, _ in found.values()]
     by_name = {name: [f[name] for f in figures] for name in figures[0]}
     return [TableRow("teacher", [seed for seed, _, _ in found.values()], next(iter(found.values()))[2], by_name)]
@@ -115,12 +118,20 @@ def _short(value: float) -> str:
 def write(sweep: Sweep, table: Sequence[TableRow]) -> list[Path]:
     """Write table.md, table.csv (one row per run) and table.png into the sweep's folder; return their paths."""
     paths = [sweep.folder / name for name in ("table.md", "table.csv", "table.png")]
+    check(sweep)
     columns, rows = summary(table)
     markdown = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     write_text(paths[0], "\n".join([*markdown, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n")
     write_text(paths[1], _csv(table))
     _draw(paths[2], sweep.name, table)
     return paths
+
+
+def check(sweep: Sweep) -> None:
+    """Raise UserError where something else than an earlier table is in a table's place."""
+    check_table(sweep.folder / "table.md", "|  | seeds | samples")
+    check_table(sweep.folder / "table.csv", "line,seed,samples")
+    check_drawn_table(sweep.folder / "table.png")
 
 
 def _csv(table: Sequence[TableRow]) -> str:
@@ -156,4 +167,4 @@ def _draw(path: Path, title: str, table: Sequence[TableRow]) -> None:
         axes.set_xscale("log")
     axes.grid(axis="x", alpha=0.3)
     with writing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": MARK})

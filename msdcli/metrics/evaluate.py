@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,30 +18,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from msdcli.data.images import WHOLE, ImageArray, ImageFiles, Share
-from msdcli.data.opening import Images, content_hash, open_images
+from msdcli.data.images import WHOLE, Share
+from msdcli.data.opening import content_hash
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.errors import UserError
+from msdcli.metrics.batches import ImageSource, batches_of, opened
 from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_infinity
 from msdcli.metrics.inception import FeatureNetwork, open_network
 from msdcli.metrics.intervals import Interval, bootstrap, bootstrap_weights, centred_interval, mean_interval
 from msdcli.metrics.kernel import (
+    SPLITS,
     inception_score,
     kernel_distance,
     reweighted_kernel_distance,
+    split_inception_score,
     subset_kernel_distance,
 )
 from msdcli.metrics.manifold import Manifold, manifold
 from msdcli.metrics.moments import ClassMoments, Gaussian
-from msdcli.metrics.reference import is_statistics, read_statistics
+from msdcli.metrics.reference import notes, read_statistics, takes_statistics
 
 EXACT_PAIRS = 10_000**2  # up to here all pairs cost no more than clean-fid's 100 subsets of 1,000
 KEPT = ("features", "probabilities", "labels")
+FORMAT = 2  # of features of files: another number where the code reads or resizes otherwise
 PACKAGES = ("msdcli", "torch", "torchvision", "numpy", "scipy", "pillow")
 
 # uint8, [N, H, W, 3] as numpy or [N, 3, H, W] as torch (one channel is repeated), or the floats that a network wants;
 # or such a batch with its labels [N].
-ImageBatch = np.ndarray | torch.Tensor | tuple[Any, Any]
-ImageSource = str | Path | Images | Iterable[ImageBatch]
 
 
 @dataclass
@@ -179,9 +181,9 @@ class _Comparison:
 
     def companions(self) -> dict[str, float]:
         self.method["seed"] = self.seed
-        figures = {}
+        figures: dict[str, float] = {}
         if self.samples.probabilities is not None:
-            figures["inception_score"] = inception_score(self.samples.probabilities)
+            figures |= self._inception(self.samples.probabilities)
         y = self._reference_features()
         if self.samples.features is not None and y is not None:
             figures |= self._kernel(self.samples.features, y)
@@ -190,12 +192,21 @@ class _Comparison:
                 figures |= self._manifold.figures()
         return figures
 
+    def _inception(self, p: np.ndarray) -> dict[str, float]:
+        figures = {"inception_score": inception_score(p)}
+        if len(p) < SPLITS:
+            return figures
+        self.method["splits"] = SPLITS
+        mean, deviation = split_inception_score(p, seed=self.seed)
+        return figures | {"inception_score_splits": mean, "inception_score_splits_std": deviation}
+
     def intervals(self, figures: Mapping[str, float]) -> dict[str, Any]:
         if not self.replicates:
             return {}
         self.method["replicates"] = self.replicates
-        features, options = self.features(), {"replicates": self.replicates, "seed": self.seed}
-        found = {"fid": bootstrap(ReweightedFrechet(features, self.whole).distance, len(features), **options)}
+        features, options = self.features(), dict[str, Any](replicates=self.replicates, seed=self.seed)
+        frechet = ReweightedFrechet(features, self.whole)
+        found = {"fid": bootstrap(frechet.distance, len(features), influence=frechet.influence(), **options)}
         p, y = self.samples.probabilities, self._reference_features()
         if p is not None:
             found["inception_score"] = bootstrap(lambda weights: inception_score(p, weights), len(p), **options)
@@ -225,28 +236,39 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 1,
     limit: int | None = None,
+    seed: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Compare images with a reference (images or published statistics); `options` are those of `FeatureSet.summary`."""
+    """Compare images with a reference (images or published statistics); `options` are those of `FeatureSet.summary`.
+
+    Of files `limit` draws so many with `seed`, as `drawn_numbers` says.
+    """
     network = open_network(protocol, weights=weights, device=device)
     # The reference first: it is what can be wrong, and samples may come from a generator.
     theirs = open_reference(reference, network, batch_size=batch_size, workers=workers)
-    mine = collect(images, network, batch_size=batch_size, workers=workers, limit=limit)
-    return mine.summary(theirs, **options)
+    mine = collect(images, network, batch_size=batch_size, workers=workers, limit=limit, seed=seed)
+    result = mine.summary(theirs, seed=seed, **options)
+    said, warnings = notes(reference, protocol) if isinstance(reference, str | Path) else ({}, [])
+    return result | {"warnings": result["warnings"] + warnings, "record": result["record"] | said}
 
 
 def open_reference(
     reference: ImageSource, network: FeatureNetwork, *, batch_size: int = 64, workers: int = 1
 ) -> FeatureSet | Gaussian:
     """Statistics from a publication's file as they are, or from one pass over images."""
-    if isinstance(reference, str | Path) and is_statistics(reference):
+    if isinstance(reference, str | Path) and takes_statistics(reference, network.protocol):
         return read_statistics(reference, network.protocol)
     return collect(reference, network, batch_size=batch_size, workers=workers)
 
 
 def cache_key(path: str | Path, network: FeatureNetwork) -> str:
-    """A name for the features of a file or folder under a network; it changes with any byte of either."""
-    parts = json.dumps([content_hash(path), network.record()], sort_keys=True)
+    """A name for the features of a file or folder under a network.
+
+    They depend on every byte of the pictures, their names (which order them) and labels; on the network's protocol and
+    weights; on Pillow, whose versions decode a JPEG differently; and on the code here (FORMAT). Batch, device and the
+    version of torch move their last bits alone.
+    """
+    parts = json.dumps([FORMAT, _versions()["pillow"], content_hash(path), network.record()], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -258,20 +280,23 @@ def collect(
     batch_size: int = 64,
     workers: int = 1,
     limit: int | None = None,
+    seed: int = 0,
     keep_features: bool = True,
     share: Share = WHOLE,
+    memory: DeviceBatch | None = None,
 ) -> FeatureSet:
     """Run the network over every image once. Without `keep_features` memory does not grow with their number.
 
-    `labels` [N] overrides those of a file; images without a label count as one class. With fewer than `limit` images a
-    UserError is raised: a FID of fewer images is another figure. `share` (i, n) takes the i-th part of n of a file.
+    `labels` [N] overrides those of a file; images without a label count as one class. `limit` takes so many: of a file
+    those that `seed` draws (`drawn_numbers`), of a generator the first. With fewer images a UserError is raised: a FID
+    of fewer is another figure. `share` (i, n) takes the i-th part of n of a file.
     """
     moments: ClassMoments | None = None
     kept: list[tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]] = []
-    seen = 0
-    with _opened(images) as source:
-        for batch, given, numbers in _batches(source, batch_size, workers, limit, network.floats, share):
-            features = _features(batch, network, batch_size)
+    seen, memory = 0, memory or DeviceBatch()
+    with opened(images) as source:
+        for batch, given, numbers in batches_of(source, batch_size, workers, limit, seed, network.floats, share):
+            features = _features(batch, network, batch_size, memory)
             moments = moments or ClassMoments(features.shape[1])
             given = given if labels is None else labels[numbers]
             given = np.full(len(features), -1) if given is None else given
@@ -286,48 +311,10 @@ def collect(
     return FeatureSet(network.record(), moments, *_in_order(kept))
 
 
-def _opened(images: ImageSource) -> Any:
-    if isinstance(images, str | Path):
-        return closing(open_images(images))
-    return nullcontext(images)
-
-
-def _batches(
-    source: Images | Iterable[ImageBatch], batch_size: int, workers: int, limit: int | None, floats: bool, share: Share
-) -> Iterator[tuple[torch.Tensor, np.ndarray | None, np.ndarray]]:
-    """Batches as the network wants them, uint8 [N, 3, H, W] or floats, with labels and numbers, whatever the source."""
-    if isinstance(source, ImageFiles | ImageArray):
-        for batch in source.batches(batch_size, workers=workers, limit=limit, share=share):
-            labels = None if source.labels is None else source.labels[batch.numbers]
-            yield _as_tensor(batch.images, floats), labels, batch.numbers
-        return
-    assert share == WHOLE, "a generator is shared out by whoever makes it"
-    start = 0
-    for item in source:
-        images, labels = item if isinstance(item, tuple) else (item, None)
-        images = _as_tensor(images, floats)[: None if limit is None else limit - start]
-        labels = None if labels is None else np.asarray(labels)[: len(images)]
-        yield images, labels, np.arange(start, start + len(images))
-        start += len(images)
-        if start == limit:
-            return
-
-
-def _as_tensor(images: np.ndarray | torch.Tensor, floats: bool) -> torch.Tensor:
-    if floats:
-        if not (isinstance(images, torch.Tensor) and images.is_floating_point()):
-            raise UserError("This network measures what a model draws, as floats, and not the pictures of a file.")
-        return images
-    x = torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
-    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise UserError(f"Images must be uint8 with 1 or 3 channels, not {x.dtype} {list(x.shape)}.")
-    return x.contiguous().expand(-1, 3, -1, -1)
-
-
-def _features(images: torch.Tensor, network: FeatureNetwork, batch_size: int) -> torch.Tensor:
+def _features(images: torch.Tensor, network: FeatureNetwork, batch_size: int, memory: DeviceBatch) -> torch.Tensor:
     size = min(batch_size, network.cpu_batch) if network.device.type == "cpu" else batch_size
     with torch.no_grad():
-        return torch.cat([network.features(part.to(network.device)) for part in torch.split(images, size)])
+        return memory.map(lambda part: network.features(part.to(network.device)), images, batch=size)
 
 
 def _probabilities(features: torch.Tensor, network: FeatureNetwork) -> np.ndarray | None:

@@ -93,6 +93,20 @@ class ReweightedFrechet:
         z = (z - w @ z / count) * np.sqrt(w / (count - 1))[:, None]
         return max(float(delta @ delta + trace + self.reference_trace - 2 * nuclear_norm(z)), 0.0)
 
+    def influence(self) -> np.ndarray:
+        """How much each image moves the distance, to first order: the change with its weight, times their number [N].
+
+        With m, S of the set and Y Y^T = S_ref, A = Y^T S Y: 2 (m - m_ref) (x - m) + |x - m|^2 - |Y^T (x - m)|^2 under
+        A^(-1/2), without its mean. Their mean square over N is the variance of the distance where it is linear.
+        """
+        mean = self.features.mean(axis=0)
+        x, z = self.features - mean, self.projected - self.projected.mean(axis=0)
+        variances, directions = np.linalg.eigh(z.T @ z / (len(z) - 1))
+        kept = variances > variances.max(initial=0) * 1e-12
+        crossed = (np.square(z @ directions[:, kept]) / np.sqrt(variances[kept])).sum(axis=1)
+        change = 2 * x @ mean + np.square(x).sum(axis=1) - crossed
+        return np.asarray(change - change.mean())
+
 
 def frechet_infinity(
     features: np.ndarray, reference: Statistics, *, seed: int = 0, num_points: int = 15, smallest: int | None = None

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import json
 import platform
 import warnings
 from collections.abc import Callable
@@ -69,9 +70,12 @@ class FeatureNetwork:
     floats: bool = False
     # Images per call on a CPU: activations of 64 images at 299 x 299 leave the cache, which can cost double.
     cpu_batch: int = 8
+    config_sha256: str | None = None  # of what the weights are put into, where a file beside them says it
 
     def record(self) -> dict[str, Any]:
-        return {"protocol": self.protocol, "weights_sha256": self.sha256, "weights_published": self.published}
+        """Return all that features of equal images depend on."""
+        known = {"protocol": self.protocol, "weights_sha256": self.sha256, "weights_published": self.published}
+        return known | ({} if self.config_sha256 is None else {"config_sha256": self.config_sha256})
 
 
 def open_network(
@@ -230,7 +234,14 @@ def _vit(protocol: str, weights: str | Path | None, device: torch.device) -> Fea
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(key.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     features = _clip_features(model) if protocol == "clip" else _dinov2_features(model)
-    return FeatureNetwork(protocol, features, None, digest.hexdigest(), weights is None, device)
+    config = _config_hash(model.config.to_dict())
+    return FeatureNetwork(protocol, features, None, digest.hexdigest(), weights is None, device, config_sha256=config)
+
+
+def _config_hash(config: dict[str, Any]) -> str:
+    """Name a model's configuration, in which equal weights can be another network; where it lies is no part of it."""
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _clip_features(model: Any) -> Network:

@@ -23,15 +23,26 @@ class Objective:
 
     Two things a loss may leave behind, which cost nothing until somebody asks: `sigma`, the noise levels of the images
     it returned numbers for (said when a loss is not finite), and `health`, figures by name, computed when logged.
+
+    A figure of the whole batch must not depend on how the batch is cut into slices and processes. A loss that needs one
+    leaves sums over its images in `tally`; the loop adds them over slices and processes and hands the sums to `settle`
+    after the turn, for the turns that follow. What is remembered of them is in `statistics`, whose buffers are saved,
+    inherited and resumed with the networks.
     """
 
     product: ClassVar[str] = "student"
+    cycle: int = 1  # steps after which the same operations come again: what is counted to know the cost of all
     nets: dict[str, nn.Module]
     sigma: Tensor | None = None
     health: Mapping[str, Callable[[], Tensor]] = MappingProxyType({})
+    tally: Mapping[str, Tensor] = MappingProxyType({})
+    statistics: nn.Module | None = None
 
     def __init__(self, settings: Any, student: Any, teacher: Any) -> None:
         raise NotImplementedError
 
     def turns(self, step: int) -> Iterator[Turn]:
         raise NotImplementedError
+
+    def settle(self, sums: Mapping[str, Tensor]) -> None:
+        """Take up the sums of a whole batch."""

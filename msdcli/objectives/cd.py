@@ -18,12 +18,15 @@ class ConsistencyDistillation(Objective):
     """The student gives the same answer at both ends of one step along the teacher's ODE, so one step goes all the way.
 
     The target is the student itself without gradient (Song and Dhariwal 2023, arXiv 2310.14189, Section 3.2), the
-    distance pseudo-Huber, the weight 1 / (sigma' - sigma) (their Section 3.3). EDM's preconditioning makes D(x, 0) = x.
+    distance pseudo-Huber, the weight 1 / (sigma' - sigma) (their Section 3.3). EDM's preconditioning makes D(x, 0) = x;
+    with an `anchor` f(x, anchor) = x, as in the authors' code, and the schedule begins there.
     """
 
     def __init__(self, settings: CdSettings, student: d.Denoiser, teacher: d.Denoiser) -> None:
         self.settings = settings
         self.student = student
+        if settings.anchor:
+            student.anchor = settings.anchor
         self.teacher = teacher
         self.nets = {"student": student}
 
@@ -32,15 +35,17 @@ class ConsistencyDistillation(Objective):
 
     def loss(self, draws: Draws) -> Tensor:
         y, c = draws.real()
-        schedule = d.ascending_sigmas(self.settings.levels, like=y, sigma_max=self.settings.sigma_init)
+        first = {"sigma_min": self.settings.anchor} if self.settings.anchor else {}
+        schedule = d.ascending_sigmas(self.settings.levels, like=y, sigma_max=self.settings.sigmas[0], **first)
         index = (draws.uniform("level") * (len(schedule) - 1)).long()
         sigma, sigma_next = schedule[index + 1], schedule[index]
         self.sigma = sigma
         x = y + d.per_image(sigma, y) * draws.normal("noise")
         with torch.no_grad():
             teacher = drawn(self.teacher, draws.uniform)
-            target = self.student(self.heun_step(teacher, x, sigma, sigma_next, c), sigma_next, c)
-        squared = (self.student(x, sigma, c) - target).square().flatten(1).sum(1)
+            x_next = self.heun_step(teacher, x, sigma, sigma_next, c)
+            target = d.consistency(self.student, x_next, sigma_next, c)
+        squared = (d.consistency(self.student, x, sigma, c) - target).square().flatten(1).sum(1)
         edge = 0.00054 * y[0].numel() ** 0.5  # the paper's c
         return ((squared + edge**2).sqrt() - edge) / (sigma - sigma_next)
 

@@ -33,7 +33,7 @@ torch.Size([5, 2])
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -46,7 +46,11 @@ from msdcli.recipe.stages import DmSettings
 
 
 class DistributionMatching(Objective):
-    """The fake network follows the student's samples; the student follows the difference of the two scores."""
+    """The fake network follows the student's samples; the student follows the difference of the two scores.
+
+    A student of several levels is trained by backward simulation (DMD2, Section 4.5): every batch leaves it at one
+    level, drawn for the whole batch; the levels before run without gradient, from pure noise, as in sampling.
+    """
 
     def __init__(self, settings: DmSettings, student: d.Denoiser, teacher: d.Denoiser) -> None:
         self.settings = settings
@@ -54,6 +58,7 @@ class DistributionMatching(Objective):
         self.teacher = teacher
         self.fake = copy.deepcopy(teacher)
         self.nets = {"student": student, "fake": self.fake}
+        self.cycle = len(settings.sigmas)
         self._batches: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by slice
 
     def turns(self, step: int) -> Iterator[Turn]:
@@ -64,7 +69,7 @@ class DistributionMatching(Objective):
 
     def fake_loss(self, draws: Draws) -> Tensor:
         y, c = self.fake_batch(draws)
-        x, sigma = self.diffuse(y, draws)
+        x, sigma = self.diffuse_for_fake(y, draws)
         return self.denoising_loss(x, sigma, c, y)
 
     def denoising_loss(self, x: Tensor, sigma: Tensor, c: Tensor, y: Tensor) -> Tensor:
@@ -74,6 +79,7 @@ class DistributionMatching(Objective):
             return error
         if self.settings.fake_weight == "epsilon":
             return sigma**-2 * error
+        # EDM's own weight is DMD2's: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
         return (sigma**-2 + self.teacher.sigma_data**-2) * error
 
     def student_loss(self, draws: Draws) -> Tensor:
@@ -85,16 +91,26 @@ class DistributionMatching(Objective):
         with torch.no_grad():
             x, sigma = self.diffuse(y, draws)
             teacher = drawn(self.teacher, draws.uniform)
-            gradient = d.matching_gradient(self.fake(x, sigma, c), teacher(x, sigma, c), y)
-        loss = d.surrogate(y, gradient)
-        if self.settings.pairs != "none":
-            loss = loss + self.settings.pair_weight * self.pair_loss(draws)
-        return loss
+            fake, target = self.fake(x, sigma, c), teacher(x, sigma, c)
+            gradient = d.matching_gradient(fake, target, y) if self.settings.weight == "dmd" else fake - target
+            if (weight := self.divergence_weight(x, sigma, c, draws)) is not None:
+                gradient = gradient * d.per_image(weight, gradient)
+        return self.with_pairs(d.surrogate(y, gradient), draws)
+
+    def divergence_weight(self, x: Tensor, sigma: Tensor, c: Tensor, draws: Draws) -> Tensor | None:
+        """Return what the gradient of every image is multiplied by; None: the divergence is KL(student || teacher)."""
+        return None
+
+    def with_pairs(self, loss: Tensor, draws: Draws) -> Tensor:
+        """Add the regression on pairs, if the recipe asks for it."""
+        if self.settings.pairs == "none":
+            return loss
+        return loss + self.settings.pair_weight * self.pair_loss(draws)
 
     def pair_loss(self, draws: Draws) -> Tensor:
         """DMD's regression on the teacher's samples from the same noise: one mean over the pairs."""
         z, y, c = draws.pairs(self.settings.pairs == "filtered", self.settings.pair_batch)
-        return d.image_mean((d.one_step(self.student, z, self.settings.sigma_init, c) - y).square()).mean()
+        return d.image_mean((d.one_step(self.student, z, self.settings.sigmas[0], c) - y).square()).mean()
 
     def fake_batch(self, draws: Draws) -> tuple[Tensor, Tensor]:
         """Samples for the fake network: fresh ones, or those of this step, made once."""
@@ -108,14 +124,46 @@ class DistributionMatching(Objective):
         return draws if self.settings.fake_batch == "fresh" else draws.of_step()
 
     def generate(self, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Return one-step samples y of the student and their conditions c."""
-        c = draws.labels(self.settings.labels)
-        y = d.one_step(self.student, draws.normal("z"), self.settings.sigma_init, c)
+        """Return samples y of the student, as it leaves one of its levels, and their conditions c."""
+        levels = self.settings.sigmas
+        last = draws.one_of("exit", len(levels)) if len(levels) > 1 else 0
+        if last > 0 and self.settings.student_input == "data":
+            y, c = self.leave_from_data(levels[last], draws)
+        else:
+            c = draws.labels(self.settings.labels)
+            y = self.leave(levels[: last + 1], c, draws)
         samples = y.detach()
         self.health = {**self.health, "saturation": lambda: (samples.abs() > 1).float().mean()}
         return y, c
 
-    def diffuse(self, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Return x = y + sigma n and sigma, drawn from the recipe's span of the Karras schedule."""
-        sigma = self.sigma = d.karras_draw(draws.uniform("sigma"), self.settings.sigma_span)
+    def leave(self, sigmas: Sequence[float], c: Tensor, draws: Draws) -> Tensor:
+        """Run the student from pure noise through its first levels; only the last of them has a gradient."""
+        z = draws.normal("z")
+        if len(sigmas) == 1:
+            return d.one_step(self.student, z, sigmas[0], c)
+        noise = torch.stack([draws.normal(f"step {k}") for k in range(1, len(sigmas))], dim=1)
+        with torch.no_grad():
+            y = d.few_step(self.student, z, sigmas[:-1], c, noise)
+        return d.denoise(self.student, y + sigmas[-1] * noise[:, -1], sigmas[-1], c)
+
+    def leave_from_data(self, sigma: float, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Run the student once, on noisy images of the data (FastGen's input of later levels)."""
+        y, c = draws.real()
+        return d.denoise(self.student, y + sigma * draws.normal("z"), sigma, c), c
+
+    def diffuse_for_fake(self, y: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Return x = y + sigma n and sigma for the fake network: drawn as for the student, or as EDM trains."""
+        if self.settings.fake_sigma == "span":
+            return self.diffuse(y, draws, self.fake_span)
+        sigma = self.sigma = d.lognormal(draws.normal("fake sigma", ()), P_mean=-1.2, P_std=1.2)
+        return y + d.per_image(sigma, y) * draws.normal("noise"), sigma
+
+    @property
+    def fake_span(self) -> Sequence[float]:
+        """The part of the schedule that the fake network learns."""
+        return self.settings.sigma_span if self.settings.fake_span is None else self.settings.fake_span
+
+    def diffuse(self, y: Tensor, draws: Draws, span: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+        """Return x = y + sigma n and sigma, drawn from a span of the Karras schedule, `sigma_span` if None."""
+        sigma = self.sigma = d.karras_draw(draws.uniform("sigma"), self.settings.sigma_span if span is None else span)
         return y + d.per_image(sigma, y) * draws.normal("noise"), sigma

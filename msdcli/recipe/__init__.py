@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from msdcli import recipe_yaml
 from msdcli.errors import UserError
 from msdcli.recipe.data import Data, PromptsSettings
 from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
-from msdcli.recipe.section import Count, NoiseLevel, Positive, Scale, Section, Seed
+from msdcli.recipe.section import Batch, FilePath, NoiseLevel, Scale, Section, Seed, ascending
 from msdcli.recipe.stages import EdmSettings, Stage
+
+NAME = r"^[\w][\w.-]*$"  # of a run: a folder's name everywhere, and no option of a command
 
 
 class SolverSettings(Section):
@@ -35,7 +38,13 @@ class SolverSettings(Section):
     )
     sigma_min: NoiseLevel = Field(0.002, description="last noise level")
     sigma_max: NoiseLevel = Field(80.0, description="first noise level")
-    rho: Positive = Field(7.0, description="spacing of the levels")
+    rho: float = Field(7.0, ge=0.1, le=100, description="spacing of the levels")
+
+    @model_validator(mode="after")
+    def _noise_falls(self) -> SolverSettings:
+        if not self.sigma_min < self.sigma_max:
+            raise ValueError(f"`sigma_min` {self.sigma_min:g} must be below `sigma_max` {self.sigma_max:g}")
+        return self
 
 
 class GuidanceSettings(Section):
@@ -44,10 +53,10 @@ class GuidanceSettings(Section):
     scale: Scale | list[Scale] = Field(
         description="1 is no guidance; more moves away from the worse prediction; [low, high]: drawn for every image"
     )
-    interval: list[Annotated[float, Field(ge=0, le=10_000)]] = Field(
+    interval: Annotated[list[Annotated[float, Field(ge=0, le=10_000)]], AfterValidator(ascending)] = Field(
         [0.0, 10_000.0], min_length=2, max_length=2, description="noise levels that are guided: above, and up to"
     )
-    guide: str | None = Field(
+    guide: FilePath | None = Field(
         None, description="a weaker teacher (folder or pickle) to move away from; absent: the teacher without class"
     )
 
@@ -68,7 +77,7 @@ class LatentShapeSettings(Section):
 class TeacherSettings(Section):
     """The diffusion model to distil: trained here, or loaded."""
 
-    path: str | None = Field(
+    path: FilePath | None = Field(
         None,
         description="folder with model.safetensors and model.json, EDM or EDM2 pickle, folder of diffusers, or "
         "hub:owner/name[@revision]; absent: train one",
@@ -104,7 +113,7 @@ class LatentSettings(Section):
     )
     seed: Seed = Field(0, description="seed of `sample`")
     dtype: Literal["float16", "float32"] = Field("float16", description="how mean and standard deviation are kept")
-    batch: Count = Field(32, description="images encoded at once")
+    batch: Batch = Field(32, description="images encoded at once")
 
 
 class PartitionSettings(Section):
@@ -119,7 +128,7 @@ class PartitionSettings(Section):
         "embedding", description="kmeans: cluster the teacher's class embeddings or the mean image of each class"
     )
     seed: Seed = Field(0, description="seed of `random` and `kmeans`")
-    parts: list[list[Annotated[int, Field(ge=0)]]] | None = Field(
+    parts: list[list[Annotated[int, Field(ge=0, lt=10**9)]]] | None = Field(
         None, description="explicit: the classes of each student, e.g. [[0, 1], [2, 3]]"
     )
 
@@ -135,25 +144,25 @@ class PartitionSettings(Section):
 class PairSettings(Section):
     """Noise and image pairs of the teacher, for the regression loss."""
 
-    count: Count = Field(2048, description="number of pairs, made once per teacher")
+    count: int = Field(2048, ge=1, le=10**9, description="number of pairs, made once per teacher")
     seed: Seed = Field(0, description="seed of the noise")
-    shard: Count = Field(1024, description="pairs per file: what an interruption can cost")
+    shard: Batch = Field(1024, description="pairs per file: what an interruption can cost")
 
 
 class StudentSettings(Section):
     """The students' network; the teacher's own unless told otherwise."""
 
-    width: float = Field(1.0, gt=0, le=16, description="channels, as a multiple of the teacher's")
-    depth: float = Field(1.0, gt=0, le=16, description="blocks, as a multiple of the teacher's (at least one stays)")
+    width: float = Field(1.0, ge=1e-3, le=16, description="channels, as a multiple of the teacher's")
+    depth: float = Field(1.0, ge=1e-3, le=16, description="blocks, as a multiple of the teacher's (at least one stays)")
     network: Network | None = Field(None, description="a full network section instead of `width` and `depth`")
     parameters: float | None = Field(
         None,
-        gt=0,
+        ge=1e-6,
         lt=1,
         description="a target instead: this share of the teacher's parameters, as fast as can be found",
     )
     latency: float | None = Field(
-        None, gt=0, lt=1, description="a target instead: this share of the teacher's latency on this device"
+        None, ge=1e-6, lt=1, description="a target instead: this share of the teacher's latency on this device"
     )
     init: Literal["auto", "teacher", "pruned", "random"] = Field(
         "auto",
@@ -180,15 +189,15 @@ class EvaluationSettings(Section):
     """What is measured when a run ends."""
 
     samples: int = Field(5000, ge=2, le=10**8, description="samples of the students and of the teacher")
-    batch: Count = Field(500, description="images per forward pass")
+    batch: Batch = Field(500, description="images per forward pass")
     seed: Seed = Field(0, description="seed of the measured samples")
 
 
 class Recipe(Section):
     """One run: a teacher, a partition, and the stages that make each student."""
 
-    name: str | None = Field(None, pattern=r"^[\w][\w.-]*$", max_length=100, description="name of the run")
-    run: str | None = Field(None, description="the run directory; runs/NAME if absent")
+    name: str | None = Field(None, pattern=NAME, max_length=100, description="name of the run")
+    run: FilePath | None = Field(None, min_length=1, description="the run directory; runs/NAME if absent")
     seed: Seed = Field(0, description="seed of the students")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:1 or mps")
     threads: int | None = Field(
@@ -209,12 +218,12 @@ class Recipe(Section):
     compile: Literal["auto"] | bool = Field(
         "auto", description="torch.compile of the networks; auto: on a GPU, where a stage is long enough to pay for it"
     )
-    checkpoint_seconds: float = Field(30.0, ge=0, description="time between two checkpoints")
+    checkpoint_seconds: float = Field(30.0, ge=0, le=10**9, description="time between two checkpoints")
     keep: int = Field(2, ge=1, le=1000, description="checkpoints kept of each stage: a damaged one costs only itself")
     max_skipped: int = Field(
         10, ge=1, le=10**9, description="updates in a row that may be skipped as not finite before training stops"
     )
-    micro_batch: Count | None = Field(
+    micro_batch: Batch | None = Field(
         None, description="images a device takes at once; larger batches go through in parts. Absent: all at once"
     )
     fsdp: bool = Field(
@@ -329,10 +338,23 @@ def _flat(overrides: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tup
 def _named(recipe: Recipe, path: Path, source: str | Path) -> Recipe:
     """Fill in what the place of a recipe says: its name, and where a run directory has been moved to."""
     if recipe.name is None:
-        recipe = recipe.model_copy(update={"name": path.stem})
+        recipe = recipe.model_copy(update={"name": _file_name(path)})
     if path.name == "recipe.yaml" and Path(source).is_dir():
         recipe = recipe.model_copy(update={"run": str(source)})
     return recipe
+
+
+def _file_name(path: Path) -> str:
+    """Return the name that a file gives its run. UserError where no run can be called so."""
+    name = path.stem
+    if re.fullmatch(NAME, name) and len(name) <= 100:
+        return name
+    safe = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:100].rstrip("-.") or "run"
+    raise UserError(
+        f"{path}: a run has the name of its recipe file, and {name!r} is no such name: letters, digits, `_`, `-` and "
+        "`.`, at most 100",
+        hint=f"name={safe}, here or in the file; or rename the file",
+    )
 
 
 def validate(document: recipe_yaml.Document) -> Recipe:
@@ -340,14 +362,13 @@ def validate(document: recipe_yaml.Document) -> Recipe:
     try:
         return Recipe.model_validate(document.tree)
     except ValidationError as error:
-        lines = [recipe_yaml.explain(document, Recipe, dict(e)) for e in error.errors(include_url=False)]
-        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise UserError(f"{count} in the recipe\n" + "\n".join(lines)) from None
+        found = error.errors(include_url=False)
+        raise UserError(recipe_yaml.explain_all(document, Recipe, found, "the recipe")) from None
 
 
 def find(source: str | Path) -> Path:
     """Return the recipe file meant by a path, a run directory or the name of a shipped recipe."""
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return path
     if (path / "recipe.yaml").is_file():

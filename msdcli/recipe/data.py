@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from msdcli.recipe.section import Count, Section, Seed
+from msdcli.recipe.section import Count, FilePath, Section, Seed
 
 # The data: `name` is a file in data/.
 
@@ -21,7 +21,7 @@ class Toy2dSettings(Section):
     """Eight awkward shapes in the plane, one class each, drawn from code."""
 
     name: Literal["toy2d"] = Field("toy2d", description="shapes in the plane")
-    points: int = Field(65536, ge=8, le=2**40, description="number of points")
+    points: int = Field(65536, ge=8, le=10**8, description="number of points")
     seed: Seed = Field(0, description="seed of the points")
 
 
@@ -31,7 +31,7 @@ class GlyphsSettings(Section):
     name: Literal["glyphs"] = Field("glyphs", description="characters in many typefaces")
     size: int = Field(16, ge=8, le=64, description="side in pixels")
     channels: Literal[1, 3] = Field(1, description="1: grey, 3: colour")
-    count: int = Field(20_000, ge=62, le=2**40, description="number of images")
+    count: int = Field(20_000, ge=62, le=10**8, description="number of images")
     seed: Seed = Field(0, description="seed of the images")
 
 
@@ -40,7 +40,7 @@ class FolderSettings(Section):
     WebDataset shards with .cls files."""
 
     name: Literal["folder"] = Field("folder", description="pictures from a folder, a zip, an .npz or tar shards")
-    path: str = Field(description="the folder or file; shards: a .tar, a folder of them, or shards-{000..010}.tar")
+    path: FilePath = Field(description="the folder or file; shards: a .tar, a folder of them, or shards-{000..010}.tar")
     size: int | None = Field(None, ge=1, le=4096, description="side of the square images; absent: the first picture's")
     channels: Literal[1, 3] = Field(3, description="3: colour; 1: grey, and colour pictures are made grey")
     crop: bool = Field(False, description="cut the central square out of pictures that are not square")
@@ -60,9 +60,9 @@ class PromptsSettings(Section):
     """Texts, for a teacher with a text encoder: lines, JSONL or COCO captions; with pictures where there are any."""
 
     name: Literal["prompts"] = Field("prompts", description="texts, alone or with their pictures")
-    path: str = Field(description="a .txt (one a line), a .jsonl, or a .json of COCO captions or of a list")
+    path: FilePath = Field(description="a .txt (one a line), a .jsonl, or a .json of COCO captions or of a list")
     column: str | None = Field(None, description="JSON key of the text; absent: caption, text or prompt")
-    images: str | None = Field(None, description="folder or zip with the pictures that the rows name")
+    images: FilePath | None = Field(None, description="folder or zip with the pictures that the rows name")
     image_column: str | None = Field(None, description="JSON key of a picture's name; absent: file_name, image or file")
     size: int | None = Field(None, ge=1, le=4096, description="side of the square images; absent: the first picture's")
     channels: Literal[1, 3] = Field(3, description="3: colour; 1: grey, and colour pictures are made grey")

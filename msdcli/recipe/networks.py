@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from msdcli.recipe.section import Section
+from msdcli.recipe.section import Foreign, Section
 
 
 class UNetSettings(Section):
@@ -19,7 +19,9 @@ class UNetSettings(Section):
         [1, 2], min_length=1, max_length=8, description="channels of each level, as multiples of `channels`"
     )
     blocks: int = Field(1, ge=1, le=64, description="residual blocks per level")
-    attention: list[Annotated[int, Field(ge=1)]] = Field([], description="resolutions that get self-attention")
+    attention: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
+        [], max_length=16, description="resolutions that get self-attention"
+    )
     embedding: int | None = Field(None, ge=1, le=65536, description="width of the embedding; 4 x channels if absent")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks while training")
 
@@ -71,9 +73,9 @@ class DiffusersNetworkSettings(Section):
     class_name: Literal["UNet2DModel", "DiTTransformer2DModel", "UNet2DConditionModel", "SD3Transformer2DModel"] = (
         Field(description="the network's class; the last two are conditioned on text")
     )
-    config: dict[str, Any] = Field(description="its config.json")
+    config: Foreign = Field(description="its config.json")
     prediction: Literal["epsilon", "v_prediction", "sample", "flow"] = Field("epsilon", description="what it predicts")
-    schedule: dict[str, Any] = Field({}, description="its scheduler's betas, e.g. {beta_schedule: linear}")
+    schedule: Foreign = Field({}, description="its scheduler's betas, e.g. {beta_schedule: linear}")
     tokens: int | None = Field(
         None, ge=1, le=100_000, description="text: vectors per prompt; absent: 77 (UNet2DConditionModel) or 333 (SD3)"
     )

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+import itertools
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from msdcli.recipe.section import Count, Fraction, NoiseLevel, Positive, Section, Span
+from msdcli.recipe.section import (
+    Batch,
+    Fraction,
+    Levels,
+    LogLevel,
+    NoiseLevel,
+    Positive,
+    Section,
+    Span,
+    Steps,
+    Weight,
+)
 
 # The stages: `objective` is a file in objectives/.
 
@@ -14,34 +26,37 @@ from msdcli.recipe.section import Count, Fraction, NoiseLevel, Positive, Section
 class StageSettings(Section):
     """One stage of training: what every objective has in common."""
 
-    needs_images: ClassVar[bool] = True  # of the data, beside their conditions
-
     objective: str = Field(description="what is minimised")
-    steps: int = Field(1000, ge=1, le=10**9, description="training steps (updates of the student)")
-    batch: int = Field(64, ge=1, le=10**6, description="images per update")
+    steps: Steps = Field(1000, description="training steps (updates of the student)")
+    batch: Batch = Field(64, description="images per update")
     lr: Positive = Field(1e-3, description="learning rate, for every network that `lr_of` does not name")
     lr_of: dict[str, Positive] = Field({}, description="learning rates of single networks, e.g. {fake: 1e-3}")
     lr_hold: Fraction = Field(0.5, description="part of the steps at full learning rate; then linear to `lr_end`")
     lr_end: Fraction = Field(0.02, description="last learning rate, as a part of the first")
-    warmup: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
+    warmup: int = Field(0, ge=0, le=10**9, description="steps over which the learning rate rises from zero")
     optimizer: Literal["adam", "adamw"] = Field("adam", description="the optimizer")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.9, 0.999], min_length=2, max_length=2, description="Adam's betas"
     )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (adamw)")
+    weight_decay: Weight = Field(0.0, description="decoupled weight decay (adamw)")
     clip: Positive | None = Field(None, description="largest norm of a network's gradient; absent: no clipping")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.99, description="decay of the average that samples are drawn from"
     )
-    log_every: Count = Field(20, description="steps between two lines of metrics.jsonl")
+    log_every: Steps = Field(20, description="steps between two lines of metrics.jsonl")
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the stage looks at images of the data, beside their conditions."""
+        return True
 
 
 class EdmSettings(StageSettings):
     """Denoising score matching on the data: how a teacher is trained (Karras et al. 2022, arXiv 2206.00364)."""
 
     objective: Literal["edm"] = Field("edm", description="denoising score matching")
-    P_mean: float = Field(-1.2, description="mean of ln(sigma)")
-    P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
+    P_mean: LogLevel = Field(-1.2, description="mean of ln(sigma)")
+    P_std: float = Field(1.2, ge=1e-6, le=20, description="standard deviation of ln(sigma)")
     label_dropout: Fraction = Field(0.0, description="part of the images trained without their class, for guidance")
 
 
@@ -49,8 +64,8 @@ class TsmSettings(StageSettings):
     """Teacher score matching: a student with another network learns the teacher's denoiser (MSD, arXiv 2410.23274)."""
 
     objective: Literal["tsm"] = Field("tsm", description="teacher score matching")
-    P_mean: float = Field(-1.2, description="mean of ln(sigma)")
-    P_std: Positive = Field(1.2, description="standard deviation of ln(sigma)")
+    P_mean: LogLevel = Field(-1.2, description="mean of ln(sigma)")
+    P_std: float = Field(1.2, ge=1e-6, le=20, description="standard deviation of ln(sigma)")
 
 
 class SelectSettings(Section):
@@ -59,8 +74,8 @@ class SelectSettings(Section):
     The figure that chooses is flattered by it; `msd fid` measures the finished run with other noise.
     """
 
-    every: Count = Field(description="steps between two measurements; the last step is measured too")
-    samples: int = Field(2000, ge=2, le=10**7, description="one-step samples of the student that are measured")
+    every: Steps = Field(description="steps between two measurements; the last step is measured too")
+    samples: int = Field(2000, ge=2, le=10**7, description="samples of the student that are measured")
     protocol: Literal["data", "clean", "edm", "legacy-pytorch", "legacy-tensorflow", "clip", "dinov2"] = Field(
         "data", description="what measures them, as in `msd fid --protocol`; data: the data's own classifier"
     )
@@ -70,13 +85,37 @@ class SelectSettings(Section):
         return -(-steps // self.every)
 
 
-class OneStepSettings(StageSettings):
-    """A stage that makes a one-step student."""
+Divergence = Literal["rkl", "kl", "js", "hellinger", "jeffreys", "softened_rkl", "neyman"]
+ClipRange = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
-    sigma_init: NoiseLevel = Field(2.5, description="noise level at which the student is evaluated, once")
+
+class GeneratorSettings(StageSettings):
+    """A stage that makes a generator: a student that is evaluated once at each of its noise levels."""
+
+    sigmas: Levels = Field([2.5], description="noise levels at which the student is evaluated, one after the other")
+    sigma_init: NoiseLevel | None = Field(
+        None, exclude=True, description="the first noise level; alone it is short for `sigmas: [sigma_init]`"
+    )
     select: SelectSettings | None = Field(
         None, description="keep the best of several averages, by a distance measured in training; absent: the last one"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_level(cls, given: Any) -> Any:
+        """Take `sigma_init: s` for `sigmas: [s]`."""
+        if not isinstance(given, dict) or given.get("sigma_init") is None:
+            return given
+        if "sigmas" in given and given["sigmas"] != [given["sigma_init"]]:
+            raise ValueError("`sigma_init` is short for `sigmas` of one level: give one of them")
+        return {key: value for key, value in given.items() if key != "sigma_init"} | {"sigmas": [given["sigma_init"]]}
+
+    @model_validator(mode="after")
+    def _levels_fall(self) -> Self:
+        if any(low >= high for high, low in itertools.pairwise(self.sigmas)):
+            raise ValueError(f"`sigmas` {self.sigmas} must fall from level to level")
+        object.__setattr__(self, "sigma_init", self.sigmas[0])
+        return self
 
     @model_validator(mode="after")
     def _there_is_something_to_choose(self) -> Self:
@@ -85,10 +124,8 @@ class OneStepSettings(StageSettings):
         return self
 
 
-class DmSettings(OneStepSettings):
+class DmSettings(GeneratorSettings):
     """Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
-
-    needs_images: ClassVar[bool] = False
 
     objective: Literal["dm"] = Field("dm", description="distribution matching")
     fake_updates: int = Field(5, ge=1, le=1000, description="updates of the fake network per update of the student")
@@ -96,26 +133,50 @@ class DmSettings(OneStepSettings):
         "fresh", description="new samples for every update, or one batch for all updates of a step (cheaper)"
     )
     sigma_span: Span = Field(
-        [0.0, 0.5], min_length=2, max_length=2, description="noise levels of the loss, as parts of the Karras schedule"
+        [0.0, 0.5],
+        min_length=2,
+        max_length=2,
+        description="noise levels of the loss, as parts of the Karras schedule, without the end: [0.02, 0.981] draws "
+        "numbers 20 to 980 of its 1000 (DMD2)",
     )
-    fake_weight: Literal["dmd2", "epsilon", "none"] = Field(
+    fake_span: Span | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="noise levels that the fake network learns; those of `sigma_span` if absent, [0, 1] is DMD2's",
+    )
+    weight: Literal["dmd", "none"] = Field(
+        "dmd", description="weight of the score difference: 1 / mean|y - D_teacher| (DMD), or none (Diff-Instruct, VSD)"
+    )
+    fake_weight: Literal["dmd2", "epsilon", "edm", "none"] = Field(
         "dmd2",
         description="weight of the fake network's loss: sigma^-2 + sigma_data^-2 (DMD2), sigma^-2, which is the error "
-        "of the predicted noise (DMD2 on SD 1.5), or none (FastGen)",
+        "of the predicted noise (DMD2 on SD 1.5), EDM's own (SiD, Diff-Instruct; the same as dmd2), or none (FastGen)",
+    )
+    fake_sigma: Literal["span", "lognormal"] = Field(
+        "span",
+        description="noise levels of the fake network's loss: those of `sigma_span`, or EDM's lognormal(-1.2, 1.2)",
     )
     labels: Literal["uniform", "data"] = Field("uniform", description="how the student's conditions are drawn")
     pairs: Literal["shared", "filtered", "none"] = Field(
         "shared",
         description="regression on the teacher's pairs: on all of them, on those of the student's part, or none",
     )
-    pair_weight: float = Field(0.25, ge=0, description="weight of the regression loss (DMD)")
-    pair_batch: Count | None = Field(None, description="pairs per update; `batch` if absent")
+    pair_weight: Weight = Field(0.25, description="weight of the regression loss (DMD)")
+    pair_batch: Batch | None = Field(None, description="pairs per update; `batch` if absent")
+    student_input: Literal["simulation", "data"] = Field(
+        "simulation",
+        description="what a student of several levels sees at a later one: what its earlier ones make of noise (DMD2's "
+        "backward simulation), or noisy images of the data (FastGen)",
+    )
+
+    @property
+    def needs_images(self) -> bool:
+        return self.student_input == "data" and len(self.sigmas) > 1
 
 
 class AdmSettings(DmSettings):
     """Adversarial distribution matching: `dm` continued with a GAN loss (DMD2, arXiv 2405.14867)."""
-
-    needs_images: ClassVar[bool] = True
 
     objective: Literal["adm"] = Field("adm", description="adversarial distribution matching")  # type: ignore[assignment]
     features: Literal["fake", "teacher"] = Field(
@@ -124,8 +185,17 @@ class AdmSettings(DmSettings):
     taps: list[str] | None = Field(
         None, min_length=1, description="encoder blocks that get a head each, by name; the last one if absent"
     )
-    gan_weight: float = Field(3e-3, ge=0, description="weight of the student's GAN loss (DMD2: 3e-3)")
-    head_weight: float = Field(1e-2, ge=0, description="weight of the heads' loss (DMD2: 1e-2; FastGen: 1)")
+    head_norm: Literal["unet", "dmd2"] = Field(
+        "unet",
+        description="group norms of the heads: as in msd's U-Net (at most 32 groups of at least 4 channels, epsilon "
+        "1e-6), or 32 groups and epsilon 1e-5 (DMD2, FastGen)",
+    )
+    tap_loss: Literal["mean_logit", "mean_loss"] = Field(
+        "mean_logit",
+        description="of several taps: the loss of the heads' mean logit, or the mean of every head's loss (FastGen)",
+    )
+    gan_weight: Weight = Field(3e-3, description="weight of the student's GAN loss (DMD2: 3e-3)")
+    head_weight: Weight = Field(1e-2, description="weight of the heads' loss (DMD2: 1e-2; FastGen: 1)")
     gan_noise: Literal["own", "shared"] = Field(
         "own", description="noise of the samples the heads see: their own draw (DMD2) or that of the dm loss (FastGen)"
     )
@@ -136,13 +206,113 @@ class AdmSettings(DmSettings):
         description="noise levels the heads see, as parts of the Karras schedule",
     )
 
+    dm_weight: Weight = Field(1.0, description="weight of the dm loss; 0: the adversarial loss alone (LADD)")
+    head_penalty: Weight = Field(0.0, description="weight of the heads' R1 penalty on real images, beside their loss")
+    divergence: Divergence = Field(
+        "rkl",
+        description="f-divergence that the dm loss minimises (f-distill): its gradient times h(r), r from the heads",
+    )
+    ratio_clip: ClipRange = Field([0.1, 20.0], description="bounds of the density ratio (f-distill)")
+    ratio_bins: int = Field(
+        10, ge=1, le=1000, description="noise levels are cut into so many parts; r is over its mean"
+    )
+    ratio_rate: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="what stays of those means from batch to batch (f-distill: 0 on CIFAR-10, 0.5 on ImageNet)"
+    )
 
-class CdSettings(OneStepSettings):
+    @model_validator(mode="after")
+    def _a_divergence_has_something_to_weigh(self) -> Self:
+        if self.divergence != "rkl" and (self.gan_weight == 0 or self.dm_weight == 0):
+            raise ValueError(f"`divergence` {self.divergence} needs `gan_weight` and `dm_weight` above 0")
+        return self
+
+    @property
+    def needs_images(self) -> bool:
+        return True
+
+
+class SidSettings(DmSettings):
+    """Score identity distillation (SiD, arXiv 2404.04057) and its family: SiDA (2410.14919), SiM (2410.16794) and
+    Uni-Instruct (2505.20755).
+    """
+
+    objective: Literal["sid"] = Field("sid", description="score identity distillation")  # type: ignore[assignment]
+    alpha: float = Field(
+        1.0,
+        ge=-10,
+        le=10,
+        description="of the loss e (D_t - y - alpha e), e = D_t - D_fake: 1 and 1.2 as published; 0.5 is the whole "
+        "gradient of the Fisher divergence",
+    )
+    distance: Literal["l2", "huber"] = Field(
+        "l2", description="of the scores: squared (SiD), or pseudo-Huber (SiM), whose loss is e (D_fake - y) / norm"
+    )
+    huber_c: Positive = Field(0.03, description="constant of the pseudo-Huber distance, of a whole image")
+    divergence: Divergence = Field(
+        "rkl", description="f-divergence that is expanded along the noise (Uni-Instruct); all but rkl need `gan_weight`"
+    )
+    through_ratio: bool = Field(
+        False, description="the divergence's exact gradient, through the density ratio at x, instead of the paper's"
+    )
+    ratio_clip: ClipRange = Field([0.1, 20.0], description="bounds of the density ratio")
+    gan_weight: float = Field(
+        0.0, ge=0, le=1e6, description="weight of the student's GAN loss (SiDA); 0: no real images"
+    )
+    head_weight: float = Field(
+        1.0, ge=0, le=1e6, description="weight of the discriminator's loss in the fake network's"
+    )
+    taps: list[str] | None = Field(
+        None, min_length=1, max_length=1, description="encoder block of the fake network that is the discriminator"
+    )
+    fake_updates: int = Field(1, ge=1, le=1000, description="updates of the fake network per update of the student")
+    fake_weight: Literal["dmd2", "epsilon", "edm", "none"] = Field(
+        "edm", description="weight of the fake network's loss, as in `dm`"
+    )
+    fake_sigma: Literal["span", "lognormal"] = Field(
+        "lognormal", description="noise levels of the fake network's loss, as in `dm`"
+    )
+    sigma_span: Span = Field(
+        [0.0, 0.8],
+        min_length=2,
+        max_length=2,
+        description="noise levels of the loss, as a part of the schedule",
+    )
+    pairs: Literal["shared", "filtered", "none"] = Field(
+        "none", description="regression on the teacher's pairs, as in `dm`"
+    )
+
+    @property
+    def needs_images(self) -> bool:
+        return self.gan_weight > 0 or (self.student_input == "data" and len(self.sigmas) > 1)
+
+    @model_validator(mode="after")
+    def _a_divergence_has_a_discriminator(self) -> Self:
+        if self.divergence != "rkl" and self.gan_weight == 0:
+            raise ValueError(f"`divergence` {self.divergence} needs a discriminator: `gan_weight` above 0")
+        return self
+
+
+class CdSettings(GeneratorSettings):
     """Consistency distillation (Song et al. 2023, arXiv 2303.01469; improved as in arXiv 2310.14189)."""
 
     objective: Literal["cd"] = Field("cd", description="consistency distillation")
-    sigma_init: NoiseLevel = Field(80.0, description="noise level at which the student is evaluated, once")
+    sigmas: Levels = Field([80.0], description="noise levels at which the student is evaluated, one after the other")
     levels: int = Field(18, ge=2, le=10_000, description="noise levels of the schedule")
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        le=10_000,
+        description="noise level at which the student gives back what it is given, the first of the schedule; 0: none, "
+        "and the schedule begins at 0.002; OpenAI's consistency models: 0.002",
+    )
+
+    @model_validator(mode="after")
+    def _the_anchor_comes_first(self) -> Self:
+        if self.anchor >= self.sigmas[-1]:
+            raise ValueError(f"`anchor` {self.anchor} must be below the last of `sigmas`, {self.sigmas[-1]}")
+        return self
 
 
-Stage = Annotated[EdmSettings | TsmSettings | DmSettings | AdmSettings | CdSettings, Field(discriminator="objective")]
+Stage = Annotated[
+    EdmSettings | TsmSettings | DmSettings | AdmSettings | SidSettings | CdSettings, Field(discriminator="objective")
+]

@@ -87,10 +87,16 @@ class TestSources:
         assert np.concatenate([batch.numbers for batch in batches]).tolist() == list(range(10))
         assert (np.concatenate([batch.images for batch in batches]) == everything(archive)).all()
 
-    def test_a_limit_takes_the_first(self, archive, tmp_path):
-        np.savez(tmp_path / "a.npz", arr_0=everything(archive))
-        for path in (archive, tmp_path / "a.npz"):
-            assert (everything(path, limit=7) == everything(path)[:7]).all()
+    @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+    def test_some_by_number(self, archive, tmp_path, save):
+        save(tmp_path / "a.npz", arr_0=everything(archive))
+        for numbers in ([0, 1, 2], [9], [0, 3, 4, 5, 9], range(10)):
+            for path in (archive, tmp_path / "a.npz"):
+                assert (everything(path, numbers=numbers) == everything(path)[list(numbers)]).all()
+                batches = list(open_images(path).batches(2, numbers=numbers))
+                assert np.concatenate([batch.numbers for batch in batches]).tolist() == list(numbers)
+                shares = [list(open_images(path).batches(2, numbers=numbers, share=(i, 2))) for i in range(2)]
+                assert sorted(n for part in shares for batch in part for n in batch.numbers) == list(numbers)
 
     def test_labels_of_edms_data_sets_follow_the_names(self, archive, folder):
         names = open_images(archive).names

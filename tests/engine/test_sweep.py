@@ -80,3 +80,13 @@ def test_a_grid_is_every_combination(tiny: Path) -> None:
 def test_bad_shares_are_refused(msd: Msd, tiny: Path) -> None:
     (tiny.parent / "mini.yaml").write_text(SWEEP)
     assert msd("sweep", "mini.yaml", "--worker", "2/2").returncode == 2
+
+
+def test_a_grid_without_end_is_refused_at_once(tmp_path: Path) -> None:
+    from msdcli.errors import UserError
+    from msdcli.sweep import load
+
+    keys = "".join(f"  k{i}: [{', '.join(map(str, range(10)))}]\n" for i in range(20))
+    (tmp_path / "s.yaml").write_text(f"recipe: digits\ngrid:\n{keys}")
+    with pytest.raises(UserError, match="a sweep has at most 1,000"):
+        load(tmp_path / "s.yaml")

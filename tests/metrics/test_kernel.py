@@ -7,6 +7,7 @@ from msdcli.metrics.kernel import (
     inception_score,
     kernel_distance,
     reweighted_kernel_distance,
+    split_inception_score,
     subset_kernel_distance,
 )
 
@@ -69,3 +70,21 @@ def test_inception_score_of_certain_and_of_undecided_predictions():
     assert inception_score(certain) == pytest.approx(10)
     assert inception_score(np.full((50, 10), 0.1)) == pytest.approx(1)
     assert inception_score(certain, weights=(np.arange(50) % 10 < 4).astype(float)) == pytest.approx(4)
+
+
+def test_split_inception_score_is_the_mean_over_shuffled_splits(rng):
+    p = rng.dirichlet(np.ones(10), size=205)
+    mean, deviation = split_inception_score(p, seed=3)
+    parts = np.array_split(np.random.default_rng(3).permutation(205), 10)
+    scores = [inception_score(p[part]) for part in parts]
+    assert (mean, deviation) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+    assert mean < inception_score(p), "fewer images have a lower score"
+    assert split_inception_score(p, splits=1)[0] == pytest.approx(inception_score(p))
+
+
+def test_splits_of_files_that_are_sorted_by_class_are_of_all_classes():
+    certain = np.eye(10)[np.arange(1000) // 100]
+    mean, deviation = split_inception_score(certain)
+    assert mean > 9 and deviation < 0.5
+    with pytest.raises(UserError, match="10 splits"):
+        split_inception_score(certain[:9])

@@ -35,8 +35,11 @@ def partition(
 ) -> None:
     """Show which student owns which classes or prompts: of a run as it was made, of a recipe as it would be."""
     from msdcli.engine.inputs import partition as engine
+    from msdcli.outputs import check_file
     from msdcli.recipe import load
 
+    if picture is not None:
+        check_file(picture, ".png")
     loaded = load(recipe, overrides)
     if dry_run and (count := engine.to_embed(loaded, explaining=explain is not None)):
         console.say(f"would embed {count:,} prompts first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +56,7 @@ def copy(
     from msdcli.recipe import find, recipes_folder
     from msdcli.rundir import write_text
 
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target} exists: nothing was written", hint="another name")
     script = recipes_folder() / "slurm" / name
     if script.is_file():

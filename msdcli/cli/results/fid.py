@@ -11,7 +11,8 @@ from msdcli import console
 from msdcli.cli import options
 
 if TYPE_CHECKING:
-    from msdcli.engine.measure.fid import FidOptions, Measurement
+    from msdcli.engine.measure.feature_metric import FidOptions
+    from msdcli.engine.measure.rows import Measurement
 
 Protocols = Literal["data", "clean", "edm", "legacy-pytorch", "legacy-tensorflow", "clip", "dinov2"]
 
@@ -34,7 +35,11 @@ def fid(
         Path | None, typer.Option(help="The protocol's weights, if not where msd looks; trusted as code is.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=2, help="Samples, or pictures; a run's recipe says if absent.")
+        int | None,
+        typer.Option(min=2, help="Samples (the recipe's if absent), or pictures drawn by --seed (all if absent)."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Which pictures --samples takes: those of NVlabs' fid.py; 0 if absent.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images per forward pass; changes no figure.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads that decode pictures.")] = 1,
@@ -56,11 +61,12 @@ def fid(
     dry_run: options.DryRun = False,
 ) -> None:
     """Measure a run (teacher and students against the data: whole, per student, per class), or pictures in files."""
-    from msdcli.engine.measure.fid import FidOptions
+    from msdcli.engine.measure.feature_metric import FidOptions
 
     chosen = FidOptions(
         *(protocol, weights, reference, samples, batch, workers, device, bootstrap, infinity, lean, save),
         groups=tuple(group or ()),
+        seed=seed,
     )
     if lean and (infinity or bootstrap):
         from msdcli.errors import UserError
@@ -126,6 +132,8 @@ def _show_files(result: dict[str, Any]) -> None:
         f"weights {(record['weights_sha256'] or '')[:8]}"
         f"{'' if record['weights_published'] else ' (not the published ones)'}"
     )
+    if "drawn" in record:
+        console.say(f"drawn from {record['drawn']['of']:,} images with seed {record['drawn']['seed']}")
 
 
 def show(result: Measurement, *, brief: bool) -> None:
@@ -141,8 +149,8 @@ def show(result: Measurement, *, brief: bool) -> None:
         for row in (row for row in rows if row.intervals and row.group == "whole"):
             spans = "; ".join(f"{name} {_span(span)}" for name, span in row.intervals.items())
             console.say(f"95 % of {row.who}: {spans}")
-        for warning in result.record["warnings"]:
-            console.say(warning)
+    for warning in result.record["warnings"]:
+        console.say(warning)
 
 
 def line_of(line: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`msd sample`: routed one-step samples."""
+"""`msd sample`: routed samples."""
 
 from __future__ import annotations
 
@@ -35,12 +35,17 @@ def sample(
         ),
     ] = "grid",
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN/samples/... if absent.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 500,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per forward pass; the recipe's evaluation.batch if absent.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Evaluations per image, of students that know several; all if absent.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     json_: options.Json = False,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Draw samples, one network evaluation each; every class or prompt goes to the student that owns it."""
+    """Draw samples, as a rule one network evaluation each; every class or prompt goes to the student that owns it."""
     import time
 
     from msdcli.engine import sample as engine
@@ -48,7 +53,7 @@ def sample(
     from msdcli.errors import UserError
     from msdcli.partition import parse_classes
 
-    students = engine.load(run, resolve(device))
+    students = engine.load(run, resolve(device), steps=steps)
     if prompt or prompts:
         if classes is not None or all_:
             raise UserError("either classes or prompts")
@@ -62,6 +67,7 @@ def sample(
     wanted = list(range(len(students.class_names))) if classes is None else parse_classes(classes, students.class_names)
     asked = [wanted[i % len(wanted)] for i in range(number)]
     target = out or engine.default_target(run, format_, wanted, seed, everything=all_)
+    engine.check_target(target, format_)
     serving = sorted(students.route(asked))
     if dry_run:
         console.say(f"would draw {number} samples from students {', '.join(map(str, serving))} and write {target}")
@@ -84,7 +90,7 @@ def _of_prompts(
     seed: int,
     format_: str,
     out: Path | None,
-    batch: int,
+    batch: int | None,
     json_: bool,
     dry_run: bool,
 ) -> None:
@@ -98,6 +104,7 @@ def _of_prompts(
     names, owners = [students.name(c) for c in asked], [students.prompt_router.owner_of(c) for c in asked]
     different, serving = list(dict.fromkeys(names)), ", ".join(map(str, sorted(set(owners))))
     target = out or engine.prompts_target(run, format_, different, seed)
+    engine.check_target(target, format_)
     if dry_run:
         console.say(f"would draw {len(asked)} samples from students {serving} and write {target}")
         return

@@ -43,7 +43,7 @@ def recipe(
     ] = None,
     json_: options.Json = False,
 ) -> None:
-    """Time a student's update by turn and network, and one-step samples; weights and images are random.
+    """Time a student's update by turn and network, and samples; weights and images are random.
 
     Needs neither teacher nor data, and writes nothing. On a CPU the batch is cut so that an update takes seconds.
     """
@@ -124,7 +124,9 @@ def _show_sampling(sampling: dict[str, Any]) -> None:
         for name, speed in sampling["images_per_second"].items()
     ]
     console.table(
-        f"one-step samples, batch {sampling['batch']}, float32", ["", "images/s", "of the bare network"], rows
+        f"samples in {sampling['steps']} evaluations, batch {sampling['batch']}, float32",
+        ["", "images/s", "of the bare network"],
+        rows,
     )
     console.say(f"one image: {sampling['latency_seconds'] * 1000:.2f} ms")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +14,6 @@ from msdcli.errors import UserError
 if TYPE_CHECKING:
     from msdcli.engine.distributed.group import ProcessGroup
     from msdcli.engine.pipeline import DistillResult
-    from msdcli.engine.tracking.events import Progress
     from msdcli.recipe import Recipe
 
 
@@ -26,7 +24,9 @@ def register(app: typer.Typer) -> None:
 def distill(
     recipe: options.Recipe,
     overrides: options.Overrides = None,
-    student: Annotated[int | None, typer.Option(help="Train this student only: one Slurm array task or GPU.")] = None,
+    student: Annotated[
+        int | None, typer.Option(min=0, help="Train this student only: one Slurm array task or GPU.")
+    ] = None,
     students_per_device: Annotated[
         int | None,
         typer.Option(min=1, max=64, help="Train this many students at once on each device, a process each."),
@@ -39,10 +39,13 @@ def distill(
 
     Run the same command again to resume, also while other processes or hosts work on the same run.
     """
-    torchrun = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    from msdcli.engine.distributed import launcher
+
+    torchrun = launcher.num_processes() > 1
     if students_per_device is not None:
         _check_alone(overrides, {"--student": student is not None, "--worker": worker, "torchrun": torchrun})
     if torchrun and not dry_run:
+        launcher.share()  # before torch is loaded: does it say all?
         from msdcli.engine.distributed import group as distributed
 
         with distributed.join_torchrun() as group:
@@ -88,14 +91,10 @@ def _distill(
 
     group = group or SINGLE_PROCESS
     if worker:
-        from msdcli.engine.distributed.workers import die_with_parent, encode
-
-        def tell(event: Progress | str) -> None:
-            sys.stdout.write(encode(event) + "\n")
-            sys.stdout.flush()
+        from msdcli.engine.distributed.workers import die_with_parent, to_parent
 
         die_with_parent()
-        pipeline.distill(loaded, tell, worker=True)
+        pipeline.distill(loaded, to_parent(), worker=True)
         return
     with console.Monitor(quiet=json_ or not group.is_leader) as monitor:
         outcome = pipeline.distill(loaded, monitor, student=student, group=group)

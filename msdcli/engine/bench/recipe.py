@@ -17,22 +17,22 @@ import torch
 from torch import nn
 
 from msdcli import nets
-from msdcli.data import open_data
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.ema import EMA
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine import estimate, pipeline
 from msdcli.engine.bench import sampling as bench_sample
 from msdcli.engine.bench.clock import NetworkTimer, peak_flops, ratios
 from msdcli.engine.distributed import device
+from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
+from msdcli.engine.inputs import dataset
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train import compiling, precision
 from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, saved_bytes
 from msdcli.engine.train.loop import optimizers
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import StageSettings
+from msdcli.recipe.stages import GeneratorSettings, StageSettings
 
 EAGER = "float32"
 HOPELESS = 0.5  # of plain float32's speed, where bfloat16 is emulated: an update would take minutes
@@ -46,8 +46,22 @@ class RandomDraws(MetaDraws):
         super().__init__(net.shape, batch)
         self.num_classes, self.on = max(net.num_classes, 1), on
 
+    def passes(self, micro_batch: int | None) -> list[RandomDraws]:
+        """Return the draws of the passes through the networks that a device of `micro_batch` images makes of these."""
+        parts = slices(self.batch, None, SINGLE_PROCESS, micro_batch)
+        if len(parts) == 1:
+            return [self]
+        cut = [copy.copy(self) for _ in parts]
+        for draws, part in zip(cut, parts, strict=True):
+            draws.batch, draws.part = self.batch // len(parts), part
+        return cut
+
     def uniform(self, purpose: str) -> torch.Tensor:
         return torch.rand(self.batch, device=self.on)
+
+    def one_of(self, purpose: str, count: int) -> int:
+        self.step += 1
+        return self.step % count
 
     def labels(self, how: str, count: int | None = None) -> torch.Tensor:
         return torch.randint(self.num_classes, (count or self.batch,), device=self.on)
@@ -69,10 +83,17 @@ class Mode:
 
 
 class StageTrainer:
-    """A stage's objective with its optimizers and average, run in one mode or another."""
+    """A stage's objective with its optimizers and average, run in one mode or another, `micro_batch` images at once."""
 
-    def __init__(self, stage: StageSettings, teacher: Denoiser, student: Denoiser, on: torch.device) -> None:
-        self.stage, self.on = stage, on
+    def __init__(
+        self,
+        stage: StageSettings,
+        teacher: Denoiser,
+        student: Denoiser,
+        on: torch.device,
+        micro_batch: int | None = None,
+    ) -> None:
+        self.stage, self.on, self.micro_batch = stage, on, micro_batch
         self.objective = objective_class(stage.objective)(stage, copy.deepcopy(student).requires_grad_(True), teacher)
         for net in self.objective.nets.values():
             net.to(on).train()
@@ -98,7 +119,7 @@ class StageTrainer:
         else:
             compiling.undo(self.objective)
 
-    def update(self, draws: Draws) -> dict[str, float]:
+    def update(self, draws: RandomDraws) -> dict[str, float]:
         """Return the seconds of one update of the student by turn: each kind is run once, and counted as often as it
         comes. CPU time is what other processes on a shared machine disturb less.
         """
@@ -111,7 +132,7 @@ class StageTrainer:
         took["EMA"] = precision.timed(self.average, self.on)
         return took | {"update": sum(took.values())} | ({"CPU time": cpu} if self.on.type == "cpu" else {})
 
-    def parts(self, draws: Draws) -> dict[str, float]:
+    def parts(self, draws: RandomDraws) -> dict[str, float]:
         """Return the seconds of one update by network and by what is done, each waited for."""
         took: dict[str, float] = {}
         with self.timer.watching(self.objective):
@@ -128,19 +149,21 @@ class StageTrainer:
             kinds.setdefault(names, []).append(loss)
         return kinds
 
-    def turn(self, names: tuple[str, ...], loss: Any, draws: Draws) -> torch.Tensor:
+    def turn(self, names: tuple[str, ...], loss: Any, draws: RandomDraws) -> torch.Tensor:
         """Let the named networks learn from a loss; return its mean."""
         compiling.learn(self.objective, names)
-        value = loss(draws).mean()
-        with self.timer.part("backward"):
-            value.backward()
+        passes, mean = draws.passes(self.micro_batch), torch.zeros((), device=self.on)
+        for own in passes:
+            value = loss(own).mean() / len(passes)
+            with self.timer.part("backward"):
+                value.backward()
+            mean += value.detach()
         with self.timer.part("clip, optimizer"):
             for name in names:
                 if self.stage.clip is not None:
                     nn.utils.clip_grad_norm_(self.objective.nets[name].parameters(), self.stage.clip)
                 self.optimizers[name].step()
                 self.optimizers[name].zero_grad()
-        mean: torch.Tensor = value.detach()
         return mean
 
     def average(self) -> None:
@@ -149,11 +172,11 @@ class StageTrainer:
 
 
 def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None = None) -> dict[str, Any]:
-    """Measure every stage of a recipe, and one-step sampling. `batch` replaces the stages' own, which on a CPU are
+    """Measure every stage of a recipe, and sampling. `batch` replaces the stages' own, which on a CPU are
     otherwise cut to what takes a few seconds.
     """
     on = device.prepare(recipe)
-    data = open_data(recipe.data, planning=True)
+    data = dataset.look(recipe, planning=True)
     teacher, student = (build(net, on) for net in pipeline.networks_on_meta(recipe, data, planning=True))
     chosen, reason, others = settle(recipe, teacher, on)
     report(reason)
@@ -170,10 +193,10 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
     for stage in recipe.stages:
         size = batch or fitting_batch(stage, student, on)
         report(f"{stage.objective}: {repeats} repeats at batch {size}")
-        trainer = StageTrainer(resized(stage, size), teacher, student, on)
+        trainer = StageTrainer(resized(stage, size), teacher, student, on, recipe.micro_batch)
         compared = modes(recipe, chosen, on, others)
         figures = bench_stage(trainer, compared, RandomDraws(student, size, on), repeats=repeats, report=report)
-        flops = estimate.stage_cost(trainer.stage, meta(student), meta(teacher)).flops
+        flops = estimate.stage_cost(trainer.stage, meta(student), meta(teacher), recipe.micro_batch).flops
         for figure in figures.values():
             figure["images_per_second"] = size / figure["seconds"]["update"]
             figure["flops_per_second"] = flops / figure["seconds"]["update"]
@@ -188,7 +211,10 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
         measured |= {"modes": figures, "half_batch": half_batch(trainer, student, repeats=repeats)}
         result["stages"].append(measured | {"bound_by": bound(measured, result["peak_flops"][chosen], chosen)})
     report("sampling")
-    result["sampling"] = bench_sample.measure(student, on, batch=batch or fitting_batch(recipe.stages[-1], student, on))
+    last = recipe.stages[-1]
+    assert isinstance(last, GeneratorSettings), "checked with the recipe"
+    size = min(batch or fitting_batch(last, student, on), recipe.evaluation.batch)
+    result["sampling"] = bench_sample.measure(student, tuple(last.sigmas), on, batch=size)
     return result
 
 
@@ -209,7 +235,8 @@ def build(described: Denoiser, on: torch.device) -> Denoiser:
     shape, classes, sigma_data = described.shape, described.num_classes, described.sigma_data
     with torch.device(on):
         net = nets.build(described.settings, shape=shape, num_classes=classes, sigma_data=sigma_data)
-    return net.to(on).requires_grad_(False).eval()
+    net = net.to(on).requires_grad_(False).eval()
+    return net if on.type == "meta" else precision.with_prompts(net)
 
 
 def fitting_batch(stage: StageSettings, student: Denoiser, on: torch.device) -> int:
@@ -236,7 +263,7 @@ def modes(recipe: Recipe, chosen: str, on: torch.device, plain: list[str]) -> li
 
 
 def bench_stage(
-    trainer: StageTrainer, compared: list[Mode], draws: Draws, *, repeats: int, report: Report
+    trainer: StageTrainer, compared: list[Mode], draws: RandomDraws, *, repeats: int, report: Report
 ) -> dict[str, Any]:
     """Measure a stage in every mode in turn; the first round warms up, and compiles."""
     seconds: dict[str, list[dict[str, float]]] = {mode.name: [] for mode in compared}
@@ -280,7 +307,7 @@ def meta(net: Denoiser) -> Denoiser:
     return build(net, torch.device("meta"))
 
 
-def kept_bytes(trainer: StageTrainer, draws: Draws) -> int:
+def kept_bytes(trainer: StageTrainer, draws: RandomDraws) -> int:
     """Weights, gradients, moments and average, and the most that a turn keeps for its backward pass: counted, where
     the device does not tell.
     """
@@ -288,7 +315,7 @@ def kept_bytes(trainer: StageTrainer, draws: Draws) -> int:
     for names, losses in trainer._kinds().items():
         compiling.learn(trainer.objective, names)
         with saved_bytes() as saved:
-            losses[0](draws)
+            losses[0](draws.passes(trainer.micro_batch)[0])
         most = max(most, sum(saved.values()))
     networks = [*vars(trainer.objective).values(), *trainer.objective.nets.values(), trainer.ema.net]
     weights = {p.data_ptr(): p.nbytes for n in networks if isinstance(n, nn.Module) for p in n.parameters()}

@@ -1,4 +1,4 @@
-"""How fast one-step sampling is: a single image, a batch, and files written, beside the bare network."""
+"""How fast sampling is: a single image, a batch, and files written, beside the bare network."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from typing import Any
 import torch
 
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.generator import Generator
 from msdcli.engine.bench.clock import ratios
 from msdcli.engine.pictures import save_pngs, save_zip
 from msdcli.engine.sample import Students
 from msdcli.engine.train.precision import timed
 from msdcli.partition import Partition
 
-SIGMA_INIT = 80.0
 ENOUGH = 0.5  # seconds of the bare network, in batches that are written in one piece
 
 
 @torch.no_grad()
-def measure(student: Denoiser, on: torch.device, *, batch: int, repeats: int = 5) -> dict[str, Any]:
+def measure(
+    student: Denoiser, sigmas: tuple[float, ...], on: torch.device, *, batch: int, repeats: int = 5
+) -> dict[str, Any]:
     """Return seconds of one image, images per second of a batch, and the share that is left of the bare network's.
 
     `routed` is a request as `msd sample` serves it, with noise, routing and the copy to the host; `zip` and `png` also
-    make an archive and a folder of PNGs, of several batches (absent for points): what lies between them is the file
-    system's.
+    make an archive and a folder of PNGs, of several batches (absent for points and latents): what lies between them is
+    the file system's.
     """
     num_classes = max(student.num_classes, 1)
     names = [str(k) for k in range(num_classes)]
     students = Students([], Partition([list(range(num_classes))], num_classes, "consecutive"), names, on)
-    students.put(0, student, SIGMA_INIT)
+    students.put(0, Generator(student, sigmas))
     classes = [i % num_classes for i in range(batch)]
-    x, sigma = torch.randn(batch, *student.shape, device=on), torch.full((batch,), SIGMA_INIT, device=on)
+    x, sigma = torch.randn(batch, *student.shape, device=on), torch.full((batch,), sigmas[0], device=on)
     condition = torch.tensor(classes, device=on)
 
     def bare() -> None:
-        student(x, sigma, condition)
+        for _ in sigmas:
+            student(x, sigma, condition)
 
     many = max(1, round(ENOUGH / min(timed(bare, on) for _ in range(2))))
 
@@ -51,7 +54,7 @@ def measure(student: Denoiser, on: torch.device, *, batch: int, repeats: int = 5
         "routed": lambda: students.sample(classes, batch=batch),
         "one": lambda: students.sample(classes[:1]),
     }
-    if len(student.shape) == 3:
+    if len(student.shape) == 3 and student.shape[0] in (1, 3):  # pictures, and no latents
         calls |= {"zip": lambda: written(save_zip), "png": lambda: written(save_pngs)}
     seconds = interleaved(calls, on, repeats)
     for name in seconds.keys() & {"zip", "png"}:
@@ -59,6 +62,7 @@ def measure(student: Denoiser, on: torch.device, *, batch: int, repeats: int = 5
     shares = {name: ratios(seconds["bare"], seconds[name]) for name in calls if name not in ("bare", "one")}
     return {
         "batch": batch,
+        "steps": len(sigmas),
         "latency_seconds": statistics.median(seconds["one"]),
         "images_per_second": {n: batch / statistics.median(s) for n, s in seconds.items() if n != "one"},
         "share_of_bare": shares,

@@ -21,13 +21,13 @@ from typing import Any, Self
 
 import torch
 
-from msdcli.data import open_data
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import pipeline
 from msdcli.engine.bench import recipe as bench
 from msdcli.engine.bench.clock import ratios, spread
 from msdcli.engine.bench.threads import SeededDraws, ThreadedStudents
 from msdcli.engine.distributed import device
+from msdcli.engine.inputs import dataset
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.counting import num_parameters
 from msdcli.errors import WorkerError
@@ -54,7 +54,7 @@ class BenchJob:
         """Build the students; their weights depend on the recipe's seed and their numbers only."""
         on = device.prepare(self.recipe)
         torch.set_num_threads(self.threads)
-        data = open_data(self.recipe.data, planning=True)
+        data = dataset.look(self.recipe, planning=True)
         torch.manual_seed(self.recipe.seed)
         teacher, student = (
             filled(bench.build(net, on)) for net in pipeline.networks_on_meta(self.recipe, data, planning=True)
@@ -62,7 +62,7 @@ class BenchJob:
         stage, trainers = bench.resized(self.recipe.stages[self.stage], self.batch), dict[int, bench.StageTrainer]()
         for number in self.students:
             torch.manual_seed(derive(self.recipe.seed, number))
-            trainers[number] = bench.StageTrainer(stage, teacher, student, on)
+            trainers[number] = bench.StageTrainer(stage, teacher, student, on, self.recipe.micro_batch)
             trainers[number].enter(bench.Mode(self.precision))
         return ThreadedStudents(trainers, on, threads=self.threads, key=(self.recipe.seed,))
 
@@ -82,7 +82,7 @@ def measure(
     """Compare the ways to train `students` at once on one device, for every stage of a recipe."""
     cores = torch.get_num_threads()
     on = device.prepare(recipe)
-    data = open_data(recipe.data, planning=True)
+    data = dataset.look(recipe, planning=True)
     teacher, student = pipeline.networks_on_meta(recipe, data, planning=True)
     chosen, reason, _ = bench.settle(recipe, bench.build(teacher, on), on)
     report(reason)

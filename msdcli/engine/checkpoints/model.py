@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
-from msdcli import nets
+from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine.checkpoints.tensors import load_tensors, load_weights, save_tensors
+from msdcli.engine.checkpoints.tensors import check_fit, load_tensors, load_weights, save_tensors, tensor_shapes
 from msdcli.errors import UserError
 from msdcli.recipe.networks import Network, NetworkSettings
-from msdcli.rundir import file_hash, read_json, write_json
+from msdcli.rundir import file_hash, write_json
 
 WEIGHTS, MODEL = "model.safetensors", "model.json"
 FORMAT = 1
@@ -36,26 +37,63 @@ def save_model(
         "sigma_data": net.sigma_data,
         "parameters": sum(p.numel() for p in net.parameters()),
         "sha256": file_hash(folder / WEIGHTS),
+        **({"anchor": net.anchor} if net.anchor else {}),
     }
     write_json(folder / MODEL, description | record)
 
 
 def load_model(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
-    """Read a denoiser and its description. UserError if a file is missing, damaged, or another than was written."""
+    """Read a denoiser and its description. UserError if a file is missing, damaged, or another than was written.
+
+    A description may claim any size: the network has no memory until its file's shapes have been compared.
+    """
     if not (folder / MODEL).is_file():
         raise UserError(f"no model at {folder}: {MODEL} is missing")
-    description = read_json(folder / MODEL)
+    description, weights = records.model(folder / MODEL), folder / WEIGHTS
+    shapes = tensor_shapes(weights)
+    sha256 = file_hash(weights)
+    if description.get("sha256", sha256) != sha256:
+        raise UserError(f"{weights} is not the file that {MODEL} describes: its hash differs")
+    _check_extent(description["network"], len(shapes), folder / MODEL)
+    with torch.device("meta"):
+        check_fit(_built(description, folder / MODEL), shapes, weights)
+    net = _built(description, folder / MODEL)
+    load_weights(net, load_tensors(weights)[0], weights)
+    return net.requires_grad_(False).eval(), description | {"sha256": sha256}
+
+
+def _built(description: Mapping[str, Any], path: Path) -> Denoiser:
+    """Build the network of a description that may come from anywhere."""
     try:
         network = TypeAdapter[NetworkSettings](Network).validate_python(description["network"])
-        shape, classes = tuple(description["shape"]), description["num_classes"]
-        net = nets.build(network, shape=shape, num_classes=classes, sigma_data=description["sigma_data"])
-    except (KeyError, TypeError, ValidationError) as error:
-        raise UserError(f"{folder / MODEL} does not describe a network msd knows: {error}") from None
-    tensors, _ = load_tensors(folder / WEIGHTS)
-    if description.get("sha256") not in (None, file_hash(folder / WEIGHTS)):
-        raise UserError(f"{folder / WEIGHTS} is not the file that {MODEL} describes: its hash differs")
-    load_weights(net, tensors, folder / WEIGHTS)
-    return net.requires_grad_(False).eval(), description
+        how = {"num_classes": description["num_classes"], "sigma_data": description["sigma_data"]}
+        net = nets.build(network, shape=tuple(description["shape"]), **how)
+        net.anchor = float(description.get("anchor", 0.0))
+        return net
+    except UserError as error:
+        raise UserError(f"{path}: {error.message}", hint=error.hint) from None
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RuntimeError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} does not describe a network msd knows: {said}") from None
+
+
+def _check_extent(value: Any, num_tensors: int, path: Path, name: str = "network") -> None:
+    """Refuse what would be built for ever: more layers than the file has tensors, or sides of millions of pixels."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_extent(inner, num_tensors, path, str(key))
+    elif isinstance(value, list):
+        if len(value) > max(64, num_tensors):
+            raise UserError(
+                f"{path}: {name[:80]} is a list of {len(value):,}, and the file has {num_tensors:,} tensors"
+            )
+        for inner in value:
+            _check_extent(inner, num_tensors, path, name)
+    elif isinstance(value, int):
+        counted = "layers" in name or "blocks" in name
+        most = max(64, num_tensors) if counted else 4096 if name.endswith(("sample_size", "_max_size")) else 2**24
+        if abs(value) > most:
+            raise UserError(f"{path}: {name[:80]} is {value:,}; at most {most:,} would fit this file")
 
 
 def is_complete(folder: Path) -> bool:

@@ -63,6 +63,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in a file by name, without reading its tensors. Errors are those of `load_tensors`."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(path, error) from None
+
+
 def check_hash(path: Path) -> None:
     """Compare a file's content with its hash, one tensor in memory at a time. DamagedError where it differs."""
     try:

@@ -15,13 +15,19 @@ from msdcli.errors import UserError
 
 
 class TrainState:
-    """All that a stage must remember: networks, optimizers, the average, the step, and the cost so far.
+    """All that a stage must remember: networks, optimizers, the average, statistics, the step, and the cost so far.
 
     Nothing else is saved, because nothing else is needed: draws derive from the step.
     """
 
-    def __init__(self, nets: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], ema: EMA) -> None:
-        self.nets = nets
+    def __init__(
+        self,
+        nets: dict[str, nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer],
+        ema: EMA,
+        statistics: nn.Module | None = None,
+    ) -> None:
+        self.nets, self.statistics = nets, statistics
         self.optimizers = optimizers
         self.ema = ema
         self.step = 0
@@ -75,7 +81,8 @@ class TrainState:
                     yield f"optimizer.{name}.{i}.{key}", value
 
     def _all_nets(self) -> list[tuple[str, nn.Module]]:
-        return [*self.nets.items(), ("ema", self.ema.net)]
+        found = [*self.nets.items(), ("ema", self.ema.net)]
+        return found if self.statistics is None else [*found, ("statistics", self.statistics)]
 
     def _make_moments(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Give the optimizers the tensors that a checkpoint has, sharded as their parameters are, to be filled."""

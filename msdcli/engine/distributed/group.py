@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 
 from msdcli.data.images import Share
 from msdcli.engine.distributed import device
+from msdcli.engine.distributed.launcher import local_rank, share
 from msdcli.engine.distributed.sharded_tensors import is_sharded
 from msdcli.errors import ElsewhereError, UserError, WorkerError, explain
 from msdcli.metrics.evaluate import FeatureSet
@@ -21,17 +22,12 @@ Value = TypeVar("Value")
 BUCKET = 25 * 2**20  # bytes of gradients that travel in one message, as in torch's DDP
 
 
-def share() -> Share:
-    """Return this process's number and how many there are: (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def local_device(name: str) -> torch.device:
     """Return the device called `name`; of several GPUs each process on a machine takes its own."""
     if name.startswith("cuda:") and share()[1] > 1:
         raise UserError(f"device: {name} is one GPU, and each process needs its own", hint="device=cuda")
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{local_rank()}"
     return device.resolve(name)
 
 
@@ -126,8 +122,8 @@ class ProcessGroup:
         return max((int(result) for result, _ in votes), default=0)
 
     @contextmanager
-    def averaging_gradients(self, params: Sequence[Tensor], loss: Tensor) -> Iterator[None]:
-        """Average the gradients of `params`, and the `loss`, over all processes, in place.
+    def averaging_gradients(self, params: Sequence[Tensor], figures: list[Tensor]) -> Iterator[None]:
+        """Average the gradients of `params`, and some `figures` such as the loss, over all processes, in place.
 
         The backward pass belongs inside: a bucket of gradients travels as soon as it is complete, while the pass
         computes the others. Not torch's DDP, which counts on one forward pass per backward pass through one module:
@@ -138,7 +134,7 @@ class ProcessGroup:
             yield
             return
         messages = _Messages([p for p in params if not is_sharded(p)], self.size)
-        messages.send([loss])
+        messages.send(figures)
         with messages.sent_when_complete():
             yield
         messages.receive()
@@ -235,8 +231,8 @@ def join_torchrun() -> Iterator[ProcessGroup]:
     """
     rank, size = share()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+    _meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield ProcessGroup(rank, size, _on_hosts())
     except BaseException as error:
@@ -245,6 +241,18 @@ def join_torchrun() -> Iterator[ProcessGroup]:
             raise ElsewhereError(code) from error
         raise
     distributed.destroy_process_group()
+
+
+def _meet(backend: str) -> None:
+    """Wait for the other processes. UserError where the launcher's variables lead to nobody."""
+    try:
+        distributed.init_process_group(backend)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+        raise UserError(
+            f"the processes of this run could not meet at {where}: {str(error).splitlines()[0][:200]}",
+            hint="torchrun sets MASTER_ADDR and MASTER_PORT; for one process, unset WORLD_SIZE and RANK",
+        ) from error
 
 
 def _on_hosts() -> distributed.ProcessGroup:
@@ -269,7 +277,7 @@ def gather_features(part: FeatureSet, share: Share) -> FeatureSet | None:
     rank, num_ranks = share
     if num_ranks == 1:
         return part
-    distributed.init_process_group("gloo")  # arrays on the host, whatever the device
+    _meet("gloo")  # arrays on the host, whatever the device
     try:
         gathered: list[Any] | None = [None] * num_ranks if rank == 0 else None
         distributed.gather_object(part.to_arrays(), gathered)

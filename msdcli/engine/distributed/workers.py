@@ -16,9 +16,13 @@ from typing import IO
 import torch
 
 from msdcli.engine.distributed.interrupt import interruptible
-from msdcli.engine.tracking.events import Progress, Report
+from msdcli.engine.tracking.events import Progress, Report, silent
 from msdcli.errors import DONE, INTERRUPTED, USER, Interrupted, UserError, WorkerError
 from msdcli.rundir import RunDir
+
+REPORTS = "MSD_WORKER_REPORTS"  # the descriptor that a worker's reports go to
+LINGER = 5.0  # seconds that an ended worker's last reports are waited for
+MOST_SAID = 20_000  # bytes of a worker's last words
 
 Events = queue.Queue["Progress | str | Worker"]
 
@@ -27,42 +31,53 @@ class Worker:
     """One `msd distill RUN --worker`: its reports go to `events`, and itself when it has ended."""
 
     def __init__(self, run_dir: RunDir, environment: dict[str, str], events: Events) -> None:
-        self.errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (read when it has ended)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "msdcli", "distill", str(run_dir.root), "--worker"],
-            stdin=subprocess.PIPE,  # ends when this process does, and the worker with it: see die_with_parent
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env=environment,
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on once
-        )
-        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+        self.errors: IO[bytes] = tempfile.TemporaryFile("w+b")  # noqa: SIM115  (read when it has ended)
+        reading, writing = os.pipe()  # of our own: any library may print to standard output
+        self.reports: IO[bytes] = os.fdopen(reading, "rb")
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "msdcli", "distill", str(run_dir.root), "--worker"],
+                stdin=subprocess.PIPE,  # ends when this process does, and the worker with it: see die_with_parent
+                stdout=subprocess.DEVNULL,
+                stderr=self.errors,
+                env=environment | {REPORTS: str(writing)},
+                pass_fds=[writing],
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on once
+            )
+        finally:
+            os.close(writing)
+        listening = threading.Thread(target=self._listen, args=(events,), daemon=True)
+        listening.start()
+        threading.Thread(target=self._wait, args=(listening, events), daemon=True).start()
 
     def _listen(self, events: Events) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            events.put(_decode(line))
+        with self.reports:
+            for line in self.reports:
+                if (event := _decode(line)) is not None:
+                    events.put(event)
+
+    def _wait(self, listening: threading.Thread, events: Events) -> None:
         self.process.wait()
+        listening.join(LINGER)  # a process that the worker started may hold the pipe open
         events.put(self)
 
     def close(self) -> None:
         """Let go of the ended worker's pipes."""
-        for pipe in (self.process.stdin, self.process.stdout, self.errors):
-            if pipe is not None:
-                pipe.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.errors.close()
 
     def failure(self) -> BaseException | None:
         """Return what the ended worker stopped with, if it failed."""
         code = self.process.returncode
         if code == DONE:
             return None
-        self.errors.seek(0)
-        said = self.errors.read().strip()
+        self.errors.seek(max(0, self.errors.seek(0, os.SEEK_END) - MOST_SAID))
+        said = self.errors.read().decode(errors="replace").strip()
         if code == INTERRUPTED:
             return Interrupted("stopped; the same command continues")
         if code == USER:
-            return UserError(said.removeprefix("error: "))
+            return UserError(said.rpartition("error: ")[2])
         return WorkerError(f"a worker ended with code {code}:\n{said}")
 
 
@@ -133,11 +148,24 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def encode(event: Progress | str) -> str:
-    """Return an event as a line of JSON."""
-    return json.dumps(event if isinstance(event, str) else asdict(event))
+def to_parent() -> Report:
+    """Return what reports to the process that started this worker, and to nobody where none did."""
+    number = os.environ.pop(REPORTS, "")
+    if not number.isdecimal():
+        return silent
+    os.set_inheritable(int(number), False)
+    file = os.fdopen(int(number), "wb", buffering=0)
+
+    def report(event: Progress | str) -> None:
+        file.write(json.dumps(event if isinstance(event, str) else asdict(event)).encode() + b"\n")
+
+    return report
 
 
-def _decode(line: str) -> Progress | str:
-    value = json.loads(line)
-    return value if isinstance(value, str) else Progress(**value)
+def _decode(line: bytes) -> Progress | str | None:
+    """Return the event of a line; None for a line that is none."""
+    try:
+        value = json.loads(line)
+        return value if isinstance(value, str) else Progress(**value)
+    except (ValueError, TypeError):
+        return None

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from msdcli import records
 from msdcli.engine.checkpoints.model import MODEL
-from msdcli.engine.tracking.formatting import describe_selected
-from msdcli.rundir import read_json, write_text
+from msdcli.engine.tracking.formatting import describe_selected, evaluations, plural, word
+from msdcli.foreign import visible
+from msdcli.rundir import write_text
 
 if TYPE_CHECKING:
     from msdcli.engine.export.format import ExportResult, ExportSource
 
-TASK = {"type": "unconditional-image-generation", "name": "class-conditional image generation in one step"}
-CARD = """# {name}: {count} one-step students
+TASK = {"type": "unconditional-image-generation", "name": "class-conditional image generation in {steps}"}
+CARD = """# {name}: {count} {kind} students
 
-Distilled with msd from one diffusion teacher by {stages}. Every class belongs to one student; a sample costs one
-network evaluation{size}. With this folder called `{folder}`:
+Distilled with msd from one diffusion teacher by {stages}. Every class belongs to one student; a sample costs
+{evaluations}{size}. With this folder called `{folder}`:
 
 ```python
 {usage}```
@@ -38,6 +42,8 @@ def write(source: ExportSource, exported: ExportResult, record: dict[str, Any], 
     text = CARD.format(
         name=record["name"],
         count=len(source.students.folders),
+        kind=f"{word(source.steps)}-step",
+        evaluations=evaluations(source.steps),
         stages=", ".join(stage.objective for stage in recipe.stages),
         size=_size(source),
         folder=folder.name,
@@ -63,14 +69,17 @@ def _header(
 ) -> dict[str, Any]:
     data = source.run.recipe().data.name
     header: dict[str, Any] = {} if source.options.license is None else {"license": source.options.license}
+    speed = "one-step" if source.steps == 1 else "few-step"
     header |= {
         "library_name": exported.library,
         "pipeline_tag": TASK["type"],
-        "tags": ["diffusion", "distillation", "one-step", "multi-student-distillation", record["kind"]],
+        "tags": ["diffusion", "distillation", speed, "multi-student-distillation", record["kind"]],
     }
     if measured:
         results = [_result(line) for line in measured]
-        described = {"task": TASK, "dataset": {"name": data, "type": data}, "metrics": results}
+        steps = f"{word(source.steps)} {plural(source.steps, 'step')}"
+        task = TASK | {"name": TASK["name"].format(steps=steps)}
+        described = {"task": task, "dataset": {"name": data, "type": data}, "metrics": results}
         header["model-index"] = [{"name": record["name"], "results": [described]}]
     return header
 
@@ -84,10 +93,12 @@ def _measured(source: ExportSource, record: dict[str, Any]) -> list[dict[str, An
     """The first figure of every measurement of these very weights."""
     lines = []
     for path in source.run.results():
-        stored = read_json(path)
-        if stored["students_sha256"] != record["students_sha256"]:
+        stored = records.measurement(path)
+        if stored.get("students_sha256") != record["students_sha256"]:
             continue
         rows = {row["who"]: row for row in stored["rows"] if row["group"] == "whole"}
+        if "students" not in rows:
+            continue
         line = {
             "metric": stored["metric"],
             "value": round(rows["students"]["values"][stored["metric"]], 6),
@@ -95,7 +106,7 @@ def _measured(source: ExportSource, record: dict[str, Any]) -> list[dict[str, An
             "protocol": stored["protocol"],
             "samples": stored["samples"],
             "reference_samples": rows["students"]["reference"],
-            "weights_sha256": stored["network"].get("weights_sha256"),
+            "weights_sha256": stored.get("network", {}).get("weights_sha256"),
             "students_sha256": stored["students_sha256"],
         }
         lines.append(line)
@@ -111,12 +122,18 @@ def _checked(record: dict[str, Any]) -> str:
 
 def _students(source: ExportSource) -> str:
     names, rows = source.students.class_names, []
-    cards = [read_json(folder / MODEL) for folder in source.students.folders]
+    cards = [records.trained(folder / MODEL) for folder in source.students.folders]
     for k, (part, card) in enumerate(zip(source.students.partition.parts, cards, strict=True)):
-        shown = ", ".join(names[c] for c in part[:20]) + (f" and {len(part) - 20} more" if len(part) > 20 else "")
-        rows.append([str(k), shown.replace("|", "\\|"), f"{card['parameters']:,}", f"`{card['sha256'][:16]}`"])
+        shown = ", ".join(_plain(names[c]) for c in part[:20])
+        shown += f" and {len(part) - 20} more" if len(part) > 20 else ""
+        rows.append([str(k), shown, f"{card['parameters']:,}", f"`{card['sha256'][:16]}`"])
     table = _table(["student", "classes", "parameters", "sha256 of the trained weights"], rows)
     return "\n\n".join([table, *describe_selected(cards)])
+
+
+def _plain(name: str) -> str:
+    """Return a class's name, which may come from anywhere, as text of one cell: neither Markdown nor HTML."""
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(visible(name)[:100], quote=False))
 
 
 def _results(measured: Sequence[dict[str, Any]]) -> str:

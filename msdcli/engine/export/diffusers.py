@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.export.format import ExportResult, described
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.sections import WEIGHTS
-from msdcli.rundir import read_json, write_text
+from msdcli.rundir import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,10 +31,15 @@ pipe = DiffusionPipeline.from_pretrained("{folder}", custom_pipeline="{folder}",
 
 def check(students: sample.Students) -> None:
     """Raise UserError where the networks are not the library's, or the library is missing."""
-    kinds = {read_json(folder / MODEL)["network"]["kind"] for folder in students.folders}
+    kinds = {records.model(folder / MODEL)["network"].get("kind") for folder in students.folders}
     if other := sorted(kinds - {"diffusers"}):
         raise UserError(
             f"these students have networks of kind {other[0]}, which are not the diffusers library's",
+            hint="--format bundle or --format onnx takes any network",
+        )
+    if any(records.model(folder / MODEL).get("anchor") for folder in students.folders):
+        raise UserError(
+            "these students are anchored (stage cd, `anchor`), which a pipeline of the library does not know",
             hint="--format bundle or --format onnx takes any network",
         )
     try:
@@ -51,14 +57,14 @@ def write(source: ExportSource) -> ExportResult:
     arguments = "".join(f"        {name}: Any,\n" for name in names)
     write_text(source.folder / "pipeline.py", code.replace("        student_0: Any,\n", arguments))
     networks = list(source.each())
-    net, sigma_init = networks[0]
+    net, sigmas = networks[0].net, networks[0].sigmas
     assert hasattr(net, "prediction"), "checked before"
     pipeline = pipeline_class(source.folder)(
-        **{name: one.net for name, (one, _) in zip(names, networks, strict=True)},
+        **{name: one.net.net for name, one in zip(names, networks, strict=True)},
         parts=dict(zip(names, source.students.partition.parts, strict=True)),
         class_names={str(number): name for number, name in enumerate(source.students.class_names)},
-        sigma_init=sigma_init,
-        timestep=timestep(net, sigma_init),
+        sigmas=list(sigmas),
+        timesteps=[timestep(net, sigma) for sigma in sigmas],
         prediction=net.prediction,
         num_classes=net.num_classes,
     )
@@ -72,11 +78,11 @@ def write(source: ExportSource) -> ExportResult:
     )
 
 
-def timestep(net: Any, sigma_init: float) -> float:
+def timestep(net: Any, sigma: float) -> float:
     """What the network's schedule calls this noise level."""
     if net.prediction == "flow":
-        return float(net.steps * sigma_init / (1 + sigma_init))
-    return float(net.timestep(torch.tensor([sigma_init])).item())
+        return float(net.steps * sigma / (1 + sigma))
+    return float(net.timestep(torch.tensor([sigma])).item())
 
 
 def pipeline_class(folder: Path) -> Any:
@@ -85,7 +91,7 @@ def pipeline_class(folder: Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.OneStepPipeline
+    return module.StudentsPipeline
 
 
 class Loaded:
@@ -100,8 +106,9 @@ class Loaded:
         finally:
             logging.enable_progress_bar()
 
-    def generate(self, z: Any, classes: Sequence[int]) -> Tensor:
-        images: Tensor = self.pipeline(classes, latents=torch.as_tensor(z), output_type="pt").images
+    def generate(self, z: Any, classes: Sequence[int], noise: Any = None) -> Tensor:
+        between = None if noise is None else torch.as_tensor(noise)
+        images: Tensor = self.pipeline(classes, latents=torch.as_tensor(z), noise=between, output_type="pt").images
         return images
 
     def sample(self, classes: Sequence[int]) -> Tensor:

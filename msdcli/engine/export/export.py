@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import FORMAT, MODEL
 from msdcli.engine.export import card as export_card
@@ -22,10 +23,12 @@ from msdcli.engine.export.format import (
     RoutedModels,
     RunStudents,
 )
+from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import MismatchError, UserError
-from msdcli.noise import image_noise
-from msdcli.rundir import RunDir, building, read_json, write_json
+from msdcli.noise import image_noise, step_noise
+from msdcli.outputs import check_folder, replacing, with_files
+from msdcli.rundir import RunDir, write_json
 
 FORMATS = ("bundle", "onnx", "torch", "diffusers", "triton")
 
@@ -42,7 +45,7 @@ def export(
     options = options or ExportOptions()
     check(run, folder, kind, options)
     students = sample.load(run.root)
-    with building(folder) as place:
+    with replacing(folder, check_folder(folder, "export of msd")) as place:
         source = ExportSource(run, students, place, options, report)
         students.partition.save(place / "partition.json")
         exported = _module(kind).write(source)
@@ -52,15 +55,16 @@ def export(
             "name": run.root.resolve().name,
             "class_names": students.class_names if students.prompt_router is None else [],
             "shape": list(source.shape),
-            "students_sha256": [read_json(f / MODEL)["sha256"] for f in students.folders],
+            "steps": source.steps,
+            "students_sha256": [records.trained(f / MODEL)["sha256"] for f in students.folders],
         } | verify(source, exported)
         record |= exported.record
         if options.precision != "float32":
             record |= {"distance": _distance(source, exported)}
         if options.bench and students.prompt_router is None:  # what a prompt costs, msd sample says
             record["speed"] = export_bench.measure(source, exported)
-        write_json(place / (sample.BUNDLE if kind == "bundle" else EXPORT), record)
         export_card.write(source, exported, record, folder)
+        write_json(place / (sample.BUNDLE if kind == "bundle" else EXPORT), with_files(record, place))
     return record | {"folder": str(folder)}
 
 
@@ -82,15 +86,10 @@ def check(run: RunDir, folder: Path, kind: str, options: ExportOptions) -> sampl
         raise UserError(f"format {kind} is float32; {options.precision} is for onnx and triton")
     if options.aot and kind != "torch":
         raise UserError(f"--aot is for format torch, not for {kind}")
-    if folder.exists() and not _is_export(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is no export of msd: nothing was written", hint="--out another folder")
+    check_folder(folder, "export of msd")
     if prepare := getattr(_module(kind), "check", None):
         prepare(students)
     return students
-
-
-def _is_export(folder: Path) -> bool:
-    return (folder / sample.BUNDLE).is_file() or (folder / EXPORT).is_file()
 
 
 def _module(kind: str) -> Any:
@@ -108,8 +107,9 @@ class ExportedStudents(sample.Students):
         super().__init__(students.folders, students.partition, *how)
         self.routed = routed
 
-    def generate(self, number: int, z: Tensor, c: Tensor) -> Tensor:
-        return torch.as_tensor(self.routed.generate(z.cpu().numpy(), c.tolist())).to(z.device)
+    def generate(self, number: int, z: Tensor, c: Tensor, noise: Tensor | None = None) -> Tensor:
+        between = None if noise is None else noise.cpu().numpy()
+        return torch.as_tensor(self.routed.generate(z.cpu().numpy(), c.tolist(), between)).to(z.device)
 
 
 def verify(source: ExportSource, exported: ExportResult, *, most: int = 256) -> dict[str, Any]:
@@ -120,14 +120,15 @@ def verify(source: ExportSource, exported: ExportResult, *, most: int = 256) -> 
     each = max(2, min(32, most // len(parts)))
     classes = [part[i * len(part) // each % len(part)] for i in range(each) for part in parts]  # neighbours mixed
     z = image_noise(0, range(len(classes)), source.shape)
+    noise = step_noise(0, range(len(classes)), source.shape, source.steps)
     opened, asked = exported.open(None, None), classes
     if source.students.prompt_router is not None and isinstance(
         opened, RunStudents
     ):  # prompts, embedded anew on either side
         prompts = [source.students.class_names[c] for c in classes]
         classes, asked = source.students.numbers(prompts), opened.students.numbers(prompts)
-    wanted = RunStudents(source.students).generate(z, classes)
-    got = torch.as_tensor(opened.generate(z.numpy(), asked))
+    wanted = RunStudents(source.students).generate(z, classes, noise)
+    got = torch.as_tensor(opened.generate(z.numpy(), asked, None if noise is None else noise.numpy()))
     difference = (got - wanted).abs().max().item()
     allowed = exported.tolerance * max(1.0, wanted.abs().max().item())
     if not difference <= allowed:  # not a number is no agreement
@@ -142,12 +143,12 @@ def _distance(source: ExportSource, exported: ExportResult) -> dict[str, Any] | 
     """The run's own distance before and after, from as many samples; None where the run was not measured by it."""
     from msdcli.engine.measure import fid
 
-    stored = [read_json(path) for path in source.run.results()]
+    stored = [records.measurement(path) for path in source.run.results()]
     own = next((s for s in stored if s["metric"].startswith(("fd_", "l1_"))), None)
     count = source.options.samples if source.options.samples is not None else (own or {}).get("samples", 0)
     if own is None or not count:
         return None
-    context = fid.EvaluationContext(source.run, fid.FidOptions(samples=count, device="cpu"), source.report)
+    context = fid.EvaluationContext(source.run, FidOptions(samples=count, device="cpu"), source.report)
     reference = context.teacher() if context.planar else context.real()
     values = [
         context.metric.compare(context.students(students), reference, 0, False)[0][context.metric.name]

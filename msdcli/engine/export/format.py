@@ -11,12 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from msdcli.diffusion.denoiser import Denoiser
+from msdcli import records
+from msdcli.diffusion.generator import Generator
 from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.export.given import students as router
 from msdcli.engine.tracking.events import Report
-from msdcli.rundir import RunDir, file_hash, read_json, write_json
+from msdcli.rundir import RunDir, file_hash, write_json
 
 EXPORT = "export.json"
 # The largest difference from the run's samples, of images in [-1, 1]; where samples are larger, in proportion.
@@ -49,10 +50,15 @@ class ExportSource:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of what a student makes."""
-        return tuple(read_json(self.students.folders[0] / MODEL)["shape"])
+        return tuple(records.model(self.students.folders[0] / MODEL)["shape"])
 
-    def each(self) -> Iterator[tuple[Denoiser, float]]:
-        """Give every student and its noise level, one after the other."""
+    @property
+    def steps(self) -> int:
+        """Network evaluations per image; all students of a run have as many."""
+        return self.students.student(0).steps
+
+    def each(self) -> Iterator[Generator]:
+        """Give every student, one after the other."""
         for k in range(len(self.students.folders)):
             self.report(f"student {k} of {len(self.students.folders)}")
             yield self.students.student(k)
@@ -61,7 +67,7 @@ class ExportSource:
 class RoutedModels(Protocol):
     """An exported folder that has been opened: every class goes to its student."""
 
-    def generate(self, z: Any, classes: Sequence[int]) -> Any: ...
+    def generate(self, z: Any, classes: Sequence[int], noise: Any = None) -> Any: ...
 
     def sample(self, classes: Sequence[int]) -> Any: ...
 
@@ -87,12 +93,14 @@ class RunStudents:
     def __init__(self, students: sample.Students) -> None:
         self.students = students
 
-    def generate(self, z: Any, classes: Sequence[int]) -> Tensor:
+    def generate(self, z: Any, classes: Sequence[int], noise: Any = None) -> Tensor:
         z = torch.as_tensor(z)
         images, c = torch.empty(z.shape), torch.tensor(classes)
+        between = None if noise is None else torch.as_tensor(noise)
         for number, at in self.students.route(classes).items():
             with torch.no_grad():
-                images[at] = self.students.generate(number, z[at], c[at]).cpu()
+                own = None if between is None else between[at]
+                images[at] = self.students.generate(number, z[at], c[at], own).cpu()
         return images
 
     def sample(self, classes: Sequence[int]) -> Tensor:
@@ -108,7 +116,8 @@ def with_router(
     """Put the router beside the models: a file of Python that reads export.json and partition.json."""
     shutil.copyfile(router.__file__, source.folder / "students.py")
     record = {"students": described(source, files)} | record
-    needed = {"shape": list(source.shape), "class_names": source.students.class_names, "kind": kind} | record
+    needed = {"shape": list(source.shape), "class_names": source.students.class_names, "kind": kind}
+    needed |= {"steps": source.steps} | record
     write_json(source.folder / EXPORT, needed)  # what the router needs; the whole record follows
     return ExportResult(
         open=lambda most, memory: router.Students(source.folder, max_resident=most, memory=memory),

@@ -37,9 +37,9 @@ def check(students: sample.Students) -> None:
 def write(source: ExportSource) -> ExportResult:
     """Write students/K/model.onnx and the router."""
     files = []
-    for k, (net, sigma_init) in enumerate(source.each()):
+    for k, generator in enumerate(source.each()):
         path = source.folder / "students" / str(k) / "model.onnx"
-        write_graph(program(net, sigma_init), path, source.options.precision)
+        write_graph(program(generator), path, source.options.precision)
         files.append(path)
     record = {"opset": OPSET, "precision": source.options.precision, "max_batch": MAX_BATCH}
     return with_router(source, "onnx", files, record)
@@ -48,6 +48,8 @@ def write(source: ExportSource) -> ExportResult:
 def write_graph(traced: ExportedProgram, path: Path, precision: str) -> None:
     """Write one student: inputs `z` [n, *shape] float32 and `labels` [n] int64, output `images` float32.
 
+    Of several steps also `noise` [n, steps - 1, *shape] float32, the unit noise between them.
+
     In float16 the layers' products are float16 and all between them float32. In int8 the weights alone are, each output
     channel with its own scale; products are float32.
     """
@@ -55,7 +57,8 @@ def write_graph(traced: ExportedProgram, path: Path, precision: str) -> None:
     import torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = {"input_names": ["z", "labels"], "output_names": ["images"]}
+    inputs = ["z", "labels", "noise"][: len(traced.graph_signature.user_inputs)]
+    names = {"input_names": inputs, "output_names": ["images"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' own, about themselves
         converted = torch.onnx.export(
@@ -63,7 +66,7 @@ def write_graph(traced: ExportedProgram, path: Path, precision: str) -> None:
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
-            dynamic_shapes=({0: "n"}, {0: "n"}),
+            dynamic_shapes=({0: "n"},) * len(inputs),
             **names,  # type: ignore[arg-type]
         )
     assert converted is not None

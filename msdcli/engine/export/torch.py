@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from msdcli.diffusion.denoiser import Denoiser, one_step
+from msdcli.diffusion.denoiser import Denoiser, few_step
+from msdcli.diffusion.generator import Generator
 from msdcli.engine.export.format import with_router
 from msdcli.errors import UserError
 from msdcli.nets.edm.edm2 import bake
@@ -24,25 +25,30 @@ if TYPE_CHECKING:
 MAX_BATCH = 1024
 
 
-class OneStep(nn.Module):
-    """images = G(z, labels): a student with its noise level baked in."""
+class Unrolled(nn.Module):
+    """images = G(z, labels, noise): a student with its noise levels baked in; its steps share their weights."""
 
-    def __init__(self, net: Denoiser, sigma_init: float) -> None:
+    def __init__(self, net: Denoiser, sigmas: tuple[float, ...]) -> None:
         super().__init__()
-        self.net, self.sigma_init = net, sigma_init
+        self.net, self.sigmas = net, sigmas
 
-    def forward(self, z: Tensor, labels: Tensor) -> Tensor:
-        return one_step(self.net, z, self.sigma_init, labels).float()
+    def forward(self, z: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
+        return few_step(self.net, z, self.sigmas, labels, noise).float()
 
 
-def program(net: Denoiser, sigma_init: float) -> ExportedProgram:
-    """Trace a student: unit noise `z` [n, *shape] float32 and `labels` [n] int64 to images; n is open."""
-    net = bake(copy.deepcopy(net).cpu()).eval().requires_grad_(False)
-    example = torch.zeros(3, *net.shape), torch.zeros(3, dtype=torch.int64)
+def program(generator: Generator) -> ExportedProgram:
+    """Trace a student: unit noise `z` [n, *shape] float32 and `labels` [n] int64 to images; n is open.
+
+    A student of several steps has one input more, `noise` [n, steps - 1, *shape]: the unit noise between them.
+    """
+    net = bake(copy.deepcopy(generator.net).cpu()).eval().requires_grad_(False)
+    example: tuple[Tensor, ...] = torch.zeros(3, *net.shape), torch.zeros(3, dtype=torch.int64)
+    if generator.steps > 1:
+        example = (*example, torch.zeros(3, generator.steps - 1, *net.shape))
     n = Dim("n", min=1, max=max_batch(net))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's own, about itself
-        traced = torch.export.export(OneStep(net, sigma_init), example, dynamic_shapes=({0: n}, {0: n}))
+        traced = torch.export.export(Unrolled(net, generator.sigmas), example, dynamic_shapes=({0: n},) * len(example))
     for node in traced.graph.nodes:
         node.meta.pop("stack_trace", None)  # where in this machine's files it came from
     return traced
@@ -62,11 +68,11 @@ def write(source: ExportSource) -> ExportResult:
     if aot:
         check_compiler()
     files, largest = [], MAX_BATCH
-    for k, (net, sigma_init) in enumerate(source.each()):
-        largest = min(largest, max_batch(net))
+    for k, generator in enumerate(source.each()):
+        largest = min(largest, max_batch(generator.net))
         path = source.folder / "students" / str(k) / ("model.aot.pt2" if aot else "model.pt2")
         path.parent.mkdir(parents=True)
-        traced = program(net, sigma_init)
+        traced = program(generator)
         save_compiled(traced, path) if aot else torch.export.save(traced, path)
         files.append(path)
     return with_router(source, "torch", files, {"aot": aot, "max_batch": largest})

@@ -24,7 +24,7 @@ backend: "onnxruntime"
 max_batch_size: {batch}
 input [
   {{ name: "z" data_type: TYPE_FP32 dims: [ {dims} ] }},
-  {{ name: "labels" data_type: TYPE_INT64 dims: [ 1 ] reshape: {{ shape: [ ] }} }}
+  {{ name: "labels" data_type: TYPE_INT64 dims: [ 1 ] reshape: {{ shape: [ ] }} }}{noise}
 ]
 output [ {{ name: "images" data_type: TYPE_FP32 dims: [ {dims} ] }} ]
 dynamic_batching {{ max_queue_delay_microseconds: 1000 }}
@@ -35,17 +35,19 @@ backend: "python"
 max_batch_size: {batch}
 input [
   {{ name: "labels" data_type: TYPE_INT64 dims: [ 1 ] }},
-  {{ name: "z" data_type: TYPE_FP32 dims: [ {dims} ] optional: true }},
+  {{ name: "z" data_type: TYPE_FP32 dims: [ {dims} ] optional: true }},{noise}
   {{ name: "seed" data_type: TYPE_INT64 dims: [ 1 ] optional: true }}
 ]
 output [ {{ name: "images" data_type: TYPE_FP32 dims: [ {dims} ] }} ]
 instance_group [ {{ kind: KIND_CPU count: {instances} }} ]
 parameters: [
   {{ key: "students" value: {{ string_value: "{name}_student_" }} }},
-  {{ key: "max_resident" value: {{ string_value: "{resident}" }} }}
+  {{ key: "max_resident" value: {{ string_value: "{resident}" }} }},
+  {{ key: "steps" value: {{ string_value: "{steps}" }} }}
 ]
 version_policy: {{ latest {{ num_versions: 1 }} }}
 """
+NOISE = """{{ name: "noise" data_type: TYPE_FP32 dims: [ {between}, {dims} ]{optional} }}"""  # of several steps
 USAGE = """import numpy as np
 import tritonclient.http as triton  # the server: tritonserver --model-repository {folder}{mode}
 
@@ -62,11 +64,14 @@ def write(source: ExportSource) -> ExportResult:
     """Write NAME_student_K/1/model.onnx and NAME/1/model.py, each with its config.pbtxt; NAME is the run's."""
     router = re.sub(r"[^A-Za-z0-9_-]", "_", source.run.root.resolve().name)
     dims, files = ", ".join(map(str, source.shape)), []
-    for k, (net, sigma_init) in enumerate(source.each()):
+    noise = f",\n  {_noise(source, dims)}" if source.steps > 1 else ""
+    for k, generator in enumerate(source.each()):
         name = f"{router}_student_{k}"
         path = source.folder / name / "1" / "model.onnx"
-        export_onnx.write_graph(program(net, sigma_init), path, source.options.precision)
-        write_text(source.folder / name / "config.pbtxt", STUDENT.format(name=name, batch=MAX_BATCH, dims=dims))
+        export_onnx.write_graph(program(generator), path, source.options.precision)
+        write_text(
+            source.folder / name / "config.pbtxt", STUDENT.format(name=name, batch=MAX_BATCH, dims=dims, noise=noise)
+        )
         files.append(path)
     _write_router(source, router, dims)
     record = {"opset": export_onnx.OPSET, "precision": source.options.precision, "max_batch": MAX_BATCH}
@@ -78,11 +83,25 @@ def write(source: ExportSource) -> ExportResult:
     return ExportResult(exported.open, usage, record=exported.record, tolerance=exported.tolerance, library="triton")
 
 
+def _noise(source: ExportSource, dims: str, *, optional: bool = False) -> str:
+    """Return the input of the noise between several steps."""
+    return NOISE.format(between=source.steps - 1, dims=dims, optional=" optional: true" if optional else "")
+
+
 def _write_router(source: ExportSource, name: str, dims: str) -> None:
     folder = source.folder / name
     resident = source.options.max_resident or 0
     # A router that loads and unloads must be the only one that does.
-    text = ROUTER.format(batch=MAX_BATCH, dims=dims, name=name, resident=resident, instances=1 if resident else 2)
+    noise = f"\n  {_noise(source, dims, optional=True)}," if source.steps > 1 else ""
+    known = {
+        "batch": MAX_BATCH,
+        "dims": dims,
+        "name": name,
+        "resident": resident,
+        "noise": noise,
+        "steps": source.steps,
+    }
+    text = ROUTER.format(instances=1 if resident else 2, **known)
     write_text(folder / "config.pbtxt", text)
     (folder / "1").mkdir()
     shutil.copyfile(TEMPLATE, folder / "1" / "model.py")

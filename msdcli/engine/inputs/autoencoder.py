@@ -68,7 +68,7 @@ def copy(source: Path, target: Path) -> str:
 
 
 def identity(folder: Path) -> str:
-    """Name an autoencoder by what it is."""
+    """Name an autoencoder by what it is: its weights and its configuration, which has the scaling of latents."""
     return key(read_json(folder / CONFIG), file_hash(folder / WEIGHTS))
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from pathlib import Path
+from typing import Any
 
+import PIL
+
+from msdcli import records
 from msdcli.data import open_data, prompts
-from msdcli.data.base import Dataset
+from msdcli.data.base import FINGERPRINT, Dataset, fingerprint, fingerprint_of_version_1
 from msdcli.data.files.labels import empty_classes
 from msdcli.data.folder import PIXELS, RECORD, SHOWN, BadPicture, DecodedPictures, PictureFiles, refusal
 from msdcli.engine.inputs import hub, importing
@@ -16,9 +21,10 @@ from msdcli.errors import UserError
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings, PromptsSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings
-from msdcli.rundir import RunDir, key, lock, read_json, write_json, writing
+from msdcli.rundir import RunDir, key, lock, write_json, writing
 
 EVERY = 500  # images between two reports
+FORMAT = 2  # of decoded pictures: another number where the code below decodes otherwise
 
 
 def provide(run: RunDir, recipe: Recipe, report: Report) -> Dataset:
@@ -74,7 +80,7 @@ def _prompts(run: RunDir, recipe: Recipe, settings: PromptsSettings, report: Rep
         return prompts.Prompts(captions, made_by_teacher(recipe))
     pictures = PictureFiles(settings.pictures)
     folder = _decoded(run, settings.pictures, pictures, report)
-    skipped = set(read_json(folder / RECORD)["skipped"])
+    skipped = set(records.read(folder / RECORD, records.Decoded, "record of pictures")["skipped"])
     names = [name for name in pictures.names if name not in skipped]
     skip = settings.on_bad == "skip"
     return prompts.with_pictures(captions, DecodedPictures(folder), names, skip=skip, where=str(settings.images))
@@ -82,29 +88,41 @@ def _prompts(run: RunDir, recipe: Recipe, settings: PromptsSettings, report: Rep
 
 def _decoded(run: RunDir, settings: FolderSettings, pictures: PictureFiles, report: Report) -> Path:
     """Return the folder with the decoded pictures."""
+    # Pixels depend on the files, on size, channels, crop and resize, and on the code; numbers and classes on the files,
+    # on on_bad and labels. (`source`, `count` and `classes` decide nothing: they are said, or checked.) What is left is
+    # Pillow: another version may decode a JPEG to other last bits. That is no reason to refuse a run its data, and the
+    # hash of the pixels themselves names all that is made from them.
     section = settings.model_dump(mode="json", exclude={"source", "count", "classes"})
-    folder = run.shared / f"data-{key('data', section, pictures.fingerprint())}"
+    files = pictures.fingerprint()
+    folder = run.shared / f"data-{key('data', FORMAT, section, files)}"
     with lock(folder, "the data", wait=report):
         if not (folder / RECORD).exists():
-            _decode(pictures, folder, report)
+            _decode(pictures, folder, files, report)
     return folder
 
 
-def _decode(pictures: PictureFiles, folder: Path, report: Report) -> None:
+def _decode(pictures: PictureFiles, folder: Path, files: str, report: Report) -> None:
     workers = min(32, os.cpu_count() or 1)
     begun, bad, kept = time.monotonic(), list[BadPicture](), list[int]()
+    digest = hashlib.sha256()
     with writing(folder / PIXELS) as temporary, open(temporary, "wb") as file:
         for number, picture in enumerate(pictures.decode_all(workers)):
             if isinstance(picture, BadPicture):
                 bad.append(picture)
             else:
-                file.write(picture.tobytes())
+                file.write(pixels := picture.tobytes())
+                digest.update(pixels)
                 kept.append(number)
             if number % EVERY == EVERY - 1 or number == len(pictures) - 1:
                 speed = (number + 1) / (time.monotonic() - begun)
                 report(Progress("data", number + 1, len(pictures), "images", {}, speed))
         if bad and (pictures.settings.on_bad == "refuse" or not kept):
             raise refusal(pictures.settings, bad)
+        if pictures.changed(files):
+            raise UserError(
+                f"{pictures.settings.path} changed while its pictures were decoded",
+                hint="the same command again, once nobody writes there",
+            )
     seconds = time.monotonic() - begun
     write_json(
         folder / RECORD,
@@ -113,6 +131,8 @@ def _decode(pictures: PictureFiles, folder: Path, report: Report) -> None:
             "class_names": pictures.class_names,
             "labels": pictures.labels(kept).tolist(),
             "skipped": {b.name: b.reason for b in bad},
+            "sha256": digest.hexdigest(),  # of the pixels
+            "pillow": PIL.__version__,
             "seconds": seconds,
         },
     )
@@ -120,3 +140,32 @@ def _decode(pictures: PictureFiles, folder: Path, report: Report) -> None:
     if bad:
         names = ", ".join(b.name for b in bad[:SHOWN]) + (", ..." if len(bad) > SHOWN else "")
         report(f"data: {len(bad):,} pictures were skipped: {names} (all are listed in {folder / RECORD})")
+
+
+# What a run was made from.
+
+
+def version_of(run: RunDir) -> int:
+    """Return by which version of fingerprints run.json names data and teacher: 1 where msd 0.1.0 wrote it. UserError
+    for one that this msd does not know.
+    """
+    record: dict[str, Any] = records.run(run.record_file) if run.record_file.exists() else {}
+    found = record.get("fingerprints", 1 if record.keys() & {"data", "teacher"} else FINGERPRINT)
+    if found not in (1, FINGERPRINT):
+        raise UserError(
+            f"{run.record_file} names its data and teacher by fingerprints of version {found!r}; this msd knows 1 and "
+            f"{FINGERPRINT}",
+            hint="the msd that began the run, or a newer one, goes on with it",
+        )
+    return int(found)
+
+
+def fingerprint_for(run: RunDir, data: Dataset) -> str:
+    """Return the data's fingerprint of the version that the run's record has."""
+    return fingerprint(data) if version_of(run) == FINGERPRINT else fingerprint_of_version_1(data)
+
+
+def is_as_begun(run: RunDir, data: Dataset) -> bool:
+    """Whether a run's data are those that it was begun with, or nothing is written of any."""
+    record: dict[str, Any] = records.run(run.record_file) if run.record_file.exists() else {}
+    return "data" not in record or record["data"] == fingerprint_for(run, data)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from msdcli.engine.checkpoints.model import MODEL, WEIGHTS
 from msdcli.errors import UserError
+from msdcli.rundir import read_json
 
 PREFIX = "hub:"
 NAME = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -50,6 +50,9 @@ def resolve(path: str | Path) -> Path:
 def cached(path: str | Path) -> Path | None:
     """Return the folder of what was downloaded before, whole, without asking the network; None for what was not.
 
+    The library keeps it by repository and revision. A name without a revision means what it meant when it was
+    downloaded; what is made from it is keyed by the content of its files, never by the name.
+
     Paths that are no names on the Hub are themselves, if they exist.
     """
     if not is_hub(path):
@@ -69,12 +72,14 @@ def missing(folder: Path) -> list[str]:
         return [] if (folder / WEIGHTS).is_file() else [WEIGHTS]
     if not (folder / "model_index.json").is_file():
         return ["model_index.json"]
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict):
+        raise UserError(f"{folder / 'model_index.json'} is no description of a pipeline")
     wanted = ["scheduler/scheduler_config.json"]
     for part in index:
         if part in ("unet", "transformer", "vae"):
             wanted += [f"{part}/config.json", f"{part}/diffusion_pytorch_model.safetensors"]
-        elif part.startswith("text_encoder") and index[part][0] is not None:
+        elif part.startswith("text_encoder") and isinstance(index[part], list) and index[part][:1] not in ([], [None]):
             wanted += [f"{part}/config.json", f"{part}/model.safetensors"]
     return [name for name in wanted if not _is_here(folder / name)]
 
@@ -96,8 +101,11 @@ def _is_here(path: Path) -> bool:
     index = path.with_name(f"{path.name}.index.json")
     if path.is_file() or not index.is_file():
         return path.is_file()
-    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((path.parent / shard).is_file() for shard in shards)
+    listed = read_json(index)
+    places = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(places, dict):
+        raise UserError(f"{index} lists no weights")
+    return all((path.parent / str(shard)).is_file() for shard in places.values())
 
 
 def _parsed(name: str) -> re.Match[str]:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msdcli import records
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine.checkpoints.model import MODEL, save_model
+from msdcli.engine.checkpoints.model import MODEL, WEIGHTS, save_model
 from msdcli.engine.checkpoints.tensors import load_tensors, load_weights
 from msdcli.engine.inputs import autoencoder as autoencoders
 from msdcli.errors import UserError
@@ -119,10 +120,17 @@ def check_free(folder: Path, source: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     model = folder / MODEL
-    held = read_json(model).get("source") if model.is_file() else None
+    found = read_json(model) if model.is_file() else None
+    said: dict[str, Any] = found if isinstance(found, dict) else {}
+    held = said.get("source")
     if not isinstance(held, dict) or held.get("file") != source.name:
         raise UserError(
             f"{folder} exists and is no import of {source.name}: nothing was written", hint="another folder"
+        )
+    weights = folder / WEIGHTS
+    if weights.is_file() and file_hash(weights) != said.get("sha256"):
+        raise UserError(
+            f"{weights} is not what was imported there and would be lost: nothing was written", hint="another folder"
         )
 
 
@@ -155,7 +163,11 @@ def is_foreign(path: Path) -> bool:
 
 
 def identity(path: Path) -> str:
-    """Name a teacher from elsewhere by what it is."""
+    """Name a teacher from elsewhere by what it is: the bytes of all files that are read, and what they are read as.
+
+    A pickle says everything about itself; of a pipeline count the network's weights and configuration with the
+    schedule and the kind of prediction (its section), the autoencoder and the text encoder.
+    """
     if path.is_file():
         return key("imported", file_hash(path))
     section, weights = read_section(path)
@@ -178,7 +190,7 @@ def shape_of(path: Path) -> tuple[int, ...]:
         if section.reads_text:
             return section.config["in_channels"], *[section.config["sample_size"]] * 2
     elif (path / MODEL).is_file() and (path / TEXT).is_dir():
-        return tuple(read_json(path / MODEL)["shape"])
+        return tuple(records.model(path / MODEL)["shape"])
     raise UserError(
         f"the data are prompts, and the teacher at {path} reads none",
         hint="teacher.path names a diffusers pipeline with a text encoder, or its import",

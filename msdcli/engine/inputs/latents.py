@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from msdcli.data import open_data
-from msdcli.data.base import Dataset, fingerprint
+from msdcli.data.base import Dataset, fingerprint, fingerprint_of_version_1
 from msdcli.data.latents import DTYPES, LATENTS, RECORD, Latents
 from msdcli.engine.distributed import device
 from msdcli.engine.inputs import dataset, hub, importing
@@ -25,6 +25,7 @@ from msdcli.recipe import LatentSettings, Recipe
 from msdcli.rundir import RunDir, holder_of, key, lock, write_json, writing
 
 SHARD = 1024  # images that an interruption can cost
+FORMAT = 2  # of latents: another number where the code encodes otherwise
 
 
 def provide(
@@ -43,6 +44,8 @@ def provide(
         return view(data, autoencoder)
     settings = recipe.latents
     job = LatentEncoder(data, autoencoder, settings, run.shared)
+    if dataset.version_of(run) == 1:
+        job.take_up_version_1()
     job.run(on, report)
     return Latents(data, job.shape, job.folder, posterior=settings.posterior, seed=settings.seed)
 
@@ -58,8 +61,18 @@ class LatentEncoder:
         self.data, self.autoencoder, self.settings = data, autoencoder, settings
         self.shape = shape_seen(data, autoencoder)
         self.dtype = np.dtype(DTYPES[settings.dtype])
+        # Moments depend on the pictures, the autoencoder (its weights and configuration, the scaling of latents among
+        # it), the type that they are kept in and the code (FORMAT); `batch` and the device move their last bits alone.
+        # What is drawn from them by `posterior` and `seed` is not kept.
         parts = (fingerprint(data), identity(autoencoder), settings.dtype)
-        self.folder = shared / f"latents-{key('latents', *parts)}"
+        self.folder = shared / f"latents-{key('latents', FORMAT, *parts)}"
+
+    def take_up_version_1(self) -> None:
+        """Go on with the latents that msd 0.1.0 encoded for the run, where they are whole: they may have cost hours."""
+        parts = (fingerprint_of_version_1(self.data), identity(self.autoencoder), self.settings.dtype)
+        folder = self.folder.with_name(f"latents-{key('latents', *parts)}")
+        if (folder / RECORD).is_file():
+            self.folder = folder
 
     @property
     def one(self) -> int:

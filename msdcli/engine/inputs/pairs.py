@@ -8,19 +8,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from msdcli.data.base import Dataset, fingerprint, in_turn
+from msdcli.data.base import Dataset, fingerprint, fingerprint_of_version_1, in_turn
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import solve
 from msdcli.engine.checkpoints.tensors import load_tensors, save_tensors
+from msdcli.engine.inputs.dataset import version_of
 from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import LockedError
 from msdcli.noise import image_noise
 from msdcli.recipe import Recipe, SolverSettings
-from msdcli.rundir import RunDir, holder_of, key, lock, sweep_temporaries, write_json
+from msdcli.rundir import RunDir, holder_of, key, lock, read_json, sweep_temporaries, write_json
 from msdcli.seeds import derive, generator
 
 RECORD = "pairs.json"
+FORMAT = 2  # of pairs: another number where the code draws others from the same recipe
 
 
 def labels_for(data: Dataset, numbers: range) -> Tensor:
@@ -29,37 +32,51 @@ def labels_for(data: Dataset, numbers: range) -> Tensor:
 
 
 def sample_teacher(
-    teacher: Denoiser, z: Tensor, classes: Tensor, solver: SolverSettings, *, u: Tensor | None = None, batch: int = 512
+    teacher: Denoiser,
+    z: Tensor,
+    classes: Tensor,
+    solver: SolverSettings,
+    *,
+    batch: int,
+    u: Tensor | None = None,
+    memory: DeviceBatch | None = None,
 ) -> Tensor:
-    """Return the teacher's samples from unit noise `z`, in batches.
+    """Return the teacher's samples from unit noise `z`, on the CPU, `batch` (or what fits into memory) at once.
 
     `u`, a number in [0, 1) per sample, says where in a range of guidance scales each one lies; 1/2 if absent.
     """
     device = next(teacher.parameters()).device
     u = torch.full((len(z),), 0.5) if u is None else u
-    samples, options = [], solver.model_dump()
-    for chunk in zip(z.split(batch), classes.split(batch), u.split(batch), strict=True):
+    options = solver.model_dump()
+
+    def some(*chunk: Tensor) -> Tensor:
         z_, c_, u_ = (t.to(device) for t in chunk)
-        samples.append(solve(drawn(teacher, lambda purpose, u_=u_: u_), z_, c_, **options).cpu())  # type: ignore[misc]
-    return torch.cat(samples)
+        return solve(drawn(teacher, lambda purpose: u_), z_, c_, **options).cpu()
+
+    return (memory or DeviceBatch()).map(some, z, classes, u, batch=batch)
 
 
 class Pairs:
     """The pairs of one teacher: folder, shards, and the rule that pair i depends on the seed and on i alone."""
 
     def __init__(self, run: RunDir, recipe: Recipe, data: Dataset, teacher_hash: str) -> None:
-        settings = recipe.pairs
-        self.settings, self.solver, self.data = settings, recipe.teacher.solver, data
-        parts = (
-            teacher_hash,
-            fingerprint(data),
-            self.solver.model_dump(),
-            settings.seed,
-            settings.shard,
-            getattr(data, "mixed", False),
-        )
-        self.folder = run.shared / f"pairs-{key('pairs', *parts)}"
+        self.settings, self.solver, self.data = recipe.pairs, recipe.teacher.solver, data
+        self.batch, self.memory = recipe.evaluation.batch, DeviceBatch()
+        # A pair depends on the teacher (its weights, network, autoencoder, text and guidance are in its hash), the
+        # solver, the seed and its number, its class (the data's in turn, whose order and classes the fingerprint has)
+        # and the code (FORMAT); a shard on its length. How many are solved at once moves their last bits alone.
+        parts = (teacher_hash, fingerprint(data), self.solver.model_dump(), recipe.pairs.seed, recipe.pairs.shard)
+        self.folder = self._of_version_1(run) or run.shared / f"pairs-{key('pairs', FORMAT, *parts)}"
         self.teacher_hash = teacher_hash
+
+    def _of_version_1(self, run: RunDir) -> Path | None:
+        """Return the pairs that msd 0.1.0 made for this run, where they are; they may have cost hours."""
+        if version_of(run) != 1 or "teacher" not in (record := read_json(run.record_file)):
+            return None
+        seen = (self.solver.model_dump(), self.settings.seed, self.settings.shard, getattr(self.data, "mixed", False))
+        name = key("pairs", record["teacher"], fingerprint_of_version_1(self.data), *seen)
+        folder = run.shared / f"pairs-{name}"
+        return folder if folder.is_dir() else None
 
     def shards(self) -> list[tuple[Path, range]]:
         """The files that are needed and the pairs in each (the last may hold more than are asked for)."""
@@ -72,6 +89,7 @@ class Pairs:
     def provide(self, teacher: Denoiser, report: Report) -> tuple[Tensor, Tensor, Tensor]:
         """Return (z, y, c) after making the shards that nobody has made; several processes share the work."""
         begun, made = time.monotonic(), 0
+        self.memory.say = report
         sweep_temporaries(self.folder)
         while todo := [(path, numbers) for path, numbers in self.shards() if not path.exists()]:
             before = made
@@ -94,7 +112,7 @@ class Pairs:
             z = self.noise(numbers)
             asked = [torch.full((per_class,), c) for c in classes]
             u = self.uniform(numbers)
-            return [sample_teacher(teacher, z, c, self.solver, u=u, batch=per_class) for c in asked]
+            return [self.sample(teacher, z, c, u) for c in asked]
         if not (made := [path for path, _ in self.shards() if path.exists()]):
             return None
         parts = [load_tensors(path)[0] for path in made]
@@ -107,6 +125,10 @@ class Pairs:
         count = self.settings.count
         y, c = torch.cat([p["y"] for p in parts])[:count], torch.cat([p["c"] for p in parts])[:count]
         return self.noise(range(count)), y, c
+
+    def sample(self, teacher: Denoiser, z: Tensor, classes: Tensor, u: Tensor) -> Tensor:
+        """Return the teacher's samples as pairs have them, as many at once as the recipe measures."""
+        return sample_teacher(teacher, z, classes, self.solver, u=u, batch=self.batch, memory=self.memory)
 
     def noise(self, numbers: range) -> Tensor:
         """Return the unit noise of the pairs `numbers`."""
@@ -132,7 +154,7 @@ class Pairs:
 
     def _make(self, path: Path, numbers: range, teacher: Denoiser) -> None:
         classes = labels_for(self.data, numbers)
-        y = sample_teacher(teacher, self.noise(numbers), classes, self.solver, u=self.uniform(numbers))
+        y = self.sample(teacher, self.noise(numbers), classes, self.uniform(numbers))
         save_tensors(path, {"y": y, "c": classes}, hashed=True)
         write_json(
             self.folder / RECORD,

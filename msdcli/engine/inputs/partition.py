@@ -35,8 +35,9 @@ LISTED = 12  # classes, in a message
 TEXT_METHODS = ("quadrants", "kmeans", "random")
 
 
-def check(settings: PartitionSettings, num_conditions: int, *, prompts: bool = False) -> None:
-    """Raise UserError if the section cannot give a partition of so many classes or `prompts`; needs no teacher."""
+def check(settings: PartitionSettings, class_names: Sequence[str], *, prompts: bool = False) -> None:
+    """Raise UserError if the section cannot give a partition of these classes or `prompts`; needs no teacher."""
+    num_conditions = len(class_names)
     p.sizes(num_conditions, settings.students)
     if prompts and settings.students > 1 and settings.method not in TEXT_METHODS:
         raise UserError(
@@ -51,7 +52,7 @@ def check(settings: PartitionSettings, num_conditions: int, *, prompts: bool = F
             )
         routing.check_quadrants(settings.students)
     if settings.parts is not None:
-        Partition(settings.parts, num_conditions, "explicit")
+        Partition(p.named_parts(settings.parts, class_names), num_conditions, "explicit")
 
 
 def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -> None:
@@ -128,7 +129,7 @@ def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -
         return of_prompts(settings, data.prompts, pooled)
     num = len(data.class_names)
     if settings.parts is not None:
-        return Partition([sorted(part) for part in settings.parts], num, "explicit")
+        return Partition(p.named_parts(settings.parts, data.class_names), num, "explicit")
     if settings.method == "consecutive":
         return p.consecutive(num, settings.students)
     if settings.method == "random":
@@ -184,13 +185,21 @@ def preview(recipe: Recipe, report: Report = silent) -> tuple[Partition, Dataset
     Prompts are embedded for it, once. UserError where it needs a teacher that is not trained yet.
     """
     data, run = dataset.look(recipe), RunDir(recipe.run_dir)
-    check(recipe.partition, len(data.class_names), prompts=recipe.has_prompts)
-    if run.partition.is_file() and run.recipe().partition == recipe.partition:
+    check(recipe.partition, data.class_names, prompts=recipe.has_prompts)
+    if _has_made(run, recipe):
         return Partition.load(run.partition), data
     if isinstance(data, PromptDataset):
         store = prompts.for_recipe(run, recipe, data, report) if _looks(recipe.partition) else None
         return of_prompts(recipe.partition, data.prompts, None if store is None else store.pooled), data
     return make(recipe.partition, data, _teacher(run, recipe)), data
+
+
+def _has_made(run: RunDir, recipe: Recipe) -> bool:
+    """Whether the run's partition is what this recipe would get, by all that decides it."""
+    if not (run.partition.is_file() and run.recipe_file.is_file()):
+        return False
+    own = run.recipe()
+    return (own.partition, own.data, own.teacher) == (recipe.partition, recipe.data, recipe.teacher)
 
 
 def _looks(settings: PartitionSettings) -> bool:
@@ -202,9 +211,11 @@ def to_embed(recipe: Recipe, *, explaining: bool) -> int:
     """Return how many prompts showing (or explaining) the partition would have to embed first."""
     data, run = dataset.look(recipe), RunDir(recipe.run_dir)
     looks = isinstance(data, PromptDataset) and (explaining or _looks(recipe.partition))
-    if not looks or (run.prompts / prompts.RECORD).is_file():
+    if not looks:
         return 0
     assert isinstance(data, PromptDataset)
+    if prompts.is_here(run, recipe, data):
+        return 0
     return 0 if (prompts.folder_for(run, recipe, data) / prompts.RECORD).is_file() else len(data.prompts)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdcli import records
 from msdcli.data.base import Dataset, PromptDataset
 from msdcli.data.prompts import clean
 from msdcli.diffusion.denoiser import Denoiser
@@ -42,7 +43,7 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
     """Embed the prompts of a run, unless that is done, and link them into it; its teacher is there already."""
     settings = recipe.data
     assert isinstance(settings, PromptsSettings) and isinstance(data, PromptDataset)
-    text_sha256 = read_json(run.teacher / "model.json")["text_sha256"]
+    text_sha256 = records.text_hash(run.teacher / "model.json")
     folder = _folder(run, text_sha256, data, settings)
     embed(folder, data.prompts, run.teacher / TEXT, settings.embeddings, device, report)
     link(folder, run.prompts)
@@ -129,13 +130,21 @@ def text_folder(run: RunDir, recipe: Recipe) -> Iterator[Path]:
 
 def for_recipe(run: RunDir, recipe: Recipe, data: PromptDataset, report: Report) -> PromptStore:
     """Return the embeddings of a recipe's prompts, of its run or, made now, those that the run will use."""
-    if (run.prompts / RECORD).is_file():
+    if is_here(run, recipe, data):
         return open_store(run.prompts)
     settings, folder = recipe.data, folder_for(run, recipe, data)
     assert isinstance(settings, PromptsSettings)
     with text_folder(run, recipe) as text:
         embed(folder, data.prompts, text, settings.embeddings, resolve(recipe.device), report)
     return open_store(folder)
+
+
+def is_here(run: RunDir, recipe: Recipe, data: PromptDataset) -> bool:
+    """Whether the run has the embeddings of just these prompts, as the recipe keeps them."""
+    if not (run.prompts / RECORD).is_file():
+        return False
+    dtype = getattr(recipe.data, "embeddings", None)
+    return read_json(run.prompts / RECORD).get("dtype") == dtype and read_prompts(run.prompts) == list(data.prompts)
 
 
 def folder_for(run: RunDir, recipe: Recipe, data: PromptDataset) -> Path:
@@ -145,17 +154,19 @@ def folder_for(run: RunDir, recipe: Recipe, data: PromptDataset) -> Path:
     if importing.is_foreign(path):
         text_sha256 = importing.text_identity(path, read_section(path)[0].config)
     else:
-        text_sha256 = read_json(path / "model.json")["text_sha256"]
+        text_sha256 = records.text_hash(path / "model.json")
     return _folder(run, text_sha256, data, settings)
 
 
 def _folder(run: RunDir, text_sha256: str, data: PromptDataset, settings: PromptsSettings) -> Path:
+    # Embeddings depend on the text encoder (weights, vocabularies and configurations are in its hash), the prompts in
+    # order, the type that they are kept in and the code (FORMAT); BATCH and the device move their last bits alone.
     return run.shared / f"prompts-{key('prompts', FORMAT, text_sha256, data.text_hash(), settings.embeddings)}"
 
 
 def open_store(folder: Path) -> PromptStore:
     """Open embeddings that are there. UserError if they are missing or damaged."""
-    record = read_json(folder / RECORD)
+    record = records.read(folder / RECORD, records.Embedded, "record of prompts")
     try:
         shape, (pooled,) = record["shapes"]
         return prompt_store.mapped(folder, record["count"], (shape[0], shape[1]), pooled, record["dtype"])
@@ -264,8 +275,8 @@ class PromptRouter:
 
 
 def attach_prompts(net: Denoiser, prompts: PromptStore | PromptRouter | None) -> Denoiser:
-    """Let a network that reads text look its conditions up; others stay as they are."""
-    if net.reads_text:
+    """Let a network that reads text look its conditions up; others, and one without a store, stay as they are."""
+    if net.reads_text and prompts is not None:
         net.prompts = prompts
     return net
 
@@ -275,5 +286,5 @@ def prompt_router_of(run: RunDir, partition: Partition, device: torch.device) ->
     if not (run.prompts / RECORD).is_file():
         return None
     store = open_store(run.prompts)
-    dtype = read_json(run.prompts / RECORD)["dtype"]
+    dtype = records.read(run.prompts / RECORD, records.Embedded, "record of prompts")["dtype"]
     return PromptRouter(run.teacher / TEXT, partition, store=store, device=device, dtype=dtype)

@@ -14,7 +14,7 @@ from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.diffusion.guidance import Guided
-from msdcli.engine.checkpoints.model import is_complete, load_model, save_model
+from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, save_model
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.sharding import whole_state
 from msdcli.engine.inputs import autoencoder as autoencoders
@@ -28,8 +28,10 @@ from msdcli.objectives.edm import DenoisingScoreMatching
 from msdcli.recipe import LatentShapeSettings, Recipe, TeacherSettings
 from msdcli.recipe.data import FolderSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings
-from msdcli.rundir import RunDir, key, link, lock
+from msdcli.rundir import RunDir, key, link, lock, read_json
 from msdcli.seeds import generator
+
+FORMAT = 2  # of trained teachers: another number where the code trains another one from the same recipe
 
 
 def provide(
@@ -48,14 +50,15 @@ def provide(
         path = hub.resolve(recipe.teacher.path)
         folder = group.leader_first(lambda: located(run, path, report))
     else:
-        folder = run.shared / f"teacher-{teacher_key(recipe, data)}"
+        folder = group.broadcast(_own(run, recipe)) or run.shared / f"teacher-{teacher_key(recipe, data)}"
         with group.while_leader_holds(lambda: lock(folder, "the teacher", wait=report)):
             if group.broadcast(is_finished(folder, recipe.teacher.training)):
                 report(f"teacher: reused from {folder}")
             else:
                 _train(folder, recipe, data, device, report, group)
     _check_fit(load_model(folder)[0], recipe, data, autoencoders.find(folder))
-    group.leader_first(lambda: link(folder, run.teacher))
+    if folder != run.teacher:
+        group.leader_first(lambda: link(folder, run.teacher))
     if recipe.has_prompts:
         group.leader_first(lambda: prompts.provide(run, recipe, data, device, report))
     teacher, sha256 = load(run, recipe)
@@ -63,25 +66,53 @@ def provide(
 
 
 def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
-    """Return the run's teacher, guided as the recipe says, and the hash of all its weights and of its guidance."""
+    """Return the run's teacher, guided as the recipe says, and the hash of all that its predictions depend on.
+
+    Those are, of the teacher and of its guide: weights, and the network and units that they are put into; the
+    autoencoder; the text encoder, and how its embeddings are rounded; scale and interval of guidance. The solver is for
+    whoever draws samples to add.
+    """
     teacher, description = load_model(run.teacher)
     store = prompts.open_store(run.prompts) if teacher.reads_text else None
     prompts.attach_prompts(teacher, store)
-    sha256, guidance = description["sha256"], recipe.teacher.guidance
-    if autoencoder := autoencoders.find(run.teacher):
-        sha256 = key(sha256, description.get("autoencoder") or autoencoders.identity(autoencoder))
-    if teacher.reads_text:
-        sha256 = key(sha256, description["text_sha256"])
-    if guidance is None:
-        return teacher, sha256
-    sha256s, guide = [sha256], None
-    if guidance.guide is not None:
+    guidance, guide, weaker = recipe.teacher.guidance, None, None
+    if guidance is not None and guidance.guide is not None:
         guide, weaker = load_model(located(run, hub.resolve(guidance.guide), silent))
         prompts.attach_prompts(guide, store)
-        sha256s.append(weaker["sha256"])
-    guided = _guided(teacher, recipe, guide)
-    said = json.dumps([sha256s, guidance.scale, guidance.interval])
-    return guided, hashlib.sha256(said.encode()).hexdigest()
+    said = [
+        _predicts(description),
+        _autoencoder(run, description),
+        [description["text_sha256"], getattr(recipe.data, "embeddings", None)] if teacher.reads_text else None,
+        None if guidance is None else [guidance.scale, guidance.interval],
+        None if weaker is None else _predicts(weaker),
+    ]
+    sha256 = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return teacher if guidance is None else _guided(teacher, recipe, guide), sha256
+
+
+def _predicts(description: dict[str, Any]) -> list[Any]:
+    """What a model.json says that its predictions depend on: equal weights in another network are another teacher."""
+    return [description.get(name) for name in ("network", "shape", "num_classes", "sigma_data", "sha256")]
+
+
+def _autoencoder(run: RunDir, description: dict[str, Any]) -> str | None:
+    folder = autoencoders.find(run.teacher)
+    return None if folder is None else description.get("autoencoder") or autoencoders.identity(folder)
+
+
+def hash_of_version_1(run: RunDir, recipe: Recipe) -> str:
+    """Return what msd 0.1.0 wrote into run.json. For resuming its runs, and for nothing new."""
+    description, guidance = read_json(run.teacher / MODEL), recipe.teacher.guidance
+    sha256: str = description["sha256"]
+    if autoencoder := _autoencoder(run, description):
+        sha256 = key(sha256, autoencoder)
+    if "text_sha256" in description:
+        sha256 = key(sha256, description["text_sha256"])
+    if guidance is None:
+        return sha256
+    guides = [] if guidance.guide is None else [located(run, hub.resolve(guidance.guide), silent)]
+    said = [[sha256, *(read_json(guide / MODEL)["sha256"] for guide in guides)], guidance.scale, guidance.interval]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoiser:
@@ -153,10 +184,30 @@ def located(run: RunDir, path: Path, report: Report) -> Path:
     return folder
 
 
+def _own(run: RunDir, recipe: Recipe) -> Path | None:
+    """Return the teacher that the run was begun with, whatever it is called elsewhere; None where it has none yet, or
+    where its files are damaged.
+    """
+    begun = run.record_file.is_file() and "teacher" in read_json(run.record_file)
+    if not begun or not is_finished(run.teacher, recipe.teacher.training):
+        return None
+    try:
+        load_model(run.teacher)
+    except UserError:
+        return None
+    return run.teacher
+
+
 def teacher_key(recipe: Recipe, data: Dataset) -> str:
-    """Name the teacher by everything that its weights depend on."""
+    """Name the teacher by everything that its weights depend on: the data, its section, the code that trains (FORMAT),
+    and the threads, which move the last bits that training amplifies.
+
+    Device, precision of matrix products and processes move such bits too; they are no part of what a recipe asks for,
+    and a teacher that another machine trained is as good. The path, source, latents, solver and guidance come after
+    training, or instead of it.
+    """
     section = recipe.teacher.model_dump(mode="json", exclude={"path", "source", "latent", "solver", "guidance"})
-    return key("teacher", fingerprint(data), section, recipe.threads)
+    return key("teacher", FORMAT, fingerprint(data), section, recipe.threads)
 
 
 def new_network(settings: TeacherSettings, data: Dataset) -> Denoiser:

@@ -1,8 +1,17 @@
-"""The classifier that judges samples: trained on the data with a fixed seed and fixed settings, once per data set."""
+"""The classifier that judges samples: trained on the data with a fixed seed and fixed settings, once per data set.
+
+A tenth of the images is held out, on which it says how much it knows: of images that it was trained on it may know
+every one by heart, and nothing about their classes.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
+from scipy.special import bdtrc
+from torch import Tensor, nn
 
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.draws import Source
@@ -16,42 +25,125 @@ from msdcli.objectives.classify import Classification
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir, file_hash, key, link, lock, read_json, write_json
+from msdcli.seeds import derive
 
 # Part of the metric's definition: to change any of it is to make another metric.
 TRAINING = StageSettings(objective="classify", steps=400, batch=128, lr=2e-3, ema=0.99)
+FORMAT = 2  # of classifiers: another number where the code below or the network makes another one
+EVERY, MOST = 10, 5000  # one image in ten is held out, and no more than so many
+BATCH = 500
+SURE = 0.01  # how rarely guessing may be as often right, where the classifier is said to know something
 
 
-def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> tuple[Classifier, str]:
-    """Return the frozen classifier and its weights' hash, after training or reusing it."""
+@dataclass(frozen=True)
+class HeldOut:
+    """How many of the images that it was not trained on the classifier names right, and how many always saying the most
+    frequent class would.
+    """
+
+    images: int
+    right: int
+    guessed: int
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.right / self.images if self.images else None
+
+    @property
+    def knows(self) -> bool:
+        """Whether guessing would hardly be right as often: a binomial test."""
+        return self.images > 0 and bool(bdtrc(self.right - 1, self.images, self.guessed / self.images) <= SURE)
+
+    def told(self) -> str:
+        """One phrase on it."""
+        if not self.images:
+            return "no images were held out: there are too few"
+        return f"{self.right / self.images:.1%} right on {self.images:,} images that it was not trained on"
+
+    def warnings(self, metric: str, num_classes: int) -> list[str]:
+        """What whoever reads the metric should know."""
+        if self.knows:
+            return []
+        if num_classes == 1:
+            why = "The data have one class, of which a classifier learns nothing"
+        elif not self.images:
+            why = "The data are too few to hold any out: whether their classifier knows the classes is unknown"
+        else:
+            why = (
+                f"The classifier is right on {self.right:,} of {self.images:,} images that it was not trained on, and "
+                f"guessing on {self.guessed:,}: it is not shown to know anything about the classes"
+            )
+        return [f"{why}, so {metric} and accuracy say little; --protocol clean measures by a published network."]
+
+
+@dataclass(frozen=True)
+class TrainedClassifier:
+    """The frozen classifier, its weights' hash and what it knows."""
+
+    network: Classifier
+    sha256: str
+    held_out: HeldOut
+
+
+def held_out(labels: Tensor) -> Tensor:
+    """Return the numbers of the images that are not trained on, the same ones for equal labels: every tenth within the
+    classes, so that each is held out in proportion and keeps most of its images; of a class of one image none.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive("held out", len(labels))))
+    order = order[labels.bincount()[labels[order]] > 1]
+    order = order[labels[order].argsort(stable=True)]
+    every = max(EVERY, -(-len(labels) // MOST))
+    return order[every - 1 :: every].sort().values
+
+
+def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> TrainedClassifier:
+    """Return the classifier after training or reusing it."""
+    # It depends on the data (their shape and classes make the network), TRAINING, the seeds, which are fixed, and the
+    # code (FORMAT). Threads and device move last bits that training amplifies: figures name the weights' hash.
     content = fingerprint(data)
-    folder = run.shared / f"classifier-{key('classifier', content, TRAINING.model_dump(mode='json'))}"
+    folder = run.shared / f"classifier-{key('classifier', FORMAT, content, TRAINING.model_dump(mode='json'))}"
     weights = folder / WEIGHTS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = Classifier(data.shape, len(data.class_names))
     with lock(folder, "the classifier", wait=report):
         if not is_complete(folder):
-            source = Source(data, range(len(data.class_names)), device=device)
-            objective = Classification(TRAINING, network.to(device).train())
-            state = train(
-                objective,
-                TRAINING,
-                source,
-                folder,
-                key=("classifier",),
-                what="classifier",
-                options=TrainOptions(keep=1),
-                report=report,
-            )
-            save_tensors(weights, state.ema.net.state_dict())
-            write_json(
-                folder / MODEL,
-                {"classifier": recipe.data.name, "data": content, "sha256": file_hash(weights)},
-            )
-    tensors, _ = load_tensors(weights)
-    load_weights(network, tensors, weights)
+            away = held_out(data.labels(range(len(data))))
+            save_tensors(weights, _trained(network, data, away, folder, device, report).state_dict())
+            load_weights(network, load_tensors(weights)[0], weights)
+            found = _examined(network, data, away)
+            report(f"classifier: {found.told()}")
+            record = {"classifier": recipe.data.name, "data": content, "held_out": vars(found)}
+            write_json(folder / MODEL, record | {"sha256": file_hash(weights)})
+    load_weights(network, load_tensors(weights)[0], weights)
     link(folder, run.classifier)
-    return network.to(device).requires_grad_(False).eval(), read_json(folder / MODEL)["sha256"]
+    record = read_json(folder / MODEL)
+    network = network.to(device).requires_grad_(False).eval()
+    return TrainedClassifier(network, record["sha256"], HeldOut(**record["held_out"]))
+
+
+def _trained(
+    network: Classifier, data: Dataset, without: Tensor, folder: Path, device: torch.device, report: Report
+) -> nn.Module:
+    """Train the network on all images but those `without`; return its average."""
+    source = Source(data, range(len(data.class_names)), without=without, device=device)
+    objective = Classification(TRAINING, network.to(device).train())
+    name = "classifier"
+    state = train(
+        objective, TRAINING, source, folder, key=(name,), what=name, options=TrainOptions(keep=1), report=report
+    )
+    return state.ema.net
+
+
+@torch.no_grad()
+def _examined(network: Classifier, data: Dataset, numbers: Tensor) -> HeldOut:
+    labels, right = data.labels(numbers.tolist()), 0
+    device = next(network.parameters()).device
+    for start in range(0, len(numbers), BATCH):
+        part = numbers[start : start + BATCH].tolist()
+        said = network.eval()(data.images(part).to(device)).argmax(dim=1).cpu()
+        right += int((said == data.labels(part)).sum())
+    return HeldOut(len(numbers), right, int(labels.bincount().max()) if len(labels) else 0)
 
 
 def as_network(net: Classifier, sha256: str, device: torch.device) -> FeatureNetwork:

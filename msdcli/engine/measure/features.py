@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +16,22 @@ from torch import Tensor
 from msdcli.data.base import Dataset, user_cache
 from msdcli.data.images import to_uint8
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine.checkpoints.tensors import load_tensors
 from msdcli.engine.inputs.autoencoder import Decode
 from msdcli.engine.inputs.pairs import Pairs, labels_for, sample_teacher
 from msdcli.engine.pictures import Drawn, labels_file, save_pngs
 from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import UserError
-from msdcli.metrics.evaluate import FeatureSet, ImageBatch, cache_key, collect
+from msdcli.metrics.batches import ImageBatch
+from msdcli.metrics.evaluate import FeatureSet, cache_key, collect
 from msdcli.metrics.inception import FeatureNetwork
 from msdcli.metrics.moments import Gaussian
-from msdcli.metrics.reference import cleanfid_statistics, is_statistics, read_statistics
+from msdcli.metrics.reference import cleanfid_statistics, read_statistics, takes_statistics
 from msdcli.rundir import key, lock, writing
 
 FILE = "features.npz"
+FORMAT = 3  # of features: another number where the code makes others of the same images
 STEP = 500  # images of a data set, or samples of the teacher, held at once
 
 
@@ -39,16 +42,21 @@ class FeatureExtractor:
     network: FeatureNetwork
     batch: int
     keep: bool = True
+    memory: DeviceBatch = field(default_factory=DeviceBatch)
 
     def collect(self, images: Iterator[ImageBatch]) -> FeatureSet:
-        return collect(images, self.network, batch_size=self.batch, keep_features=self.keep)
+        return collect(images, self.network, batch_size=self.batch, keep_features=self.keep, memory=self.memory)
 
     def as_fed(self, images: Tensor) -> Tensor:
         """Samples in [-1, 1] as the network wants them: with the pixels of a saved PNG, or untouched."""
         return images if self.network.floats else to_uint8(images)
 
     def key(self, *parts: object) -> str:
-        return key("features", 2, self.network.record(), self.keep, *parts)
+        """Name features by all that they depend on: the code (FORMAT), the network (its protocol and weights), whether
+        single ones are kept or moments alone, and, in `parts`, the images. Batch, device and the version of torch move
+        their last bits alone.
+        """
+        return key("features", FORMAT, self.network.record(), self.keep, *parts)
 
 
 def of_data(data: Dataset, numbers: Sequence[int], extractor: FeatureExtractor) -> FeatureSet:
@@ -63,18 +71,23 @@ def of_teacher(
     source: Pairs, teacher: Denoiser, count: int, extractor: FeatureExtractor, report: Report, decode: Decode
 ) -> FeatureSet:
     """Features of `count` samples of the teacher: its pairs, and more from the same rule where they are too few."""
-    samples = _teacher_samples(source, teacher, count, report)
-    return extractor.collect((extractor.as_fed(decode(y)), classes.numpy()) for y, classes in _in_steps(samples))
+    samples, memory = _teacher_samples(source, teacher, count, extractor.batch, report), DeviceBatch(report)
+    step = min(STEP, extractor.batch)
+    return extractor.collect(
+        (extractor.as_fed(memory.map(decode, y)), classes.numpy()) for y, classes in _in_steps(samples, step)
+    )
 
 
-def _in_steps(samples: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def _in_steps(samples: Iterator[tuple[Tensor, Tensor]], step: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut batches down to what is held at once: decoded, a shard of latents may not fit."""
     for y, classes in samples:
-        yield from zip(y.split(STEP), classes.split(STEP), strict=True)
+        yield from zip(y.split(step), classes.split(step), strict=True)
 
 
-def _teacher_samples(source: Pairs, teacher: Denoiser, count: int, report: Report) -> Iterator[tuple[Tensor, Tensor]]:
-    done = 0
+def _teacher_samples(
+    source: Pairs, teacher: Denoiser, count: int, batch: int, report: Report
+) -> Iterator[tuple[Tensor, Tensor]]:
+    done, memory = 0, DeviceBatch(report)
     for path, _ in source.shards():
         if done >= count or not path.exists():
             break
@@ -86,7 +99,7 @@ def _teacher_samples(source: Pairs, teacher: Denoiser, count: int, report: Repor
         numbers = range(start, min(start + STEP, count))
         classes = labels_for(source.data, numbers)
         z, u = source.noise(numbers), source.uniform(numbers)
-        yield sample_teacher(teacher, z, classes, source.solver, u=u), classes
+        yield sample_teacher(teacher, z, classes, source.solver, u=u, batch=batch, memory=memory), classes
         report(Progress("teacher samples", numbers.stop, count, "images"))
 
 
@@ -145,15 +158,20 @@ def of_reference(
     UserError, before anything is sampled, for what cannot be read or is of other features.
     """
     path = find_reference(name)
-    if is_statistics(path):
+    if takes_statistics(path, network.protocol):
         statistics = read_statistics(path, network.protocol)
         _refuse_other_features(path, statistics, network)
         return statistics
 
-    def make() -> FeatureSet:
-        return collect(path, network, batch_size=batch, workers=workers)
+    named = cache_key(path, network)
 
-    folder = user_cache() / f"features-{cache_key(path, network)[:32]}"
+    def make() -> FeatureSet:
+        found = collect(path, network, batch_size=batch, workers=workers, memory=DeviceBatch(report))
+        if cache_key(path, network) != named:
+            raise UserError(f"{path} changed while it was measured", hint="the same command again")
+        return found
+
+    folder = user_cache() / f"features-{named[:32]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from msdcli.data.opening import Images, content_hash, open_images
+from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine.distributed import group as distributed
+from msdcli.engine.distributed import launcher
 from msdcli.engine.measure import features, groups
-from msdcli.engine.measure.fid import FidOptions, Measurement, Row
+from msdcli.engine.measure.feature_metric import FidOptions
+from msdcli.engine.measure.rows import Measurement, Row
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
+from msdcli.metrics.batches import drawn_numbers
 from msdcli.metrics.evaluate import FeatureSet, collect
 from msdcli.metrics.inception import FeatureNetwork, open_network
-from msdcli.metrics.reference import is_statistics
+from msdcli.metrics.reference import check_protocol, has_images, is_statistics, notes, takes_statistics
 
 BATCH = 64
+MAX_LISTED = 1000  # numbers of pictures that a record lists
 MAX_CLASSES = 100  # a distance of 2048 dimensions for each of more would take longer than the network
 
 
@@ -30,6 +36,7 @@ class Request:
     options: FidOptions
     groups: groups.Groups
     count: int
+    have: int  # images there are to take `count` of
     network: FeatureNetwork
 
 
@@ -37,7 +44,7 @@ def check(images: Path, reference: str | None, options: FidOptions) -> Request:
     """Open both sides and the network. UserError for what is missing, empty, or of fewer images than asked for."""
     if not images.exists():
         raise UserError(f"{images} does not exist", hint="a run directory, or a folder, zip or npz of images")
-    if is_statistics(images):
+    if is_statistics(images) and not has_images(images):
         raise UserError(f"{images} holds statistics and no images", hint="statistics are the second argument")
     with closing(open_images(images)) as source:
         have, classes = len(source), _classes(source)
@@ -51,17 +58,19 @@ def check(images: Path, reference: str | None, options: FidOptions) -> Request:
             f"{images} holds {have} images, fewer than the {options.samples} asked for",
             hint="a FID of fewer images is another figure: ask for fewer",
         )
-    path = features.find_reference(reference)
+    path, protocol = features.find_reference(reference), options.protocol or "clean"
     theirs: set[int] = set()
-    if not is_statistics(path):
+    if takes_statistics(path, protocol):
+        check_protocol(path, protocol)
+    else:
         with closing(open_images(path)) as source:
             theirs = _classes(source)
     if options.groups and not classes & theirs:
         raise UserError("--group: both sides must be images with labels", hint="a dataset.json beside them")
     where = distributed.local_device(options.device or "auto")
-    network = open_network(options.protocol or "clean", weights=options.weights, device=where)
+    network = open_network(protocol, weights=options.weights, device=where)
     asked = groups.parse(options.groups, classes & theirs)
-    return Request(images, reference, options, asked, options.samples or have, network)
+    return Request(images, reference, options, asked, options.samples or have, have, network)
 
 
 def compare(request: Request, report: Report) -> dict[str, Any] | None:
@@ -70,28 +79,53 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
     Under torchrun every process takes its share of the images; the first has the result, the others None.
     """
     options, network = request.options, request.network
-    how: dict[str, Any] = {"workers": options.workers}
-    batch = options.batch or BATCH
-    theirs = features.of_reference(request.reference, network, batch=batch, report=report, **how)
-    share = distributed.share()
-    keep = not options.lean
+    batch, workers = options.batch or BATCH, options.workers
+    theirs = features.of_reference(request.reference, network, batch=batch, workers=workers, report=report)
+    share = launcher.share()
     part = collect(
-        request.images, network, batch_size=batch, limit=options.samples, keep_features=keep, share=share, **how
+        request.images,
+        network,
+        batch_size=batch,
+        workers=workers,
+        limit=options.samples,
+        seed=options.seed or 0,
+        keep_features=not options.lean,
+        share=share,
+        memory=DeviceBatch(report),
     )
     mine = distributed.gather_features(part, share)
     if mine is None:
         return None
     named = request.groups | _single(mine, theirs)
     result = mine.summary(theirs, groups=named, replicates=options.bootstrap or 0, extrapolate=options.infinity)
-    for warning in result["warnings"]:
+    path = features.find_reference(request.reference)
+    said, more = notes(path, network.protocol)
+    warnings = result["warnings"] + more
+    for warning in warnings:
         report(warning)
     sides = {
         "images": str(request.images),
         "images_sha256": content_hash(request.images),
         "reference": request.reference,
-        "reference_sha256": content_hash(features.find_reference(request.reference)),
+        "reference_sha256": content_hash(path),
+        **_drawn(request),
     }
-    return result | {"protocol": network.protocol, "record": result["record"] | sides}
+    return result | {
+        "protocol": network.protocol,
+        "warnings": warnings,
+        "record": result["record"] | sides | said,
+    }
+
+
+def _drawn(request: Request) -> dict[str, Any]:
+    """Which pictures were taken, where not all were: the seed, and the numbers of the files sorted by name."""
+    if request.count == request.have:
+        return {}
+    seed = request.options.seed or 0
+    numbers = drawn_numbers(request.have, request.count, seed)
+    sha256 = hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()
+    drawn = {"seed": seed, "of": request.have, "numbers_sha256": sha256}
+    return {"drawn": drawn | ({"numbers": numbers.tolist()} if len(numbers) <= MAX_LISTED else {})}
 
 
 def measurement(request: Request, report: Report) -> Measurement:

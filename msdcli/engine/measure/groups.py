@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from msdcli.errors import UserError
-from msdcli.partition import Partition
+from msdcli.partition import Partition, parse_classes
 from msdcli.rundir import RunDir
 
 Groups = dict[str, list[int]]
@@ -19,7 +19,7 @@ def parse(said: Sequence[str], classes: Collection[int], class_names: Sequence[s
     groups: Groups = {}
     for text in said:
         name, found, members = text.partition("=")
-        new = {name: _members(members, class_names)} if found and name else _parts(Path(text))
+        new = {name: _members(name, members, class_names)} if found and name else _parts(Path(text))
         for name, members_ in new.items():
             if name in groups:
                 raise UserError(f"--group: {name!r} is there twice")
@@ -29,19 +29,13 @@ def parse(said: Sequence[str], classes: Collection[int], class_names: Sequence[s
     return groups
 
 
-def _members(text: str, class_names: Sequence[str]) -> list[int]:
-    members: set[int] = set()
-    for word in (w.strip() for w in text.split(",")):
-        first, dash, last = word.partition("-")
-        if word in class_names:
-            members.add(list(class_names).index(word))
-        elif word.isdecimal():
-            members.add(int(word))
-        elif dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**6:
-            members.update(range(int(first), int(last) + 1))
-        else:
-            raise UserError(f"--group: class {word!r} does not exist", hint="--group even=0,2,4 or --group low=0-4")
-    return sorted(members)
+def _members(name: str, text: str, class_names: Sequence[str]) -> list[int]:
+    try:
+        return sorted(set(parse_classes(text, class_names)))
+    except UserError as error:
+        raise UserError(
+            f"--group {name}: {error.message}", hint="--group even=0,2,4 or --group low=0-4 or --group pets=cat,dog"
+        ) from None
 
 
 def _parts(path: Path) -> Groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,19 +11,22 @@ import torch
 from torch import Tensor
 
 from msdcli.data.base import Dataset
-from msdcli.diffusion.denoiser import Denoiser, one_step
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.device_batch import DeviceBatch
+from msdcli.diffusion.generator import Generator
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.inputs import autoencoder, pairs
 from msdcli.engine.measure import features
-from msdcli.engine.measure.fid import EvaluationContext, FidOptions, Reference
+from msdcli.engine.measure.feature_metric import FidOptions, Reference
+from msdcli.engine.measure.fid import EvaluationContext
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train import compiling
 from msdcli.errors import UserError
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.inception import open_network
-from msdcli.noise import image_noise
+from msdcli.noise import image_noise, step_noise
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import OneStepSettings
+from msdcli.recipe.stages import GeneratorSettings
 from msdcli.rundir import RunDir
 from msdcli.seeds import derive
 
@@ -30,7 +34,7 @@ from msdcli.seeds import derive
 def check(recipe: Recipe, data: Dataset, group: ProcessGroup, *, planning: bool) -> None:
     """Raise UserError where a stage selects by what cannot be measured here."""
     for stage in recipe.stages:
-        if not isinstance(stage, OneStepSettings) or stage.select is None:
+        if not isinstance(stage, GeneratorSettings) or stage.select is None:
             continue
         where, protocol = f"stage {stage.objective}: select", stage.select.protocol
         if recipe.has_prompts:
@@ -51,7 +55,7 @@ def check(recipe: Recipe, data: Dataset, group: ProcessGroup, *, planning: bool)
 
 
 class PartEvaluator:
-    """Measures one-step samples for the conditions of one part, which are drawn as frequent as in the data.
+    """Measures samples for the conditions of one part, which are drawn as frequent as in the data.
 
     Pictures are compared with the data, points with the teacher's samples, as in `msd fid`. The noise is the same at
     every step, and that of no pair and of no final measurement. The processes of a group share the samples.
@@ -61,7 +65,7 @@ class PartEvaluator:
         self,
         run: RunDir,
         recipe: Recipe,
-        stage: OneStepSettings,
+        stage: GeneratorSettings,
         part: list[int],
         device: torch.device,
         group: ProcessGroup,
@@ -72,9 +76,12 @@ class PartEvaluator:
         # A published protocol's features are many and large: the distance needs no more than their moments.
         options = FidOptions(protocol=protocol, device=str(device), lean=protocol != "data")
         context = group.leader_first(lambda: EvaluationContext(run, options, report))
-        self.metric, self.samples, self.sigma_init = context.metric.name, stage.select.samples, stage.sigma_init
+        self.metric, self.samples, self.sigmas = context.metric.name, stage.select.samples, tuple(stage.sigmas)
         self.feature_metric, self.device, self.group, self.batch = context.metric, device, group, context.batch
-        self.extractor = features.FeatureExtractor(context.metric.network, context.batch, keep=context.planar)
+        self.extractor = features.FeatureExtractor(
+            context.metric.network, context.batch, keep=context.planar, memory=DeviceBatch(report)
+        )
+        self.memory = DeviceBatch(report)
         self.reference: Reference = group.leader_first(lambda: _of_part(context, part))
         self.decode = autoencoder.decoder(run.teacher, device)
         self.seed = derive("selection", recipe.seed)
@@ -113,15 +120,23 @@ class PartEvaluator:
         beyond the last sample is thrown away.
         """
         net.compute_in(None)  # as it will be sampled, whatever it trains in
+        generator = Generator(net, self.sigmas)
         size = self.group.size
         own = range(self.group.rank, -(-self.samples // size) * size, size)
         for numbers in (own[i : i + self.batch] for i in range(0, len(own), self.batch)):
             at = [number % self.samples for number in numbers]
-            z = image_noise(self.seed, at, net.shape).to(self.device)
+            inputs = [image_noise(self.seed, at, net.shape), self.classes[at]]
+            if (noise := step_noise(self.seed, at, net.shape, generator.steps)) is not None:
+                inputs.append(noise)
+            call = functools.partial(self._drawn, generator)
             with compiling.eagerly():
-                y = one_step(net, z, self.sigma_init, self.classes[at].to(self.device)).float()
+                y = call(*inputs) if size > 1 else self.memory.map(call, *inputs)
             if kept := sum(number < self.samples for number in numbers):
                 yield self.decode(y[:kept])
+
+    def _drawn(self, generator: Generator, z: Tensor, c: Tensor, noise: Tensor | None = None) -> Tensor:
+        between = None if noise is None else noise.to(self.device)
+        return generator(z.to(self.device), c.to(self.device), between)
 
     def _compare(self, parts: list[dict[str, Any] | None]) -> float | None:
         sets = [FeatureSet.from_arrays(arrays) for arrays in parts if arrays is not None]

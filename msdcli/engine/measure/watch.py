@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from msdcli.diffusion.denoiser import Denoiser
+from msdcli import records
+from msdcli.diffusion.generator import Generator
 from msdcli.engine import sample, search
 from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.checkpoints import storage
 from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model
-from msdcli.engine.measure.fid import EvaluationContext, FidOptions, Reference
+from msdcli.engine.measure.feature_metric import FidOptions, Reference
+from msdcli.engine.measure.fid import EvaluationContext
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train.student import is_finished, new_network
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.moments import Gaussian
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import OneStepSettings
-from msdcli.rundir import RunDir, read_json, read_lines, writing
+from msdcli.recipe.stages import GeneratorSettings
+from msdcli.rundir import RunDir, append_line, read_lines, writing
 
 PICTURE = "watch.png"
 
@@ -38,7 +39,7 @@ class StudentSnapshot:
 def watch(run: RunDir, report: Report, options: FidOptions, *, poll: float = 2.0) -> Iterator[dict[str, Any]]:
     """Yield a line for every change of the students' weights until all are finished.
 
-    A student counts from its first checkpoint in a stage that makes one-step students; the whole is measured when all
+    A student counts from its first checkpoint in a stage that makes images; the whole is measured when all
     of them have one. Lines go to metrics/watch.jsonl, the curve to metrics/watch.png.
     """
     recipe = run.recipe()
@@ -55,8 +56,8 @@ def watch(run: RunDir, report: Report, options: FidOptions, *, poll: float = 2.0
         found = {k: p for k in range(len(students.folders)) if (p := newest(run, recipe, k)) is not None}
         changed = [k for k, snapshot in found.items() if seen.get(k) != snapshot]
         for k in changed:
-            net, sigma_init, seen[k] = load_snapshot(run, recipe, k, found[k])
-            students.put(k, net, sigma_init)
+            generator, seen[k] = load_snapshot(run, recipe, k, found[k])
+            students.put(k, generator)
             sets[k] = context.students(students, students.partition.parts[k])
         if changed:
             line = _line(context, students, seen, sets, against)
@@ -69,13 +70,13 @@ def watch(run: RunDir, report: Report, options: FidOptions, *, poll: float = 2.0
 
 
 def newest(run: RunDir, recipe: Recipe, number: int) -> StudentSnapshot | None:
-    """Return the newest weights of a student, or None while there are none that make images in one step."""
+    """Return the newest weights of a student, or None while there are none that make images."""
     for i, stage in reversed([*enumerate(recipe.stages)]):
         folder = run.stage(number, i, stage.objective)
-        if not isinstance(stage, OneStepSettings):
+        if not isinstance(stage, GeneratorSettings):
             continue
         if is_finished(folder, stage):
-            return StudentSnapshot(i, read_json(folder / MODEL)["steps"], i == len(recipe.stages) - 1)
+            return StudentSnapshot(i, records.trained(folder / MODEL)["steps"], i == len(recipe.stages) - 1)
         if (step := checkpoint_files.step_of(folder)) is not None:
             return StudentSnapshot(i, step, False)
     return None
@@ -83,18 +84,20 @@ def newest(run: RunDir, recipe: Recipe, number: int) -> StudentSnapshot | None:
 
 def load_snapshot(
     run: RunDir, recipe: Recipe, number: int, snapshot: StudentSnapshot
-) -> tuple[Denoiser, float, StudentSnapshot]:
+) -> tuple[Generator, StudentSnapshot]:
     """Read a student's weights; training goes on meanwhile, so the step is told again with them."""
     stage = recipe.stages[snapshot.stage]
     folder = run.stage(number, snapshot.stage, stage.objective)
-    sigma_init: float = stage.sigma_init  # type: ignore[union-attr]
+    assert isinstance(stage, GeneratorSettings), "only these have snapshots"
+    sigmas = tuple(stage.sigmas)
     if is_finished(folder, stage):
         net, description = load_model(folder)
-        return net, sigma_init, replace(snapshot, step=description["steps"])
+        return Generator(net, sigmas), replace(snapshot, step=description["steps"])
     teacher, _ = load_model(run.teacher)
     net = new_network(search.resolve(run, recipe, teacher, silent), teacher, number)
+    net.anchor = getattr(stage, "anchor", 0.0)
     step = storage.read_average(folder, net.requires_grad_(False).eval())
-    return net, sigma_init, replace(snapshot, step=step)
+    return Generator(net, sigmas), replace(snapshot, step=step)
 
 
 def _wait_for_teacher(run: RunDir, report: Report, poll: float) -> None:
@@ -159,15 +162,14 @@ def _append(path: Path, line: dict[str, Any]) -> None:
     before = read_lines(path)
     if before and before[-1] | {"time": ""} == line | {"time": ""}:
         return
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(path, line)
 
 
 def draw(target: Path, lines: Path, recipe: Recipe) -> None:
     """Draw the last watched metric against the steps, one curve per student and one for the whole."""
     from matplotlib.figure import Figure
 
-    measured = read_lines(lines)
+    measured = records.watched(lines)
     metric = measured[-1]["metric"]
     starts = [sum(stage.steps for stage in recipe.stages[:i]) for i in range(len(recipe.stages))]
     curves: dict[str, dict[int, float]] = {}

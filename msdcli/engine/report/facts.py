@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msdcli import records
 from msdcli.engine.inputs import prompts
 from msdcli.engine.report.status import status
 from msdcli.engine.tracking.accounting import costs
 from msdcli.engine.tracking.history import TrainingHistory, history
 from msdcli.errors import UserError
+from msdcli.foreign import visible
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
-from msdcli.rundir import RunDir, read_json, read_lines
+from msdcli.recipe.stages import GeneratorSettings
+from msdcli.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class RunFacts:
         return num_evaluations(self.recipe.teacher.solver.name, self.recipe.teacher.solver.steps)
 
     @property
+    def steps(self) -> int:
+        """Network evaluations of a student for one image."""
+        last = self.recipe.stages[-1]
+        return len(last.sigmas) if isinstance(last, GeneratorSettings) else 1
+
+    @property
     def planar(self) -> bool:
         return len(self.record.get("shape", [0, 0, 0])) == 1
 
@@ -62,13 +71,16 @@ def _names(run: RunDir, record: dict[str, Any], count: int) -> list[str]:
     """The names of the conditions: of classes, or the prompts themselves."""
     if (run.prompts / prompts.RECORD).is_file():
         return prompts.read_prompts(run.prompts)
-    return [str(name) for name in record.get("class_names", range(count))]
+    names = [str(name) for name in record.get("class_names", range(count))]
+    if len(names) < count:
+        raise UserError(f"{run.record_file} names {len(names)} classes, partition.json divides {count}")
+    return [visible(name) for name in names]
 
 
 def _read(run: RunDir, label: str) -> RunFacts:
     recipe, missing = run.recipe(), list[str]()
     state = status(run)
-    record = _optional(run.record_file, "run.json: versions, commands and class names", missing)
+    record = _optional(run.record_file, "run.json: versions, commands and class names", missing, records.run)
     partition = Partition.load(run.partition) if run.partition.is_file() else None
     count = partition.num_conditions if partition else len(record.get("class_names", []))
     students = [_models(run, recipe, k) for k in range(recipe.partition.students)]
@@ -80,11 +92,11 @@ def _read(run: RunDir, label: str) -> RunFacts:
         record=record,
         class_names=_names(run, record, count),
         partition=partition,
-        teacher=_optional(run.teacher / "model.json", "the teacher is not finished", missing),
+        teacher=_optional(run.teacher / "model.json", "the teacher is not finished", missing, records.model),
         students=students,
         trainings=history(run),
-        results=[_result(path) for path in run.results()],
-        watched=read_lines(run.watched),
+        results=[records.measurement(path) for path in run.results()],
+        watched=records.watched(run.watched),
         costs=costs(run),
         missing=missing,
     )
@@ -92,26 +104,16 @@ def _read(run: RunDir, label: str) -> RunFacts:
     return facts
 
 
-def _optional(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
+def _optional(path: Path, what: str, missing: list[str], read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     if not path.is_file():
         missing.append(what)
         return {}
-    found: dict[str, Any] = read_json(path)
-    return found
+    return read(path)
 
 
 def _models(run: RunDir, recipe: Recipe, student: int) -> list[dict[str, Any]]:
     folders = [run.stage(student, i, stage.objective) for i, stage in enumerate(recipe.stages)]
-    return [read_json(folder / "model.json") for folder in folders if (folder / "model.json").is_file()]
-
-
-def _result(path: Path) -> dict[str, Any]:
-    """Read a measurement; rows of the first versions of msd have no intervals."""
-    found: dict[str, Any] = read_json(path)
-    try:
-        return found | {"rows": [{"intervals": {}} | line for line in found["rows"]], "metric": str(found["metric"])}
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is no measurement that msd wrote", hint="move it elsewhere") from None
+    return [records.trained(folder / "model.json") for folder in folders if (folder / "model.json").is_file()]
 
 
 def _unfinished(facts: RunFacts) -> list[str]:

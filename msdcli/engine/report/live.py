@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msdcli import records
 from msdcli.engine.report.status import status
 from msdcli.engine.tracking.history import METRICS, TrainingHistory, figures, history, teacher_folder
-from msdcli.rundir import RunDir, holder_of, read_json, read_lines
+from msdcli.rundir import RunDir, holder_of
 
 FRESH = 120.0  # seconds since its last line in which a part counts as running where no lock can be seen
 OVER = 60.0  # seconds without a change after which a run that nobody measures has ended
@@ -149,19 +150,20 @@ class ProgressTracker:
 
 def _measured(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Return the last distance that was measured while a stage trained; most lines are without one."""
-    return next((figures(line["measured"], "measured.") for line in reversed(lines) if "measured" in line), {})
+    found = (line["measured"] for line in reversed(lines) if isinstance(line.get("measured"), dict))
+    return next((figures(measured, "measured.") for measured in found), {})
 
 
 def distances(run: RunDir) -> list[str]:
     """Return the newest distances as lines: those under way, then the results."""
     found = []
-    if watched := read_lines(run.watched):
+    if watched := records.watched(run.watched):
         last = watched[-1]
         values = [f"student {k} {s['value']:.4g}" for k, s in last["students"].items() if s.get("value") is not None]
         whole = [] if last.get("whole") is None else [f"whole {last['whole']:.4g}"]
         found.append(f"{last['metric']} under way: {', '.join([*whole, *values[:8]])}")
     for path in run.results():
-        result = read_json(path)
+        result = records.measurement(path)
         metric = result.get("metric")
         rows = [r for r in result.get("rows", []) if r["group"] == "whole" and metric in r["values"]]
         found.append(f"{metric}: " + ", ".join(f"{r['who']} {r['values'][metric]:.4g}" for r in rows))

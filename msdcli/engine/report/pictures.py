@@ -16,6 +16,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset, has_images
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.generator import Generator
 from msdcli.engine import pictures, sample
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.distributed import device
@@ -28,7 +29,7 @@ from msdcli.engine.train.counting import forward_flops
 from msdcli.engine.train.student import new_network
 from msdcli.errors import UserError
 from msdcli.noise import image_noise
-from msdcli.recipe.stages import OneStepSettings
+from msdcli.recipe.stages import GeneratorSettings
 
 SIDE = 64  # pixels; larger images are shrunk to it
 COLUMNS, FEWEST_COLUMNS = 8, 4  # images in a row
@@ -140,6 +141,8 @@ class SampleRenderer:
             self.device = device.prepare(self.recipe)
         with self._noting("No real images beside the samples"):
             self.data = dataset.provide(self.run, self.recipe, silent)
+            if not dataset.is_as_begun(self.run, self.data):
+                self._note("The data have changed since the run was begun: the real images are those of today.")
         if facts.teacher:
             with self._noting("No samples of the teacher"):
                 net, sha256 = teachers.load(self.run, self.recipe)
@@ -190,39 +193,40 @@ class SampleRenderer:
     def stages(self, number: int, classes: list[int]) -> list[ImageStrip]:
         """Return the same noise through the student before training, after every stage, now, and the teacher."""
         found = []
-        for label, net, sigma_init in self._ages(number):
-            self.students.put(number, net, sigma_init)
+        for label, generator in self._ages(number):
+            self.students.put(number, generator)
             found.append(draw_strip(label, self.students.sample(classes, seed=SEED)))
         if (now := self.newest[number]) is not None:
-            self.students.put(number, *now)
+            self.students.put(number, now)
         if found and self.teacher is not None and (theirs := self._same_noise(classes)) is not None:
             with self._noting("No samples of the teacher"):
                 found.append(draw_strip(f"teacher, {self.facts.evaluations} evaluations", self.students.decode(theirs)))
         return found
 
-    def _newest(self, number: int) -> tuple[Denoiser, float] | None:
+    def _newest(self, number: int) -> Generator | None:
         """The student as it is now: finished, or in training; put where samples are drawn from."""
         with self._noting(f"No samples of student {number}"):
             snapshot = watch.newest(self.run, self.recipe, number)
             if snapshot is None:
                 return None
-            net, sigma_init, snapshot = watch.load_snapshot(self.run, self.recipe, number, snapshot)
-            self.students.put(number, net, sigma_init)
+            generator, snapshot = watch.load_snapshot(self.run, self.recipe, number, snapshot)
+            self.students.put(number, generator)
             if not snapshot.done:
                 stage = self.recipe.stages[snapshot.stage].objective
                 self.notes.append(f"Student {number} is drawn as it is now: {stage} at step {snapshot.step:,}.")
-            return net, sigma_init
+            return generator
         return None
 
-    def _ages(self, number: int) -> Iterator[tuple[str, Denoiser, float]]:
-        """Yield a student's weights as they became, with the noise level of its first one-step stage or of its own."""
-        last = next((s.sigma_init for s in self.recipe.stages if isinstance(s, OneStepSettings)), None)
+    def _ages(self, number: int) -> Iterator[tuple[str, Generator]]:
+        """Yield a student as it became, with the noise levels of its first stage that makes images or of its own."""
+        last = next((tuple(s.sigmas) for s in self.recipe.stages if isinstance(s, GeneratorSettings)), None)
         newest = self.newest[number]
         if last is None or newest is None:
             return
         with self._noting("The students before training are not drawn"):
             if self.teacher is not None and not any((self.recipe.student.parameters, self.recipe.student.latency)):
-                yield "before training", new_network(self.recipe, self.teacher, number).eval(), last
+                untrained = new_network(self.recipe, self.teacher, number).eval()
+                yield "before training", Generator(untrained, last)
         for i, stage in enumerate(self.recipe.stages):
             folder = self.run.stage(number, i, stage.objective)
             if not is_complete(folder):
@@ -230,15 +234,15 @@ class SampleRenderer:
             with self._noting(f"Student {number} after {stage.objective} is not drawn"):
                 net, description = load_model(folder)
                 label = f"after {stage.objective}, {description['steps']:,} steps"
-                if isinstance(stage, OneStepSettings):
-                    yield label, net, stage.sigma_init
+                if isinstance(stage, GeneratorSettings):
+                    yield label, Generator(net, tuple(stage.sigmas))
                 else:
-                    yield f"{label} (no one-step stage)", net, last
+                    yield f"{label} (no stage that makes images)", Generator(net, last)
         else:
             return
         snapshot = watch.newest(self.run, self.recipe, number)
         if snapshot is not None and not snapshot.done:
-            yield f"now: {self.recipe.stages[snapshot.stage].objective}, step {snapshot.step:,}", *newest
+            yield f"now: {self.recipe.stages[snapshot.stage].objective}, step {snapshot.step:,}", newest
 
     def _real(self, c: int, count: int) -> Tensor:
         assert self.data is not None
@@ -256,7 +260,7 @@ class SampleRenderer:
                 return kept
             z = image_noise(SEED, range(len(classes) * count), self.teacher.shape)
             asked = torch.tensor([c for c in classes for _ in range(count)])
-            return list(pairs.sample_teacher(self.teacher, z, asked, self.recipe.teacher.solver).split(count))
+            return list(self._teacher_samples(z, asked).split(count))
         return None
 
     def _same_noise(self, classes: list[int]) -> Tensor | None:
@@ -264,7 +268,12 @@ class SampleRenderer:
         if not self._affordable(len(classes) * len(self.students.folders)):
             return None
         z = image_noise(SEED, range(len(classes)), self.teacher.shape)
-        return pairs.sample_teacher(self.teacher, z, torch.tensor(classes), self.recipe.teacher.solver)
+        return self._teacher_samples(z, torch.tensor(classes))
+
+    def _teacher_samples(self, z: Tensor, classes: Tensor) -> Tensor:
+        assert self.teacher is not None
+        solver, batch = self.recipe.teacher.solver, self.recipe.evaluation.batch
+        return pairs.sample_teacher(self.teacher, z, classes, solver, batch=batch)
 
     def _affordable(self, images: int) -> bool:
         assert self.teacher is not None

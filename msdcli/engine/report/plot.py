@@ -11,6 +11,7 @@ from msdcli.engine.report import charts
 from msdcli.engine.report.facts import RunFacts, load_runs, lower_is_better, main_result, metrics, row
 from msdcli.engine.tracking import formatting
 from msdcli.errors import UserError
+from msdcli.outputs import MARK, check_file
 from msdcli.rundir import writing
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def plot(kind: str, roots: Sequence[Path], out: Path, *, health: bool = False) -
     """Draw `kind` (toy, curves or table) of the runs to `out`. UserError for what the runs do not have."""
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"{out}: figures are {', '.join(FORMATS)}", hint=f"--out {out.with_suffix('.pdf')}")
+    check_file(out, out.suffix.lower())
     runs = load_runs(roots)
     import matplotlib
 
@@ -49,8 +51,10 @@ def plot(kind: str, roots: Sequence[Path], out: Path, *, health: bool = False) -
             figure = curves(runs, health=health)
         else:
             figure = table(runs)
+        kind = out.suffix[1:].lower()
+        told = {"Software": MARK} if kind == "png" else {"Creator": MARK}
         with writing(out) as temporary:
-            figure.savefig(temporary, format=out.suffix[1:].lower(), dpi=300, bbox_inches="tight")
+            figure.savefig(temporary, format=kind, dpi=300, bbox_inches="tight", metadata=told)
 
 
 def _figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Figure:

@@ -15,6 +15,7 @@ from msdcli.engine.report import charts, words
 from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, metrics, row
 from msdcli.engine.tracking import formatting
 from msdcli.engine.tracking.events import Report
+from msdcli.outputs import check_file
 from msdcli.rundir import write_text
 
 PAGE = Path(__file__).with_name("page")
@@ -23,6 +24,7 @@ PICTURE_BYTES = 2_600_000  # of all runs' pictures before base64: the file stays
 
 def write(roots: Sequence[Path], out: Path, report: Report, *, pictures: bool = True) -> list[RunFacts]:
     """Write one report of all runs to `out` and return what was read. UserError for what is no run directory."""
+    check_file(out, ".html")
     runs = load_runs(roots)
     drawn: list[Any] = [None] * len(runs)
     if pictures:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from msdcli import records
 from msdcli.engine.checkpoints import files as checkpoint_files
+from msdcli.engine.tracking.history import METRICS
 from msdcli.recipe.stages import StageSettings
-from msdcli.rundir import RunDir, holder_of, read_json
+from msdcli.rundir import RunDir, holder_of, read_lines
 
 
 def status(run: RunDir) -> dict[str, Any]:
@@ -38,10 +39,13 @@ def status(run: RunDir) -> dict[str, Any]:
 
 
 def _stage(folder: Path, stage: StageSettings) -> dict[str, Any]:
-    line = _last_line(folder / "metrics.jsonl")
+    line: dict[str, Any] = next(
+        (line for line in reversed(read_lines(folder / METRICS)) if isinstance(line.get("step"), int)), {}
+    )
     step = line.get("step", 0)
     if (folder / "model.json").is_file():
-        step = read_json(folder / "model.json")["steps"]
+        step = records.trained(folder / "model.json")["steps"]
+    losses = line.get("losses")
     state = "done" if step >= stage.steps and (folder / "model.json").is_file() else "begun" if line else "waiting"
     return {
         "objective": stage.objective,
@@ -49,17 +53,5 @@ def _stage(folder: Path, stage: StageSettings) -> dict[str, Any]:
         "step": step,
         "steps": stage.steps,
         "checkpoint": checkpoint_files.step_of(folder),
-        "losses": line.get("losses", {}),
+        "losses": {k: v for k, v in losses.items() if isinstance(v, int | float)} if isinstance(losses, dict) else {},
     }
-
-
-def _last_line(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            found: dict[str, Any] = json.loads(line)
-            return found
-        except ValueError:
-            continue  # a line that is being written
-    return {}

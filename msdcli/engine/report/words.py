@@ -6,7 +6,17 @@ import math
 from typing import Any
 
 from msdcli.engine.report.facts import RunFacts, group_name, lower_is_better, main_result, row
-from msdcli.engine.tracking.formatting import describe_selected, duration, figure, flop, plural, short, size, word
+from msdcli.engine.tracking.formatting import (
+    describe_selected,
+    duration,
+    evaluations,
+    figure,
+    flop,
+    plural,
+    short,
+    size,
+    word,
+)
 
 COMPANIONS = {
     "recall": "are less varied than the teacher's",
@@ -31,9 +41,8 @@ def _what(facts: RunFacts) -> str:
     if done < number:
         verb = "is being" if number == 1 else "are being"
     classes = f", {word(count)} {plural(count, 'class', 'classes')}" if count else ""
-    head = (
-        f"{word(number).capitalize()} one-step {plural(number, 'student')} {verb} distilled from one diffusion teacher"
-    )
+    kind = f"{word(facts.steps)}-step {plural(number, 'student')}"
+    head = f"{word(number).capitalize()} {kind} {verb} distilled from one diffusion teacher"
     text = f"{head} of {recipe.data.name}{classes}, by {stages}."
     if done < number:
         text += f" {word(done).capitalize()} of them {plural(done, 'is', 'are')} finished."
@@ -63,7 +72,7 @@ def _how_good(facts: RunFacts) -> list[str]:
     against = "the teacher's samples" if result.get("students_against") == "teacher" else "the data"
     text = (
         f"By {metric} ({result['protocol']}) {students['samples']:,} samples of the students are "
-        f"{measured(students, metric)} from {against}, at one network evaluation each."
+        f"{measured(students, metric)} from {against}, at {evaluations(facts.steps)} each."
     )
     comparable = teacher is not None and result.get("students_against") != "teacher"
     if comparable:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from msdcli.rundir import RunDir, read_json
+from msdcli import records
+from msdcli.rundir import RunDir
 
 
 def costs(run: RunDir) -> list[dict[str, Any]]:
@@ -24,5 +25,5 @@ def _cost(folder: Path) -> dict[str, Any] | None:
     model = folder / "model.json"
     if not model.is_file():
         return None
-    cost: dict[str, Any] | None = read_json(model).get("cost")  # a teacher from elsewhere has none
+    cost: dict[str, Any] | None = records.model(model).get("cost")  # a teacher from elsewhere has none
     return cost

@@ -18,6 +18,11 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return one if count == 1 else many or f"{one}s"
 
 
+def evaluations(steps: int) -> str:
+    """Return `one network evaluation`, or how many there are."""
+    return f"{word(steps)} network {plural(steps, 'evaluation')}"
+
+
 def figure(value: float | None) -> str:
     """Return a measured number with the digits that matter."""
     if value is None:

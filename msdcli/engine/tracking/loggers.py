@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from msdcli.engine.tracking.events import Progress, Report
 from msdcli.engine.tracking.history import METRICS, TrainingHistory, figures, history, teacher_folder
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe
-from msdcli.rundir import RunDir, key, write_text
+from msdcli.rundir import RunDir, key, lines_of, write_text
 
 
 class Logger(Protocol):
@@ -236,10 +235,7 @@ class Follower:
             file.seek(begin)
             whole, newline, _ = file.read().rpartition(b"\n")
         self._seen[str(path)] = begin + len(whole) + len(newline)
-        for text in whole.splitlines():
-            line = json.loads(text)
-            if "step" in line:
-                yield line
+        yield from (line for line in lines_of(whole) if line is not None and isinstance(line.get("step"), int))
 
 
 def _what(training: TrainingHistory) -> str:

@@ -19,6 +19,7 @@ class MetaDraws(Draws):
 
     def __init__(self, shape: tuple[int, ...], batch: int, passes: int = 1) -> None:
         self.shape, self.batch, self.part = shape, batch // passes, (0, passes)
+        self.step = 0
 
     def of_step(self) -> Draws:
         return self
@@ -34,6 +35,9 @@ class MetaDraws(Draws):
 
     def labels(self, how: str, count: int | None = None) -> Tensor:
         return torch.empty(count or self.batch, dtype=torch.int64, device="meta")
+
+    def one_of(self, purpose: str, count: int) -> int:
+        return self.step % count
 
     def pairs(self, only_part: bool, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         count = count // self.part[1] if count else self.batch

@@ -20,6 +20,7 @@ from msdcli.engine.train.selection import Evaluation
 from msdcli.errors import UserError
 from msdcli.objectives import Objective
 from msdcli.recipe.stages import StageSettings
+from msdcli.rundir import append_line, parsed_lines, write_text
 
 METRICS = "metrics.jsonl"
 REMEMBERED = 1000  # turns whose single losses are at hand when one was not finite
@@ -49,6 +50,7 @@ class TrainLog:
         *,
         group: ProcessGroup,
         max_skipped: int,
+        cycle: int = 1,
     ) -> None:
         self.path, self.state, self.stage, self.what, self.report = path, state, stage, what, report
         self.group, self.max_skipped = group, max_skipped
@@ -57,8 +59,13 @@ class TrainLog:
         self._last: dict[str, Tensor] = {}
         self._streak: dict[str, int] = {}
         self._first: dict[str, str] = {}
-        self._since = time.monotonic()
-        self._flops_per_step = state.cost["flops"] / max(state.step, 1)
+        self._then = time.monotonic()
+        self._seconds = 0.0  # of the interval so far
+        self._turns_before = 0
+        # Of a cycle of steps, after which the same operations come again: a whole number, so that a run that was
+        # interrupted comes to the same cost.
+        self._cycle = cycle
+        self._flops_of_cycle = round(state.cost["flops"] * cycle / max(state.step, 1))
         if group.is_leader:
             self._drop_lines_after(state.step)
 
@@ -78,31 +85,37 @@ class TrainLog:
         """End a step; at the interval, and with what a look found, write a line. UserError where too many updates were
         skipped.
         """
-        if flops:
-            self._flops_per_step = flops[0] * self.group.size
-        self.state.cost["flops"] += self._flops_per_step
+        self._count(flops, 0.0 if evaluation is None else evaluation.seconds)
         if self.state.step % self.stage.log_every and self.state.step != self.stage.steps and evaluation is None:
             return
         turns = self._read()
         losses = {name: _finite_mean([t["loss"] for t in mine]) for name, mine in turns.items()}
-        now = time.monotonic()
-        images, seconds = (
-            self.stage.batch * len(self._turns),
-            now - self._since - (evaluation.seconds if evaluation else 0),
-        )
-        self.state.cost["seconds"] += seconds
-        self.state.cost["images"] += images
-        speed = images / seconds
+        speed = self.stage.batch * len(self._turns) / max(self._seconds, 1e-9)
         line = {"step": self.state.step, "losses": losses, "images_per_second": round(speed, 1)}
         line |= self._health(turns, objective) | ({"measured": evaluation.figures} if evaluation else {})
         if self.group.is_leader:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self.path, line)
         self._guard(turns)
         left = self.state.cost["seconds"] / self.state.step * (self.stage.steps - self.state.step)
         shown = {k: v for k, v in losses.items() if v is not None}
         self.report(Progress(self.what, self.state.step, self.stage.steps, "steps", shown, speed, left))
-        self._turns, self._since = [], now
+        self._turns, self._turns_before, self._seconds = [], 0, 0.0
+
+    def _count(self, flops: list[int], elsewhere: float) -> None:
+        """Add a step to the cost, so that every checkpoint has that of its own step; `elsewhere` are the seconds of it
+        that were no training.
+        """
+        now, cost = time.monotonic(), self.state.cost
+        seconds, self._then = now - self._then - elsewhere, now
+        cost["seconds"] += seconds
+        self._seconds += seconds
+        cost["images"] += self.stage.batch * (len(self._turns) - self._turns_before)
+        if flops:
+            cost["flops"] += flops[0] * self.group.size
+            self._flops_of_cycle = round(cost["flops"] * self._cycle / self.state.step)
+        else:
+            cost["flops"] = self._flops_of_cycle * self.state.step / self._cycle
+        self._turns_before = len(self._turns)
 
     def _read(self) -> dict[str, list[dict[str, Any]]]:
         """Fetch the interval's numbers from the device in one piece, by the name of the network whose turn it was."""
@@ -175,13 +188,16 @@ class TrainLog:
         return f"its loss at step {first + 1}{known}"
 
     def _drop_lines_after(self, step: int) -> None:
-        """Forget lines that were written after the checkpoint that this run takes up."""
+        """Forget lines that were written after the checkpoint that this run takes up, and those that are damaged."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists():
-            return
-        lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        lines = parsed_lines(self.path)
+        whole = [line for line in lines if line is not None and isinstance(line.get("step"), int)]
+        kept = [line for line in whole if line["step"] <= step]
+        cut = bool(lines) and lines[-1] is None  # the last one was being written when its process was killed
+        if damaged := len(lines) - len(whole) - cut:
+            self.report(f"{self.path}: {damaged} damaged {'line was' if damaged == 1 else 'lines were'} left out")
+        if len(kept) < len(lines):
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _lag(turns: list[dict[str, Any]]) -> float | None:

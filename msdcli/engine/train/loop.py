@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import compiling
 from msdcli.engine.train.log import METRICS, TrainLog
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection
+from msdcli.errors import WHOLE, resumable
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
@@ -71,16 +72,17 @@ def train(
     ema = EMA(objective.nets[objective.product], stage.ema)
     for net in [*objective.nets.values(), ema.net] if options.fsdp else []:
         shard(net, group)
-    state = TrainState(objective.nets, optimizers(objective.nets, stage), ema)
+    state = TrainState(objective.nets, optimizers(objective.nets, stage), ema, objective.statistics)
     checkpoints = CheckpointManager(state, folder, options.keep, group)
     checkpoints.load(report)
-    log = TrainLog(folder / METRICS, state, stage, what, report, group=group, max_skipped=options.max_skipped)
+    told: dict[str, Any] = {"group": group, "max_skipped": options.max_skipped, "cycle": objective.cycle}
+    log = TrainLog(folder / METRICS, state, stage, what, report, **told)
     selection.begin(state.step)
-    with interruptible() as stop, seeded_apart(source.device), checkpoints:
+    with resumable(WHOLE), interruptible() as stop, seeded_apart(source.device), checkpoints:
         while state.step < stage.steps:
             torch.manual_seed(layers_seed(key, state.step, group))
             set_learning_rates(state, stage)
-            with counting_flops(state, first=state.cost["flops"] == 0) as count:
+            with counting_flops(wanted=state.step < objective.cycle) as count:
                 for turn, (names, loss) in enumerate(objective.turns(state.step)):
                     for name, net in objective.nets.items():
                         net.requires_grad_(name in names)
@@ -114,17 +116,22 @@ def gradients(
     Both are of the whole batch, that of all processes.
     """
     params = [p for name in names for p in objective.nets[name].parameters()]
-    means: list[Tensor] = []
+    means, tallies = list[Tensor](), list[Mapping[str, Tensor]]()
     for own in draws:
+        objective.tally = {}
         per_image = loss(own)
+        tallies.append(objective.tally)
         mean = per_image.mean() / len(draws)
         means.append(mean.detach())
         log.images(names[0], per_image.detach(), objective.sigma)
         if len(means) < len(draws):
             mean.backward()
     total = torch.stack(means).sum()
-    with group.averaging_gradients(params, total):
+    sums = {name: torch.stack([tally[name] for tally in tallies]).sum(0) for name in tallies[0]}
+    with group.averaging_gradients(params, [total, *sums.values()]):
         mean.backward()
+    if sums:
+        objective.settle({name: value * group.size for name, value in sums.items()})
     return total
 
 
@@ -199,10 +206,10 @@ def set_learning_rates(state: TrainState, stage: StageSettings) -> None:
 
 
 @contextmanager
-def counting_flops(state: TrainState, *, first: bool) -> Iterator[list[int]]:
-    """Count the floating-point operations of the stage's first step; later steps cost the same."""
+def counting_flops(*, wanted: bool) -> Iterator[list[int]]:
+    """Count the floating-point operations of a step: of the stage's first ones, for later ones cost the same."""
     count: list[int] = []
-    if not first:
+    if not wanted:
         yield count
         return
     from torch.utils.flop_counter import FlopCounterMode  # slow to import, and needed once per stage

@@ -15,16 +15,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from msdcli import nets
+from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.counting import forward_flops
 from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
+from msdcli.nets.diffusers.prompt_store import stand_in
+from msdcli.nets.diffusers.text_denoiser import TextDenoiser
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.networks import NetworkSettings
-from msdcli.rundir import RunDir, lock, read_json, write_json
+from msdcli.rundir import RunDir, lock, write_json
 
 # Under this many operations per image and evaluation little time goes into arithmetic, and nothing is measured: so a
 # recipe of tiny networks is float32 on every machine.
@@ -35,11 +37,15 @@ KEY = "precision"
 
 
 def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, device: torch.device, report: Report) -> Recipe:
-    """Return the recipe with `precision: auto` settled; a run measures once, and keeps to what run.json says."""
+    """Return the recipe with `precision: auto` settled; a run measures once, and keeps to what run.json says.
+
+    This is a decision of the run and no cache: it depends on the recipe and the teacher, which cannot change in a run,
+    and on the device that it was begun on, for all students of a run compute alike wherever they go on.
+    """
     if recipe.precision != "auto":
         return recipe
     with lock(run.root, "the run directory", wait=report):
-        known: dict[str, Any] = read_json(run.record_file)
+        known = records.run(run.record_file)
         if KEY not in known:
             known[KEY] = choose(recipe, teacher, device)
             write_json(run.record_file, known)
@@ -59,11 +65,20 @@ def choose(recipe: Recipe, teacher: Denoiser, device: torch.device) -> dict[str,
     flops = evaluation_flops(settings, teacher)
     if flops < TINY_FLOPS:
         return {"chosen": "float32", "flops_per_image": flops}
-    batch = max(1, min(recipe.stages[-1].batch, int((2e10 if device.type == "cpu" else 1e13) / flops)))
-    seconds = measure(_build(settings, teacher).to(device).train(), batch, device)
+    most = min(recipe.stages[-1].batch, recipe.micro_batch or recipe.stages[-1].batch)
+    batch = max(1, min(most, int((2e10 if device.type == "cpu" else 1e13) / flops)))
+    seconds = measure(with_prompts(_build(settings, teacher)).to(device).train(), batch, device)
     ratio = seconds["float32"] / seconds["bf16"]
     chosen = "bf16" if ratio >= WORTH else "float32"
     return {"chosen": chosen, "ratio": round(ratio, 3), "seconds": seconds, "batch": batch, "device": str(device)}
+
+
+def with_prompts(net: Denoiser) -> Denoiser:
+    """Give a network that reads text something to read, where it has no prompts: it is only timed."""
+    if isinstance(net, TextDenoiser) and net.prompts is None:
+        shape, (pooled,) = net.embedding_shapes
+        net.prompts = stand_in(shape, pooled)
+    return net
 
 
 def measure(net: Denoiser, batch: int, device: torch.device, *, repeats: int = 5) -> dict[str, float]:

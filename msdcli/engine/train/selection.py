@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from msdcli import records
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.checkpoints.tensors import load_tensors, save_tensors
 from msdcli.engine.checkpoints.train_state import TrainState
@@ -22,8 +23,8 @@ from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.distributed.sharding import whole_state
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
-from msdcli.recipe.stages import OneStepSettings
-from msdcli.rundir import read_json, write_json
+from msdcli.recipe.stages import GeneratorSettings
+from msdcli.rundir import write_json
 
 CANDIDATES = "candidates.json"
 
@@ -84,7 +85,7 @@ class BestAverage(AverageSelection):
     def __init__(
         self,
         evaluator: StudentEvaluator,
-        stage: OneStepSettings,
+        stage: GeneratorSettings,
         folder: Path,
         *,
         keep: int,
@@ -171,11 +172,11 @@ class BestAverage(AverageSelection):
             self._path(later).unlink()
         if not (self.folder / CANDIDATES).is_file():
             return []
-        known = read_json(self.folder / CANDIDATES)
+        known = records.read(self.folder / CANDIDATES, records.Candidates, "list of averages")
         if known["measured"] != self.evaluator.record():
             self.report(f"{self.what}: what measures has changed; averages up to step {step} are left out")
             return []
-        found = [Candidate(**c) for c in known["candidates"] if c["step"] <= step]
+        found = [Candidate(c["step"], c["value"], c["seconds"]) for c in known["candidates"] if c["step"] <= step]
         told = False
         while (best := lowest(found)) is not None and (problem := self._problem(best)) is not None:
             if not told:

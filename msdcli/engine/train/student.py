@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from msdcli import nets
+from msdcli import nets, records
 from msdcli.diffusion import guidance
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws, Source
@@ -28,8 +28,7 @@ from msdcli.errors import UserError
 from msdcli.nets.prune import prune
 from msdcli.objectives import Objective, objective_class
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import OneStepSettings, StageSettings
-from msdcli.rundir import read_json
+from msdcli.recipe.stages import GeneratorSettings, StageSettings
 from msdcli.seeds import derive, generator
 
 
@@ -44,7 +43,7 @@ class Student:
     folders: list[Path]  # one per stage
     device: torch.device
     group: ProcessGroup = SINGLE_PROCESS
-    evaluator: Callable[[OneStepSettings], StudentEvaluator] | None = (
+    evaluator: Callable[[GeneratorSettings], StudentEvaluator] | None = (
         None  # of what it makes; only where a stage selects
     )
 
@@ -100,6 +99,8 @@ def train_stage(student: Student, number: int, report: Report) -> None:
         net.train()
         if not options.fsdp:  # sharding moves them
             net.to(student.device)
+    if objective.statistics is not None:
+        objective.statistics.to(student.device)
     if number > 0:
         inherit(objective, student, number, report)
     accelerate(objective, stage, student, options, report)
@@ -124,7 +125,7 @@ def train_stage(student: Student, number: int, report: Report) -> None:
 
 def selection(student: Student, stage: StageSettings, folder: Path, what: str, report: Report) -> AverageSelection:
     """Return how a stage chooses what it ends with. The next stage goes on from its last networks either way."""
-    if not isinstance(stage, OneStepSettings) or stage.select is None:
+    if not isinstance(stage, GeneratorSettings) or stage.select is None:
         return LAST_AVERAGE
     assert student.evaluator is not None, "a stage that selects needs an evaluator"
     evaluator, keep = student.evaluator(stage), student.recipe.keep
@@ -133,12 +134,13 @@ def selection(student: Student, stage: StageSettings, folder: Path, what: str, r
 
 def inherit(objective: Objective, student: Student, number: int, report: Report) -> None:
     """Give a stage the networks that the one before ended with; where they are damaged, that one ends once more."""
-    before = student.folders[number - 1]
+    before, statistics = student.folders[number - 1], objective.statistics
+    nets = objective.nets | ({} if statistics is None else {"statistics": statistics})
     try:
-        storage.inherit(objective.nets, before, student.group)
+        storage.inherit(nets, before, student.group)
     except DamagedError:
         train_stage(student, number - 1, report)  # goes on from an earlier checkpoint, and says so
-        storage.inherit(objective.nets, before, student.group)
+        storage.inherit(nets, before, student.group)
 
 
 def accelerate(
@@ -154,7 +156,7 @@ def accelerate(
 
     def trial() -> None:
         with seeded_apart(student.device):
-            compiling.run_turns(objective, lambda turn: Draws(student.source, stage.batch, ("trial",), turn, part))
+            compiling.run_turns(objective, lambda turn: Draws(student.source, stage.batch, ("trial", 0), turn, part))
 
     if not options.fsdp:
         wanted, device = recipe.compile, student.device
@@ -165,7 +167,7 @@ def is_finished(folder: Path, stage: StageSettings) -> bool:
     """Whether the stage in `folder` has run for all of its steps."""
     if not is_complete(folder):
         return False
-    steps: int = read_json(folder / MODEL)["steps"]
+    steps: int = records.trained(folder / MODEL)["steps"]
     return steps >= stage.steps
 
 

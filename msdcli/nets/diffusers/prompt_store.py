@@ -72,6 +72,12 @@ class PromptStore:
         return self._resident[device]
 
 
+def stand_in(shape: tuple[int, int], pooled: int) -> PromptStore:
+    """Return random embeddings of one prompt and the empty one, for networks that are only timed."""
+    generator = torch.Generator().manual_seed(0)
+    return PromptStore(torch.randn(2, *shape, generator=generator), torch.randn(2, pooled, generator=generator))
+
+
 def mapped(folder: Path, count: int, shape: tuple[int, int], pooled: int, dtype: str) -> PromptStore:
     """Open the rows of `count` prompts and the empty one in `folder`. ValueError if the files have other sizes."""
     arrays = []

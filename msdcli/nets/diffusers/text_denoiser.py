@@ -30,13 +30,17 @@ class TextDenoiser(DiffusersDenoiser):
         self.num_classes = 0  # whatever the configuration says
         self.sd3 = settings.class_name == "SD3Transformer2DModel"
 
+    @property
+    def embedding_shapes(self) -> tuple[tuple[int, int], tuple[int]]:
+        """The shapes of a prompt's vectors and of its pooled embedding."""
+        pooled = self.settings.config.get("pooled_projection_dim", 2048) if self.sd3 else 1
+        return self.settings.prompt_shape, (pooled,)
+
     def look_up(self, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the prompts' vectors [n, length, width] and pooled embeddings."""
         assert condition is not None, "a text-conditioned network was called without prompts"
         if condition.is_meta:  # a plan knows shapes only
-            pooled = self.settings.config.get("pooled_projection_dim", 2048) if self.sd3 else 1
-            sizes = self.settings.prompt_shape, (pooled,)
-            tokens, pooled = (torch.empty(len(condition), *size, device="meta") for size in sizes)
+            tokens, pooled = (torch.empty(len(condition), *size, device="meta") for size in self.embedding_shapes)
             return tokens, pooled
         assert self.prompts is not None, "a text-conditioned network was called before it was given its prompts"
         tokens, pooled = self.prompts.look_up(condition)

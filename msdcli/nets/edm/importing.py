@@ -20,9 +20,10 @@ from msdcli.foreign import check_file
 from msdcli.nets.edm.arguments import checked
 from msdcli.nets.edm.edm2 import EDM2, EDM2UNet, round_gains
 from msdcli.nets.edm.networks import DhariwalUNet, SongUNet
-from msdcli.nets.edm.pickles import Pickle, Record, TensorRecord, read_pickle
+from msdcli.nets.edm.pickles import Pickle, TensorRecord, read_pickle
 from msdcli.nets.edm.preconditioning import IDDPM, VE, VP, Preconditioned
 from msdcli.nets.edm.unet_taps import TappedUNet
+from msdcli.nets.pickle_machine import Record
 
 # 16 GB of float32; the largest published network, EDM2-XXL, has 1.5e9 parameters.
 MAX_PARAMETERS = 4_000_000_000

@@ -34,6 +34,8 @@ DIFFUSERS = {
 UNET = UNetSettings(channels=8, embedding=8)
 DM = {"objective": "dm", "steps": 3, "batch": 8, "fake_updates": 1, "pairs": "none", "log_every": 1, "clip": 1.0}
 ADM = DM | {"objective": "adm", "head_weight": 1.0, "gan_weight": 0.1}
+# A gradient that passes through the frozen teacher and the fake network.
+SID = DM | {"objective": "sid", "alpha": 0.5}
 
 
 def plain(settings: NetworkSettings) -> Denoiser:
@@ -60,6 +62,8 @@ CASES: dict[str, tuple[Callable[[], Denoiser], list[dict[str, Any]]]] = {
     # Large steps: without forced normalisation the weights would grow visibly.
     "edm2": (lambda: plain(EdmNetworkSettings(preconditioning="EDM2", arguments=EDM2)), [DM | {"lr": 0.05}, ADM]),
     "guided": (lambda: guided(False), [DM]),
+    "sid": (lambda: plain(UNET), [DM, SID | {"sigmas": [2.5, 0.5], "gan_weight": 0.1, "divergence": "kl"}]),
+    "sid guided": (lambda: guided(False), [SID, ADM | {"features": "teacher", "divergence": "js"}]),
     "autoguided": (lambda: guided(True), [ADM | {"features": "teacher"}]),
     "diffusers": (
         lambda: plain(DiffusersNetworkSettings(class_name="UNet2DModel", config=DIFFUSERS, prediction="epsilon")),

@@ -24,9 +24,11 @@ from tests.conftest import TINY, Msd, distilled, environment
 from tests.engine.distributed import sharded
 
 LINES = {"teacher": "teacher/metrics.jsonl", "student": "students/0/0-adm/metrics.jsonl"}
-ADM = TINY.replace("objective: dm, steps: 6, batch: 16", "objective: adm, steps: 6, batch: 16, pair_batch: 8").replace(
-    "partition: {students: 2}", "partition: {students: 1}"
-)
+# Every kind of turn: two levels, of which a batch leaves the student at one, and figures of the whole batch.
+ADM = TINY.replace(
+    "objective: dm, steps: 6, batch: 16",
+    "objective: adm, steps: 6, batch: 16, pair_batch: 8, sigmas: [2.5, 0.5], divergence: js, ratio_rate: 0.5",
+).replace("partition: {students: 2}", "partition: {students: 1}")
 
 
 def launch(*words: str, processes: int = 2) -> list[str]:

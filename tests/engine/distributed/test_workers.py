@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from msdcli.engine.distributed import device, workers
+from msdcli.engine.tracking.events import Progress
+from msdcli.errors import UserError
 from msdcli.recipe import Recipe, load
-from tests.conftest import TINY, Msd
+from msdcli.rundir import RunDir
+from tests.conftest import ROOT, TINY, Msd
 from tests.engine.train.test_distill import weights
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -97,3 +104,50 @@ def test_a_plan_says_how_many(msd: Msd, tiny: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "workers: 2" in done.stdout
     assert msd("distill", "tiny.yaml", "--students-per-device", "0").returncode == 2
+
+
+NOISY = """
+import json, os, sys
+print("a library's banner")
+os.write(1, b"onednn_verbose,info\\n{}\\n")
+from msdcli.engine.distributed.workers import to_parent
+from msdcli.engine.tracking.events import Progress
+report = to_parent()
+report("a sentence")
+os.write(int(sys.argv[1]) if len(sys.argv) > 1 else 1, b"[1]\\n")
+report(Progress("student 0", 1, 2))
+if os.fork() == 0:  # what a library leaves running
+    import time
+    time.sleep(60)
+sys.stderr.write("warning: something\\nerror: it is yours to fix\\n")
+os._exit(2)
+"""
+
+
+def test_what_a_library_prints_is_no_report_and_holds_nobody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "LINGER", 0.2)
+    popen = subprocess.Popen
+    started = []
+
+    def noisy(words: list[str], **options: Any) -> Any:
+        started.append(popen([sys.executable, "-c", NOISY], **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", noisy)
+    told: list[Any] = []
+    environment = {"PYTHONPATH": str(ROOT)}
+    monkeypatch.setattr(workers, "_environment", lambda *_: dict(os.environ) | environment)
+    try:
+        with pytest.raises(UserError, match=r"^it is yours to fix$"):
+            workers.run(RunDir(tmp_path), 1, CPU, told.append)
+    finally:
+        for process in started:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert told == ["a sentence", Progress("student 0", 1, 2)]
+
+
+@pytest.mark.parametrize("line", [b"", b"x\n", b"\xff\n", b"[1]\n", b"{}\n", b'{"what": 1, "more": 2}\n', b"null\n"])
+def test_a_line_that_is_no_report_is_none(line: bytes) -> None:
+    assert workers._decode(line) is None

@@ -17,6 +17,7 @@ with warnings.catch_warnings():
 
 import torch
 
+from msdcli.diffusion.generator import Generator
 from msdcli.engine.export import onnx as export_onnx
 from msdcli.engine.export import torch as export_torch
 from msdcli.recipe.networks import DiffusersNetworkSettings
@@ -74,7 +75,7 @@ def test_the_library_loads_the_pipeline(msd: Msd, tmp_path: Path, kind: str, pre
 def test_the_librarys_networks_as_program_and_graph(tmp_path: Path, kind: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     net: Any = network(settings(kind, "epsilon"))
-    traced = export_torch.program(net, SIGMA)
+    traced = export_torch.program(Generator(net, (SIGMA,)))
     export_onnx.write_graph(traced, tmp_path / "m.onnx", "float32")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     assert export_torch.max_batch(net) == (63 if kind == "unet" else export_torch.MAX_BATCH)

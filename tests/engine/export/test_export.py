@@ -17,6 +17,7 @@ import yaml
 import msdcli
 from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser, one_step
+from msdcli.diffusion.generator import Generator
 from msdcli.engine.checkpoints.model import save_model
 from msdcli.engine.export import onnx as export_onnx
 from msdcli.engine.export import torch as export_torch
@@ -49,7 +50,7 @@ RECIPE = """
 name: {name}
 data: {{name: digits}}
 partition: {{students: 2, method: explicit, parts: [[0, 2, 4, 6, 8], [1, 3, 5, 7, 9]]}}
-stages: [{{objective: dm, steps: 1, sigma_init: 2.5}}]
+stages: [{{objective: dm, steps: 1, sigmas: {sigmas}}}]
 """
 
 
@@ -61,9 +62,9 @@ def network(settings: Any, seed: int = 0) -> Denoiser:
     return shake(net, seed=seed).eval().requires_grad_(False)
 
 
-def trained(folder: Path, settings: Any) -> Path:
+def trained(folder: Path, settings: Any, sigmas: str = "[2.5]") -> Path:
     """A run directory of two students of digits, as `msd distill` leaves one, with random weights."""
-    (folder / "random.yaml").write_text(RECIPE.format(name="random"))
+    (folder / "random.yaml").write_text(RECIPE.format(name="random", sigmas=sigmas))
     run, recipe = RunDir(folder / "runs" / "random"), load(folder / "random.yaml")
     run.adopt(recipe)
     write_json(run.record_file, {"commands": [], "class_names": [f"digit {c}" for c in range(10)], "shape": [1, 8, 8]})
@@ -98,7 +99,7 @@ def test_programs_and_graphs_are_the_network_for_any_batch(tmp_path: Path, kind:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 
     net = network(NETWORKS[kind])
-    traced = export_torch.program(net, SIGMA)
+    traced = export_torch.program(Generator(net, (SIGMA,)))
     export_onnx.write_graph(traced, tmp_path / "model.onnx", "float32")
     model = onnx.load(tmp_path / "model.onnx")
     assert [o.version for o in model.opset_import if o.domain == ""] == [export_onnx.OPSET]
@@ -205,7 +206,7 @@ def test_convolutions_are_kept_in_fewer_bits(tmp_path: Path) -> None:
     net, path = network(NETWORKS["edm2"]), tmp_path / "m.onnx"
     z, c = requests(net.shape, 6)
     wanted = one_step(net, z, SIGMA, c)
-    export_onnx.write_graph(export_torch.program(net, SIGMA), path, "float32")
+    export_onnx.write_graph(export_torch.program(Generator(net, (SIGMA,))), path, "float32")
     for precision, kind in (("float16", onnx.TensorProto.FLOAT16), ("int8", onnx.TensorProto.INT8)):
         model = onnx.load(path)
         export_onnx.reduce_weights(model, precision)
@@ -228,8 +229,8 @@ def test_samples_that_differ_are_exit_1_and_leave_what_was_there(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "given").rglob("*")}
     whole = export_torch.program
 
-    def slightly_off(net: Denoiser, sigma_init: float) -> Any:
-        return whole(net, sigma_init * 1.001)
+    def slightly_off(generator: Generator) -> Any:
+        return whole(Generator(generator.net, tuple(sigma * 1.001 for sigma in generator.sigmas)))
 
     monkeypatch.setattr(export_torch, "program", slightly_off)
     done = msd("export", str(run), "--format", "torch", "--out", "given")
@@ -391,3 +392,44 @@ def test_amounts_of_memory() -> None:
     for wrong in ("", "GB", "-1", "0", "2 parsecs", "1e9"):
         with pytest.raises(UserError, match="no amount of memory"):
             parse_bytes(wrong)
+
+
+@pytest.mark.parametrize("kind", ["bundle", "torch", "onnx", "triton"])
+def test_two_steps_are_unrolled_and_checked_against_the_run(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("onnxscript")
+    run = trained(tmp_path, SMALL, "[2.5, 0.5]")
+    record = export(RunDir(run), tmp_path / "given", kind, options=ExportOptions(bench=False))
+    assert record["steps"] == 2 and record["max_difference"] <= record["tolerance"]
+    z, classes = requests((1, 8, 8), 6)
+    noise = torch.randn(6, 1, 1, 8, 8)
+    wanted = RunStudents(msdcli.load(run)).generate(z, classes.tolist(), noise)
+    one = RunStudents(msdcli.load(run, steps=1)).generate(z, classes.tolist())
+    assert (wanted - one).abs().max() > 0.1, "the second step matters"
+    if kind == "bundle":
+        got = RunStudents(msdcli.load(tmp_path / "given")).generate(z, classes.tolist(), noise)
+    elif kind == "triton":
+        text = (tmp_path / "given/random_student_0/config.pbtxt").read_text()
+        assert '"noise" data_type: TYPE_FP32 dims: [ 1, 1, 8, 8 ]' in text
+        return
+    else:
+        from msdcli.engine.export.given.students import Students as Travelling
+
+        students = Travelling(tmp_path / "given")
+        got = torch.from_numpy(students.generate(z.numpy(), classes.tolist(), noise.numpy()))
+        assert np.array_equal(students.sample([3, 7], seed=1), students.sample([3, 7], seed=1))
+        if kind == "torch":  # its noise is msd's own
+            mine = msdcli.sample(run, [3, 7], seed=1, device="cpu")
+            np.testing.assert_allclose(students.sample([3, 7], seed=1), mine.numpy(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_size_of_a_graph_does_not_grow_with_its_steps(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    net = network(UNetSettings(channels=32, multipliers=[1, 2], embedding=32))
+    sizes = []
+    for levels in ((2.5,), (2.5, 1.0, 0.5, 0.2)):
+        path = tmp_path / f"{len(levels)}" / "model.onnx"
+        path.parent.mkdir()
+        export_onnx.write_graph(export_torch.program(Generator(net, levels)), path, "float32")
+        sizes.append(sum(file.stat().st_size for file in path.parent.iterdir()))
+    assert sizes[1] < 1.7 * sizes[0], "the steps share their weights"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 import msdcli
 from msdcli.engine.export.export import export
-from msdcli.engine.export.format import ExportOptions
+from msdcli.engine.export.format import ExportOptions, RunStudents
 from msdcli.rundir import RunDir, read_json
 from tests.engine.export.test_export import SMALL, of_run, trained
 
@@ -114,6 +115,7 @@ def test_configurations_describe_the_graphs(repository: Path) -> None:
     assert {p.key: p.value.string_value for p in router.parameters} == {
         "students": "random_student_",
         "max_resident": "1",
+        "steps": "1",
     }
     assert router.instance_group[0].count == 1
 
@@ -170,7 +172,8 @@ class Server:
         return module
 
 
-def test_the_router_answers_as_the_run_does(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def routed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Server, Callable[..., Any]]:
+    """Return the server, and what asks its router."""
     import json
 
     server = Server(repository)
@@ -194,6 +197,25 @@ def test_the_router_answers_as_the_run_does(repository: Path, monkeypatch: pytes
         (answer,) = router.execute([utilities.InferenceRequest(inputs=tensors)])
         return answer
 
+    return server, ask
+
+
+def test_two_steps_are_routed_with_the_noise_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript")
+    run = trained(tmp_path, SMALL, "[2.5, 0.5]")
+    export(RunDir(run), tmp_path / "given", "triton", options=ExportOptions(bench=False, max_resident=2))
+    _, ask = routed(tmp_path / "given", monkeypatch)
+    classes, rng = [3, 0, 8], np.random.default_rng(0)
+    z, noise = (rng.standard_normal(size, np.float32) for size in ((3, 1, 8, 8), (3, 1, 1, 8, 8)))
+    images = ask(labels=np.array(classes)[:, None], z=z, noise=noise).tensors[0].array
+    wanted = RunStudents(msdcli.load(run)).generate(z, classes, noise)
+    torch.testing.assert_close(torch.from_numpy(images), wanted, rtol=1e-4, atol=1e-4)
+    seeded = [ask(labels=np.array(c)[:, None], seed=np.array(c)[:, None]).tensors[0].array for c in ([0, 3], [3])]
+    np.testing.assert_allclose(seeded[0][1:], seeded[1], atol=1e-5)
+
+
+def test_the_router_answers_as_the_run_does(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, ask = routed(repository, monkeypatch)
     classes = [3, 0, 8, 9, 3]
     labels, z = np.array(classes)[:, None], np.random.default_rng(0).standard_normal((5, 1, 8, 8), np.float32)
     images = ask(labels=labels, z=z).tensors[0].array

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from msdcli.data.base import StoredImages, to_float
+from msdcli.data.base import StoredImages, fingerprint_of_version_1, to_float
 from msdcli.data.images import to_uint8
 from msdcli.data.latents import LATENTS, RECORD, Latents
 from msdcli.diffusion.draws import Draws, Source
@@ -21,7 +21,7 @@ from msdcli.engine.tracking.events import silent
 from msdcli.errors import UserError
 from msdcli.noise import image_noise
 from msdcli.recipe import load
-from msdcli.rundir import RunDir
+from msdcli.rundir import RunDir, key
 from tests.conftest import Msd, command, environment
 from tests.latent_teacher import RECIPE, latent_pipeline, picture_folder
 
@@ -231,3 +231,18 @@ def test_samples_are_decoded_pictures(msd: Msd, latent: Path) -> None:
     with np.load(folder / "classes-0-3-1-seed1.npz") as arrays:
         assert (arrays["images"] == to_uint8(images).permute(0, 2, 3, 1).numpy()).all()
     assert len(list((folder / "classes-0-3-1-seed1").glob("*.png"))) == 3
+
+
+def test_a_run_of_version_1_goes_on_with_its_latents_where_they_are_whole(latent: Path) -> None:
+    first = encoded(latent)
+    run = RunDir(latent / "runs/latent")
+    (folder,) = run.shared.glob("latents-*")
+    parts = fingerprint_of_version_1(first), autoencoder.identity(latent / "teacher/autoencoder"), "float32"
+    old = folder.rename(folder.with_name(f"latents-{key('latents', *parts)}"))
+    run.root.mkdir(parents=True, exist_ok=True)
+    run.record_file.write_text(json.dumps({"data": fingerprint_of_version_1(first), "teacher": "x"}))
+    encoded(latent)
+    assert [*run.shared.glob("latents-*")] == [old]
+    (old / RECORD).unlink()
+    encoded(latent)
+    assert {*run.shared.glob("latents-*")} == {old, folder}, "half of them are no start: they may be of other pictures"

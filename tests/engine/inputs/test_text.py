@@ -15,8 +15,12 @@ from PIL import Image
 import msdcli
 from msdcli.data.images import to_uint8
 from msdcli.engine import pipeline
+from msdcli.engine.bench import recipe as bench
 from msdcli.engine.inputs import prompts as engine
+from msdcli.engine.measure.feature_metric import FidOptions
+from msdcli.engine.train import precision
 from msdcli.errors import UserError
+from msdcli.nets.diffusers.text_denoiser import TextDenoiser
 from msdcli.partition import Partition
 from msdcli.recipe import load
 from msdcli.rundir import RunDir
@@ -266,7 +270,7 @@ def test_prompts_are_measured_against_pictures(hashed: Path, tmp_path: Path, mon
     for i in range(20):
         pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"pictures/{i}.png")
-    options = fid.FidOptions(protocol="clean", reference=str(tmp_path / "pictures"), samples=24, batch=8)
+    options = FidOptions(protocol="clean", reference=str(tmp_path / "pictures"), samples=24, batch=8)
     with contextlib.chdir(hashed.parent.parent):
         found = fid.measure(RunDir(hashed), lambda _: None, options).to_json()
     assert [(row["who"], row["group"]) for row in found["rows"] if row["who"] != "real halves"] == [
@@ -311,3 +315,28 @@ def test_embedding_is_taken_up_after_a_kill(place: Path, monkeypatch: pytest.Mon
     assert len(told) == 3 + 3, "two of four steps were not done again"
     for name in ("tokens.bin", "pooled.bin", "prompts.jsonl"):
         assert (place / "cut" / name).read_bytes() == (place / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("make", [sd_pipeline, sd3_pipeline])
+def test_a_teacher_of_real_size_is_timed_and_distilled(
+    make: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`precision: auto` and `msd bench` evaluate networks that read text; tiny ones escape by their size alone."""
+    monkeypatch.setattr(precision, "TINY_FLOPS", 0)
+    monkeypatch.setattr(precision, "SECONDS", {"cpu": 0.05})
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "pipeline")  # type: ignore[operator]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts(8)))
+    (tmp_path / "text.yaml").write_text(RECIPE.replace("kmeans", "random").replace("log_every: 1", "log_every: 2"))
+    recipe = load("text.yaml", ["micro_batch=2", "pairs.count=4", "pairs.shard=4"])
+    seen: list[int] = []
+    look_up = TextDenoiser.look_up
+    monkeypatch.setattr(
+        TextDenoiser, "look_up", lambda net, c: (seen.append(0 if c.is_meta else len(c)), look_up(net, c))[1]
+    )
+    measured = bench.bench(recipe, lambda _: None, repeats=1)
+    assert measured["precision"] in ("float32", "bf16") and measured["sampling"]["latency_seconds"] > 0
+    assert measured["stages"][0]["batch"] == 4
+    assert max(seen) <= 4, "a guided teacher evaluates a micro batch of two with and without its prompts"
+    run = pipeline.distill(recipe, lambda _: None).run
+    assert "ratio" in json.loads((run.root / "run.json").read_text())["precision"]

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from msdcli.engine.measure import classifier, fid, watch
+from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.tracking.events import silent
 from msdcli.metrics.evaluate import collect
 from msdcli.metrics.inception import FeatureNetwork
@@ -172,6 +173,51 @@ def test_published_statistics_are_a_reference(msd: Msd, weights: Path, tmp_path:
     assert "512 dimensions" in said and "2048" in said and "other.npz" in said
 
 
+def test_statistics_of_another_protocol_are_refused(msd: Msd, weights: Path, tmp_path: Path) -> None:
+    a, options = folder_of(tmp_path / "a"), ("--weights", weights)
+    named = tmp_path / "toy_legacy_tensorflow_custom_na.npz"
+    np.savez(named, mu=np.zeros(2048), sigma=np.eye(2048))
+    said = refusal(msd, a, named, *options)
+    assert "legacy-tensorflow" in said and "protocol clean" in said
+    assert "legacy-tensorflow" in refusal(msd, a, named, *options, "--dry-run"), "before anything is measured"
+    record = figure(msd, a, named, *options, "--protocol", "edm")["record"]
+    assert record["reference_statistics"] == {"protocol": "legacy-tensorflow", "said_by": "its name"}
+    np.savez(tmp_path / "ref.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    unknown = figure(msd, a, tmp_path / "ref.npz", *options)
+    assert unknown["record"]["reference_statistics"]["protocol"] is None
+    assert any("does not say of which protocol" in warning for warning in unknown["warnings"])
+
+
+def test_a_batch_of_adm_is_images_and_statistics(msd: Msd, weights: Path, tmp_path: Path) -> None:
+    """Its statistics are of the protocol `edm`; its images are images on either side, under any."""
+    a, options = folder_of(tmp_path / "a"), ("--weights", weights)
+    pixels = np.random.default_rng(9).integers(0, 256, (7, SIZE, SIZE, 3), dtype=np.uint8)
+    batch = tmp_path / "VIRTUAL_toy.npz"
+    np.savez(batch, arr_0=pixels, mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(3), sigma_s=np.eye(3))
+    np.savez(tmp_path / "plain.npz", arr_0=pixels)
+    assert figure(msd, batch, a, *options)["fid"] == figure(msd, tmp_path / "plain.npz", a, *options)["fid"]
+    under_clean = figure(msd, a, batch, *options)
+    assert under_clean["fid"] == figure(msd, a, tmp_path / "plain.npz", *options)["fid"]
+    assert any("of legacy-tensorflow" in warning for warning in under_clean["warnings"])
+    under_edm = figure(msd, a, batch, *options, "--protocol", "edm")
+    assert under_edm["record"]["reference_count"] is None and not any("protocol" in w for w in under_edm["warnings"])
+
+
+def test_some_pictures_are_drawn_by_seed(msd: Msd, weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "two").mkdir()
+    for name in ("x", "y"):
+        folder_of(tmp_path / "two" / name, 6 if name == "x" else 7)
+    reference, words = folder_of(tmp_path / "b", 8), ("--weights", weights, "--samples", 6)
+    found = figure(msd, tmp_path / "two", reference, *words)
+    drawn = found["record"]["drawn"]
+    order = np.arange(13)
+    np.random.RandomState(0).shuffle(order)  # NVlabs' ImageFolderDataset
+    assert (drawn["seed"], drawn["of"], drawn["numbers"]) == (0, 13, sorted(order[:6].tolist()))
+    assert figure(msd, tmp_path / "two", reference, *words) == found
+    assert figure(msd, tmp_path / "two", reference, *words, "--seed", 1)["fid"] != found["fid"]
+    assert "drawn" not in figure(msd, reference, reference, "--weights", weights, "--samples", 8)["record"]
+
+
 def test_odd_pictures_are_read_or_named(msd: Msd, weights: Path, tmp_path: Path) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
     for name in ("colour", "odd"):
@@ -247,6 +293,10 @@ def test_a_run_under_a_published_protocol(msd: Msd, digits: Path, weights: Path,
     assert row["values"] == {"fid_clean": pytest.approx(rows["students", "whole"]["fid_clean"], rel=1e-9)}
     for more in ((reference,), ("--weights", weights)):
         assert "the run's own" in refusal(msd, digits, *more)
+    assert "the seed of its recipe" in refusal(msd, digits, "--seed", 1)
+    other = tmp_path / "toy_legacy_pytorch_custom_na.npz"
+    np.savez(other, mu=np.zeros(2048), sigma=np.eye(2048))
+    assert "legacy-pytorch" in refusal(msd, digits, other, *words)
 
 
 def test_groups_of_classes(msd: Msd, digits: Path, weights: Path, tmp_path: Path) -> None:
@@ -260,7 +310,7 @@ def test_groups_of_classes(msd: Msd, digits: Path, weights: Path, tmp_path: Path
     files = figure(msd, a, a, "--weights", weights, "--group", "ab=0,1")["groups"]
     assert (files["ab"]["count"], files["class 2"]["count"]) == (8, 7) and files["ab"]["fid"] < 1e-6
     for group, said in (
-        ("even=0,12", "class 12 does not exist"),
+        ("even=0,12", "class '12' does not exist"),
         ("even=x", "class 'x' does not exist"),
         ("even=4-2", "class '4-2' does not exist"),
         ("nowhere", "neither NAME=CLASSES nor a partition"),
@@ -328,7 +378,7 @@ def test_watch_follows_what_is_in_training(digits: Path, tmp_path: Path) -> None
     for folder in stages:
         (folder / "model.json").rename(folder / "kept")
     (stages[1] / "state.safetensors").rename(stages[1] / "later")
-    lines = watch.watch(run, silent, fid.FidOptions(), poll=0)
+    lines = watch.watch(run, silent, FidOptions(), poll=0)
     first = next(lines)
     assert (list(first["students"]), first["whole"], first["students"]["0"]["step"]) == (["0"], None, 2)
     (stages[1] / "later").rename(stages[1] / "state.safetensors")

@@ -91,7 +91,7 @@ def test_ctrl_c_leaves_quietly(begun: Path, tmp_path: Path) -> None:
 
 def test_watching_loads_no_torch(finished: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from msdcli.cli.watch import watch; "
+        "import sys; from pathlib import Path; from msdcli.cli.observe.watch import watch; "
         f"watch(Path({str(finished)!r}), once=True); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, cwd=ROOT)

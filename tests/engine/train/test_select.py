@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from msdcli.data.base import in_turn
+from msdcli.diffusion.generator import Generator
 from msdcli.engine.checkpoints.model import load_model
 from msdcli.engine.checkpoints.tensors import load_tensors
 from msdcli.engine.checkpoints.train_state import TrainState
@@ -189,11 +190,11 @@ def test_measuring_with_something_else_begins_anew(tmp_path: Path) -> None:
 
 def test_measuring_does_not_count_as_training(tmp_path: Path) -> None:
     class Slow(AverageSelection):
-        def look(self, state: TrainState) -> Evaluation | None:
+        def after_step(self, state: TrainState) -> Evaluation | None:
             return Evaluation({"m": 1.0}, 1e6) if state.step == 2 else None
 
     state = run(tmp_path, EdmSettings(steps=4, batch=8, log_every=50), selection=Slow())
-    assert -1e6 < state.cost["seconds"] < -9e5, "the time that a look says it took is taken off"
+    assert -1e6 < state.cost["seconds"] < -9e5, "the time that an evaluation says it took is taken off"
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4], "a line of its own, with its losses"
     assert "measured" not in lines[1] and lines[0]["measured"] == {"m": 1.0} and lines[0]["losses"]["student"] > 0
@@ -290,7 +291,7 @@ def test_pictures_are_measured_as_the_run_is(msd: Msd, tmp_path: Path, monkeypat
     labels = DIGITS.labels(in_turn(DIGITS, range(len(DIGITS)))).tolist()
     classes = [c for c in labels if c in (3, 5)][:130]
     students = Students([folder], Partition([list(range(10))], 10, "explicit"), DIGITS.class_names, torch.device("cpu"))
-    students.put(0, net, 2.5)
+    students.put(0, Generator(net, (2.5,)))
     samples = students.sample(classes, seed=derive("selection", 0))
     metric = classifier.Classifier((1, 8, 8), 10)
     metric.load_state_dict(load_file(tmp_path / "runs/digits/classifier/model.safetensors"))

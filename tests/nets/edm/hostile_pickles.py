@@ -11,7 +11,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from msdcli.nets.edm import pickles
+from msdcli.nets import pickle_machine
 from tests.nets.edm.edm_format import Call, Persistent, dumps
 
 CANARY = "msd-canary-of-the-pickle-tests"
@@ -185,7 +185,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "memo entry that is not there": (program(b"j\xff\xff\xff\xff"), "damaged"),
     "nesting": (program(b"(" * 100_000), "nested"),
     "nested lists": (program(b"](" * 2000), "nested"),
-    "opcodes": (program(b"\x8f" * (pickles.MAX_OPCODES + 1)), "opcodes"),
+    "opcodes": (program(b"\x8f" * (pickle_machine.MAX_OPCODES + 1)), "opcodes"),
     "opcodes in storages": (
         program(
             bytes_arg(storage_bytes(4, 4)),

@@ -19,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msdcli.errors import UserError
-from msdcli.nets.edm import pickles
+from msdcli.nets import pickle_machine
 from msdcli.nets.edm.importing import build_edm, import_edm
-from msdcli.nets.edm.pickles import NAMES, ArrayRecord, Record, TensorRecord, read_pickle
+from msdcli.nets.edm.pickles import NAMES, TensorRecord, read_pickle
+from msdcli.nets.pickle_machine import ArrayRecord, Record
 from tests.nets.edm.edm_format import EasyDict, Persistent, dumps, shake, snapshot
 from tests.nets.edm.hostile_pickles import CANARY, HOSTILE, RUN, program
 
@@ -154,8 +155,8 @@ def test_registered_extensions_do_not_help(tmp_path, monkeypatch):
 @pytest.mark.parametrize("opcode", [b"\x8f", b"}\x94", b"]\x94", b"("])
 def test_memory_per_opcode_is_bounded(tmp_path, monkeypatch, opcode):
     """The limit of a million opcodes bounds memory: the greediest, an empty set, takes 0.2 kB."""
-    monkeypatch.setattr(pickles, "MAX_OPCODES", 50_000)
-    monkeypatch.setattr(pickles, "MAX_NESTING", 10**9)
+    monkeypatch.setattr(pickle_machine, "MAX_OPCODES", 50_000)
+    monkeypatch.setattr(pickle_machine, "MAX_NESTING", 10**9)
     (tmp_path / "teacher.pkl").write_bytes(program(opcode * 50_001))
     tracemalloc.start()
     try:

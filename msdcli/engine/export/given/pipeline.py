@@ -1,4 +1,4 @@
-"""A diffusers pipeline of one-step students: every class belongs to one network, evaluated once.
+"""A diffusers pipeline of students: every class belongs to one network, evaluated once at each of its noise levels.
 
 from diffusers import DiffusionPipeline
 
@@ -16,11 +16,11 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 
-class OneStepPipeline(DiffusionPipeline):
+class StudentsPipeline(DiffusionPipeline):
     """Students `student_0`, `student_1`, ...; `parts` says which classes are whose.
 
-    All are evaluated at noise level `sigma_init` (x = y + sigma n), which their schedule calls `timestep`, and predict
-    epsilon, v_prediction, sample or flow.
+    All are evaluated at the noise levels `sigmas` (x = y + sigma n), which their schedule calls `timesteps`, and
+    predict epsilon, v_prediction, sample or flow.
     """
 
     def __init__(
@@ -28,8 +28,8 @@ class OneStepPipeline(DiffusionPipeline):
         student_0: Any,
         parts: dict[str, list[int]] | None = None,
         class_names: dict[str, str] | None = None,
-        sigma_init: float = 1.0,
-        timestep: float = 0.0,
+        sigmas: list[float] | None = None,
+        timesteps: list[float] | None = None,
         prediction: str = "epsilon",
         num_classes: int = 0,
     ) -> None:
@@ -39,8 +39,8 @@ class OneStepPipeline(DiffusionPipeline):
         self.register_to_config(
             parts=parts,
             class_names=class_names,
-            sigma_init=sigma_init,
-            timestep=timestep,
+            sigmas=sigmas,
+            timesteps=timesteps,
             prediction=prediction,
             num_classes=num_classes,
         )
@@ -51,36 +51,51 @@ class OneStepPipeline(DiffusionPipeline):
         class_labels: Sequence[int | str],
         generator: Any = None,
         latents: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Return one image per class number or name; `latents` is unit noise, `output_type` pil, np or pt."""
+        """Return one image per class number or name; `latents` is unit noise, `output_type` pil, np or pt.
+
+        `noise` [n, steps - 1, channels, height, width] is unit noise too, what is added between several steps.
+        """
         names = {name: int(number) for number, name in (self.config.class_names or {}).items()}
         labels = [names[c] if isinstance(c, str) else int(c) for c in class_labels]
         config, device = self.student_0.config, self.student_0.device
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         z = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device)
+        more = (shape[0], len(self.config.sigmas) - 1, *shape[1:])
+        noise = randn_tensor(more, generator=generator, device=device) if noise is None else noise.to(device)
         images = torch.empty(shape, device=device)
         owner = {c: name for name, part in self.config.parts.items() for c in part}
         for name in dict.fromkeys(owner[c] for c in labels):
             at = [i for i, c in enumerate(labels) if owner[c] == name]
-            images[at] = self.denoise(getattr(self, name), z[at], torch.tensor([labels[i] for i in at], device=device))
+            own = torch.tensor([labels[i] for i in at], device=device)
+            images[at] = self.generate(getattr(self, name), z[at], own, noise[at])
         result = self.finish(images, output_type)
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
-    def denoise(self, student: Any, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Turn unit noise into images [n, channels, height, width] by one evaluation."""
-        s, prediction = self.config.sigma_init, self.config.prediction
+    def generate(self, student: Any, z: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Turn unit noise into images [n, channels, height, width], with one evaluation at each noise level."""
+        sigmas, timesteps = self.config.sigmas, self.config.timesteps
+        y = self.denoise(student, sigmas[0] * z, sigmas[0], timesteps[0], labels)
+        for i, (s, t) in enumerate(zip(sigmas[1:], timesteps[1:])):  # noqa: B905
+            y = self.denoise(student, y + s * noise[:, i], s, t, labels)
+        return y
+
+    def denoise(self, student: Any, x: torch.Tensor, s: float, timestep: float, labels: torch.Tensor) -> torch.Tensor:
+        """D(x, s, labels) of x = y + s n, in the student's own scaling and prediction."""
+        prediction = self.config.prediction
         root = (1 + s**2) ** 0.5
-        x_t = z * (s / (1 + s) if prediction == "flow" else s / root)
-        t = torch.full((len(z),), self.config.timestep, device=z.device)
+        x_t = x / (1 + s) if prediction == "flow" else x / root
+        t = torch.full((len(x),), timestep, device=x.device)
         classes = labels if self.config.num_classes else None
-        y = student(x_t.to(student.dtype), t, class_labels=classes, return_dict=False)[0][:, : z.shape[1]].float()
+        y = student(x_t.to(student.dtype), t, class_labels=classes, return_dict=False)[0][:, : x.shape[1]].float()
         if prediction == "flow":
             return x_t - s / (1 + s) * y
         if prediction == "epsilon":
-            return s * z - s * y
-        return (s * z - s * root * y) / root**2 if prediction == "v_prediction" else y
+            return x - s * y
+        return (x - s * root * y) / root**2 if prediction == "v_prediction" else y
 
     def finish(self, images: torch.Tensor, output_type: str) -> Any:
         """Turn images in [-1, 1] into what was asked for; `pt` leaves them as they are."""

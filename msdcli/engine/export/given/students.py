@@ -1,4 +1,4 @@
-"""One-step students behind one router, for a folder that `msd export` wrote (format onnx or torch).
+"""Students behind one router, for a folder that `msd export` wrote (format onnx or torch).
 
 Needs numpy, and onnxruntime or torch; msd itself is not needed.
 
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-Student = Callable[[np.ndarray, np.ndarray], np.ndarray]  # unit noise [n, *shape], classes [n] int64 -> images
+# unit noise [n, *shape], classes [n] int64, unit noise between steps [n, steps - 1, *shape] or None -> images
+Student = Callable[[np.ndarray, np.ndarray, "np.ndarray | None"], np.ndarray]
 
 
 class Students:
@@ -43,6 +44,7 @@ class Students:
         self.owner = {c: k for k, part in enumerate(parts) for c in part}
         self.shape: tuple[int, ...] = tuple(self.record["shape"])
         self.class_names: list[str] = self.record["class_names"]
+        self.steps: int = self.record.get("steps", 1)  # network evaluations per image
         self.max_resident, self.memory = max_resident, memory
         self.device, self.providers = device, providers
         self.resident: dict[int, Student] = {}  # the last one asked is the last in line
@@ -50,10 +52,13 @@ class Students:
     def sample(self, classes: Sequence[int | str], *, seed: int = 0) -> np.ndarray:
         """Return one image per class number or name. Image i depends on the seed, i and its class alone."""
         numbers = [self.class_names.index(c) if isinstance(c, str) else c for c in classes]
-        return self.generate(self.noise(seed, len(numbers)), numbers)
+        return self.generate(self.noise(seed, len(numbers)), numbers, self.step_noise(seed, len(numbers)))
 
-    def generate(self, z: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-        """Return what the classes' students make of unit noise `z` [n, *shape]: one network evaluation each."""
+    def generate(self, z: np.ndarray, classes: Sequence[int], noise: np.ndarray | None = None) -> np.ndarray:
+        """Return what the classes' students make of unit noise `z` [n, *shape].
+
+        Students of several steps also need `noise` [n, steps - 1, *shape], the unit noise between them.
+        """
         for c in classes:
             if c not in self.owner:
                 raise ValueError(f"class {c} does not exist: there are 0 to {len(self.owner) - 1}")
@@ -63,11 +68,22 @@ class Students:
         for number in dict.fromkeys(owners.tolist()):
             at = np.flatnonzero(owners == number)
             for part in (at[i : i + largest] for i in range(0, len(at), largest)):
-                images[part] = self.student(number)(z[part].astype(np.float32), labels[part])
+                between = None if noise is None else noise[part].astype(np.float32)
+                images[part] = self.student(number)(z[part].astype(np.float32), labels[part], between)
         return images
 
     def noise(self, seed: int, count: int) -> np.ndarray:
         """Unit noise [count, *shape]. With torch it is what `msd sample` draws; numpy alone draws other numbers."""
+        return self._unit_noise(seed, count)
+
+    def step_noise(self, seed: int, count: int) -> np.ndarray | None:
+        """Unit noise between the steps [count, steps - 1, *shape]; None for one step."""
+        if self.steps == 1:
+            return None
+        each = [self._unit_noise(_derive("step", k, seed), count) for k in range(1, self.steps)]
+        return np.stack(each, axis=1)
+
+    def _unit_noise(self, seed: int, count: int) -> np.ndarray:
         if self.record["kind"] == "torch":
             import torch
 
@@ -102,7 +118,12 @@ def _open_onnx(path: Path, wanted: Students) -> Student:
 
     providers = wanted.providers or onnxruntime.get_available_providers()
     session = onnxruntime.InferenceSession(path, providers=list(providers))
-    return lambda z, labels: np.asarray(session.run(["images"], {"z": z, "labels": labels})[0])
+
+    def student(z: np.ndarray, labels: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+        given = {"z": z, "labels": labels} | ({} if noise is None else {"noise": noise})
+        return np.asarray(session.run(["images"], given)[0])
+
+    return student
 
 
 def _open_torch(path: Path, wanted: Students) -> Student:
@@ -118,9 +139,10 @@ def _open_torch(path: Path, wanted: Students) -> Student:
             program = move_to_device_pass(program, wanted.device)
         module = program.module()
 
-    def student(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def student(z: np.ndarray, labels: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+        given = [torch.from_numpy(array).to(wanted.device) for array in (z, labels, noise) if array is not None]
         with torch.no_grad():
-            images = module(torch.from_numpy(z).to(wanted.device), torch.from_numpy(labels).to(wanted.device))
+            images = module(*given)
         return np.asarray(images.cpu())
 
     return student

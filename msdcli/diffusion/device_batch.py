@@ -1,0 +1,56 @@
+"""How many images a device is asked for at once while samples are drawn and measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from msdcli.errors import is_out_of_memory
+
+
+def to_stderr(text: str) -> None:
+    """Say it where it does not mix with results."""
+    print(text, file=sys.stderr)
+
+
+class DeviceBatch:
+    """Calls a network piece by piece; where the device's memory is too small, with half as many images from then on.
+
+    Results do not depend on it but for rounding: no call mixes its images. It is said once.
+    """
+
+    def __init__(self, say: Callable[[str], object] = to_stderr) -> None:
+        self.say, self.largest = say, sys.maxsize
+        self._said = False
+
+    def map(self, call: Callable[..., Tensor], *tensors: Tensor, batch: int | None = None) -> Tensor:
+        """Return `call` of the tensors' rows, at most `batch` of them at once, in order."""
+        count, done, start = len(tensors[0]), list[Tensor](), 0
+        while start < count or not done:
+            size = min(batch or max(count, 1), self.largest)
+            found = self._attempt(call, [t[start : start + size] for t in tensors])
+            if found is None:
+                continue  # with fewer
+            done.append(found)
+            start += size
+        return done[0] if len(done) == 1 else torch.cat(done)
+
+    def _attempt(self, call: Callable[..., Tensor], pieces: list[Tensor]) -> Tensor | None:
+        """Return the result, or None where there is too little memory for so many, but fewer can be tried."""
+        size = len(pieces[0])
+        try:
+            return call(*pieces)
+        except Exception as error:
+            if size <= 1 or not is_out_of_memory(error):
+                raise
+        # Not inside `except`: while the error lives, so does all that the failed call had allocated.
+        self.largest = size // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not self._said:
+            self._said = True
+            self.say(f"too little memory for {size:,} images at once: going on with {self.largest:,} or fewer")
+        return None

@@ -1,0 +1,108 @@
+"""Who a run directory belongs to: its recipe, data and teacher, written down last and never under those at work."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from msdcli import records
+from msdcli.data.base import Dataset
+from msdcli.engine.tracking.events import Report
+from msdcli.errors import LockedError, UserError
+from msdcli.recipe import Recipe
+from msdcli.rundir import Presence, RunDir, holder_of, lock, sweep_temporaries, write_json
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A command's hold on a run directory: begun before work is done for it, settled when all is known to fit.
+
+    A run that was there before is not changed until then, and its recipe never while others are at work by it.
+    """
+
+    run: RunDir
+    recipe: Recipe
+    presence: Presence
+    command: dict[str, Any]  # what run.json is to say of it; empty where it says so already
+
+    @classmethod
+    def begin(
+        cls,
+        run: RunDir,
+        recipe: Recipe,
+        data: Dataset,
+        report: Report,
+        stack: contextlib.ExitStack,
+        *,
+        student: int | None,
+    ) -> Claim:
+        """Take a free directory for the recipe, or check that a run may go on by it. UserError where it may not."""
+        run.check(recipe)  # before even a lock is written there
+        if student is not None and (holder := holder_of(run.student(student))):
+            raise LockedError(f"student {student} is being worked on by {holder}", hint="`msd status RUN` shows it")
+        described = {
+            "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
+            "class_names": [] if recipe.has_prompts else data.class_names,
+            "shape": list(data.shape),
+        }
+        with lock(run.root, "the run directory", wait=report):
+            claim = cls(run, recipe, stack.enter_context(run.attended()), described)
+            for folder in (run.root, *run.folders()):
+                sweep_temporaries(folder)
+            if run.recipe_file.exists():
+                claim.may_change()
+                return claim
+            run.adopt(recipe)
+            claim.note({})
+            return replace(claim, command={})
+
+    def may_change(self) -> bool:
+        """Whether the run's recipe is to be written anew. UserError where others are at work by the one that is there.
+
+        What training does not depend on waits for another time.
+        """
+        self.run.check(self.recipe)
+        old, new = self.run.recipe().dump(), self.recipe.dump()
+        if old == new or self.presence.alone():
+            return old != new
+        if old["stages"] != new["stages"]:
+            raise LockedError(
+                f"{self.run.root} is being worked on by {self.run.who_is_at_work()}, with other stages: "
+                "nothing was changed",
+                hint="wait for it, or stop it; then the same command goes on",
+            )
+        return False
+
+    def settle(self, made_from: dict[str, str], version: int) -> None:
+        """Note in run.json what the run is made from, by fingerprints of a version. UserError where it was begun with
+        something else.
+        """
+        with lock(self.run.root, "the run directory", wait=lambda _: None):
+            known = records.run(self.run.record_file) if self.run.record_file.exists() else {}
+            for what, sha256 in made_from.items():
+                if known.get(what, sha256) != sha256:
+                    raise begun_otherwise(self.run, what)
+            if self.may_change():
+                self.run.adopt(self.recipe)
+            self.note(made_from | {"fingerprints": version})
+
+    def note(self, made_from: dict[str, Any]) -> None:
+        """Write this command and what the run is made from into run.json; hold the run's lock."""
+        known = records.run(self.run.record_file) if self.run.record_file.exists() else {"commands": []}
+        if self.command:
+            known["commands"].append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "line": sys.argv})
+        write_json(self.run.record_file, known | self.command | made_from)
+
+
+def begun_otherwise(run: RunDir, what: str) -> UserError:
+    """The refusal of a run whose `data` or `teacher` are others than when it was begun."""
+    return UserError(
+        f"{run.root} was begun with other weights of the teacher"
+        if what == "teacher"
+        else f"{run.root} was begun with other data: their content has changed",
+        hint=f"bring the {what} back, or give the run another name (name=...)",
+    )

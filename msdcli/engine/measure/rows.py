@@ -1,0 +1,116 @@
+"""The lines of a measurement: the samples of teacher and students, whole, by part and by class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from msdcli.engine.measure import groups
+from msdcli.engine.measure.feature_metric import FeatureMetric, Intervals, Reference, Values
+from msdcli.metrics.evaluate import FeatureSet
+from msdcli.metrics.moments import Gaussian
+from msdcli.partition import Partition
+
+CHEAP = 256  # dimensions: at 2048 a replicate costs seconds
+FEWEST = 10  # images that an interval needs: of fewer, a resample can be one image over and over
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result: whose samples (`who`), of which part (`group`), how many, and what was measured."""
+
+    who: str
+    group: str
+    samples: int
+    reference: int | None
+    values: Values
+    intervals: Intervals = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All rows, and everything that is needed to quote or to repeat them."""
+
+    metric: str
+    protocol: str
+    rows: list[Row]
+    record: dict[str, Any]
+
+    def whole(self, who: str) -> Values:
+        """The values of one line's whole set."""
+        return self.row(who).values
+
+    def row(self, who: str) -> Row:
+        return next(row for row in self.rows if (row.who, row.group) == (who, "whole"))
+
+    def to_json(self) -> dict[str, Any]:
+        rows = [asdict(row) for row in self.rows]
+        return {"metric": self.metric, "protocol": self.protocol, "rows": rows} | self.record
+
+
+def has_classes(reference: FeatureSet) -> bool:
+    return set(reference.moments.classes) != {-1}
+
+
+class MeasurementRows:
+    """The rows of a set of samples: whole, per student's part, per `single` class; or `whole_only`."""
+
+    def __init__(
+        self,
+        metric: FeatureMetric,
+        partition: Partition,
+        replicates: int,
+        extrapolate: bool = False,
+        asked: groups.Groups | None = None,
+        *,
+        single: bool = True,
+        whole_only: bool = False,
+    ) -> None:
+        self.metric, self.partition, self.asked = metric, partition, asked or {}
+        self.single, self.whole_only = single, whole_only
+        self.replicates, self.extrapolate = replicates, extrapolate
+        self.warnings: list[str] = []
+
+    def of(self, who: str, mine: FeatureSet, against: Reference) -> Iterator[Row]:
+        """Yield the rows; a reference that does not know the classes is compared with as a whole only."""
+        yield self._row(who, "whole", mine, against, extrapolate=self.extrapolate)
+        if self.whole_only or isinstance(against, Gaussian) or not has_classes(against):
+            return
+        parts = self.partition.parts
+        owned = {f"student {k}": part for k, part in enumerate(parts)} if len(parts) > 1 else {}
+        classes = {f"class {c}": [c] for c in range(self.partition.num_conditions)} if self.single else {}
+        for name, members in (owned | self.asked | classes).items():
+            part, same = mine.select(members), against.select(members)
+            if min(part.count, same.count) >= 2:  # fewer have no covariance: a small --samples leaves rare classes out
+                yield self._row(who, name, part, same)
+
+    def _row(self, who: str, group: str, mine: FeatureSet, against: Reference, *, extrapolate: bool = False) -> Row:
+        replicates = self.replicates if mine.count >= FEWEST else 0
+        values, intervals, warnings = self.metric.compare(mine, against, replicates, extrapolate)
+        if group == "whole":
+            self.warnings += [f"{who}: {warning}" for warning in warnings]
+        return Row(who, group, mine.count, against.count, values, intervals)
+
+
+def halves(metric: FeatureMetric, real: Reference, *, splits: int = 10) -> list[Row]:
+    """The distance between two random halves of the real data, averaged: what a perfect model of this data could
+    show. Nothing where the reference is no more than its moments.
+
+    Accuracy is that on images which the classifier was not trained on, if any, for of the others it knows too much.
+    """
+    if isinstance(real, Gaussian) or real.features is None or real.count < 2 * FEWEST:
+        return []
+    if real.features.shape[1] > CHEAP:
+        splits = 1
+    generator = torch.Generator().manual_seed(0)
+    values: list[Values] = []
+    for _ in range(splits):
+        order = torch.randperm(real.count, generator=generator).numpy()
+        a, b = real.take(order[: real.count // 2]), real.take(order[real.count // 2 :])
+        values.append(metric.compare(a, b, 0, False)[0])
+    mean = {key: sum(v[key] for v in values) / splits for key in values[0]}
+    mean = {k: metric.unseen.get(k, v) for k, v in mean.items() if k != "accuracy" or k in metric.unseen}
+    return [Row("real halves", "whole", real.count // 2, real.count - real.count // 2, mean)]

@@ -1,0 +1,128 @@
+"""A command that is refused changes nothing, and what a run costs does not depend on how often it was stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msdcli.engine.train.log import Log
+from msdcli.errors import CONTINUES, WHOLE, WorkerError, explain, resumable
+from msdcli.rundir import RunDir, lock
+from tests.conftest import TINY, Msd
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> RunDir:
+    shutil.copytree(finished.parent, tmp_path / "runs")
+    return RunDir(tmp_path / "runs" / "tiny")
+
+
+def records(run: RunDir) -> tuple[bytes, bytes]:
+    return run.recipe_file.read_bytes(), run.record_file.read_bytes()
+
+
+def test_more_steps_wait_for_those_at_work(run: RunDir, msd: Msd, tiny: Path) -> None:
+    before = records(run)
+    with run.attended(), lock(run.student(1), "student 1"):
+        for words in (["stages.0.steps=8"], ["stages.0.steps=8", "--student", "0"]):
+            done = msd("distill", "tiny.yaml", *words)
+            assert (done.returncode, "nothing was changed" in done.stderr) == (2, True), done.stderr
+        assert records(run) == before
+        assert msd("distill", "tiny.yaml", "keep=3", "--student", "0").returncode == 0, (
+            "by the same recipe all may work"
+        )
+        assert records(run)[0] == before[0], "what training does not depend on waits"
+    assert msd("distill", "tiny.yaml", "stages.0.steps=8", "--student", "0").returncode == 0
+    assert run.recipe().stages[0].steps == 8
+
+
+def test_a_held_student_is_refused_before_anything_is_noted(run: RunDir, msd: Msd, tiny: Path) -> None:
+    before = records(run)
+    with lock(run.student(0), "student 0"):
+        done = msd("distill", "tiny.yaml", "--student", "0")
+    assert (done.returncode, "student 0 is being worked on" in done.stderr) == (2, True), done.stderr
+    assert records(run) == before
+
+
+def test_other_data_are_refused_before_anything_is_noted(run: RunDir, msd: Msd, tiny: Path) -> None:
+    known = json.loads(run.record_file.read_text())
+    run.record_file.write_text(json.dumps(known | {"data": "0" * 64}))
+    before = records(run)
+    done = msd("distill", "tiny.yaml", "stages.0.steps=8", "keep=5")
+    assert (done.returncode, "with other data" in done.stderr) == (2, True), done.stderr
+    assert records(run) == before
+
+
+@pytest.mark.parametrize("number", ["-1", "2"])
+def test_students_that_do_not_exist_are_refused(msd: Msd, tiny: Path, number: str) -> None:
+    assert msd("distill", "tiny.yaml", f"--student={number}").returncode == 2
+    assert [p.name for p in tiny.parent.iterdir()] == ["tiny.yaml"]
+
+
+def test_a_student_that_does_not_exist_is_refused_in_python(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import msdcli
+
+    monkeypatch.chdir(tiny.parent)
+    with pytest.raises(msdcli.UserError, match="student -1 does not exist"):
+        msdcli.distill("tiny.yaml", only=-1)
+
+
+@pytest.mark.parametrize("at", [2, 3, 5])
+def test_a_cut_interval_costs_what_an_undisturbed_one_does(
+    run: RunDir, msd: Msd, tiny: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Killed in a step, inside an interval of the log: the cost belongs to the checkpoint that is gone on from."""
+    wanted = json.loads((run.student(0) / "0-dm" / "model.json").read_text())["cost"]
+    shutil.rmtree(run.root)
+    tiny.write_text(TINY.replace("fake_updates: 2, log_every: 2", "fake_updates: 2, log_every: 100"))
+    count = Log._count
+
+    def killed(log: Log, elsewhere: float) -> None:
+        if log.what == "student 0 dm" and log.state.step == at:
+            raise KeyboardInterrupt
+        count(log, elsewhere)
+
+    monkeypatch.setattr(Log, "_count", killed)
+    assert msd("distill", "tiny.yaml", "--student", "0").returncode == 130
+    monkeypatch.undo()
+    monkeypatch.chdir(tiny.parent)
+    assert msd("distill", "tiny.yaml", "--student", "0").returncode == 0
+    cost = json.loads((run.student(0) / "0-dm" / "model.json").read_text())["cost"]
+    assert (cost["images"], cost["flops"]) == (wanted["images"], wanted["flops"])
+    assert cost["images"] == 6 * 16 * 3
+
+
+# What the system says.
+
+
+def ended(error: BaseException, how: str | None = None) -> tuple[int, str, str | None]:
+    try:
+        if how is None:
+            raise error
+        with resumable(CONTINUES), resumable(how):
+            raise error
+    except type(error) as caught:
+        return explain(caught)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error", "f"), OSError(28, "No space left", "f"), MemoryError()]
+)
+def test_only_training_speaks_of_its_checkpoint(error: Any) -> None:
+    assert "checkpoint" not in str(ended(type(error)(*error.args))) and "same command" not in str(ended(error))
+    assert WHOLE in str(ended(type(error)(*error.args), WHOLE))
+
+
+@pytest.mark.parametrize("number", [30, 36, 20, 21, 40, 13, 1])
+def test_a_place_that_cannot_be_written_is_the_users_to_change(number: int) -> None:
+    """Read-only, a name too long, a file for a folder, a folder for a file, a circle of links, no permission."""
+    code, said, _ = ended(OSError(number, "It Is So", "/place"))
+    assert code == 2 and "/place" in said
+
+
+def test_a_worker_that_failed_is_gone_on_from() -> None:
+    assert ended(WorkerError("x"), WHOLE) == (1, "x", WHOLE)
