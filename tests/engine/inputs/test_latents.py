@@ -240,7 +240,7 @@ def test_a_run_of_version_1_goes_on_with_its_latents_where_they_are_whole(latent
     parts = fingerprint_of_version_1(first), autoencoder.identity(latent / "teacher/autoencoder"), "float32"
     old = folder.rename(folder.with_name(f"latents-{key('latents', *parts)}"))
     run.root.mkdir(parents=True, exist_ok=True)
-    run.record_file.write_text(json.dumps({"data": fingerprint_of_version_1(first), "teacher": "x"}))
+    run.record_file.write_text(json.dumps({"commands": [], "data": fingerprint_of_version_1(first), "teacher": "x"}))
     encoded(latent)
     assert [*run.shared.glob("latents-*")] == [old]
     (old / RECORD).unlink()

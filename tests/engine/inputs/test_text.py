@@ -17,6 +17,7 @@ from msdcli.data.images import to_uint8
 from msdcli.engine import pipeline
 from msdcli.engine.bench import recipe as bench
 from msdcli.engine.inputs import prompts as engine
+from msdcli.engine.measure import feature_metric
 from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.train import precision
 from msdcli.errors import UserError
@@ -114,13 +115,13 @@ def test_files_have_safe_names_and_say_what_they_show(
     hashed: Path, tmp_path: Path, msd: Msd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = str(hashed)
-    (tmp_path / "mine.jsonl").write_text('{"prompt": "../../etc/passwd"}\n{"prompt": "Ünï/\\u0000 fox"}\n')
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "../../etc/passwd"}\n{"prompt": "Ünï/\\u0007 fox"}\n')
     done = msd("sample", run, "--prompts", "mine.jsonl", "--format", "png", "--json")
     assert done.returncode == 0, done.stderr
     folder = Path(json.loads(done.stdout)["file"])
     assert folder.parent == hashed / "samples" and folder.name.startswith("etc-passwd-and-1-more-")
     lines = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    assert [line["prompt"] for line in lines] == ["../../etc/passwd", "Ünï/\u0000 fox"]
+    assert [line["prompt"] for line in lines] == ["../../etc/passwd", "Ünï/\u0007 fox"]
     with Image.open(folder / lines[1]["file_name"]) as image:
         assert image.size == (8, 8)
     for words, said in ((("--prompt", " "), "empty"), (("--prompt", "x", "--all"), "either"), ((), "--prompt")):
@@ -265,7 +266,9 @@ def test_prompts_are_measured_against_pictures(hashed: Path, tmp_path: Path, mon
     def features(x: torch.Tensor) -> torch.Tensor:
         return x.float().mean((2, 3))
 
-    monkeypatch.setattr(fid, "open_network", lambda *a, **k: FeatureNetwork("clean", features, sha256="0" * 64))
+    monkeypatch.setattr(
+        feature_metric, "open_network", lambda *a, **k: FeatureNetwork("clean", features, sha256="0" * 64)
+    )
     (tmp_path / "pictures").mkdir()
     for i in range(20):
         pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)

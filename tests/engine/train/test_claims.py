@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from msdcli.engine.train.log import Log
+from msdcli.engine.train.log import TrainLog
 from msdcli.errors import CONTINUES, WHOLE, WorkerError, explain, resumable
 from msdcli.rundir import RunDir, lock
 from tests.conftest import TINY, Msd
@@ -79,14 +79,14 @@ def test_a_cut_interval_costs_what_an_undisturbed_one_does(
     wanted = json.loads((run.student(0) / "0-dm" / "model.json").read_text())["cost"]
     shutil.rmtree(run.root)
     tiny.write_text(TINY.replace("fake_updates: 2, log_every: 2", "fake_updates: 2, log_every: 100"))
-    count = Log._count
+    count = TrainLog._count
 
-    def killed(log: Log, elsewhere: float) -> None:
+    def killed(log: TrainLog, flops: list[int], elsewhere: float) -> None:
         if log.what == "student 0 dm" and log.state.step == at:
             raise KeyboardInterrupt
-        count(log, elsewhere)
+        count(log, flops, elsewhere)
 
-    monkeypatch.setattr(Log, "_count", killed)
+    monkeypatch.setattr(TrainLog, "_count", killed)
     assert msd("distill", "tiny.yaml", "--student", "0").returncode == 130
     monkeypatch.undo()
     monkeypatch.chdir(tiny.parent)

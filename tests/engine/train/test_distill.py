@@ -149,7 +149,7 @@ def test_a_held_student_is_refused_by_number_and_left_alone_otherwise(finished: 
         ("teacher.network={kind: unet}", "is for images"),
         ("stages.0.lr_of={head: 1e-3}", "lr_of names 'head'"),
         ("device=cuda:7", "cuda:7 is not here"),
-        ("stages=[{objective: tsm}]", "is no one-step student"),
+        ("stages=[{objective: tsm}]", "makes no student that gives images"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(msd: Msd, tiny: Path, override: str, said: str) -> None:

@@ -19,7 +19,7 @@ from msdcli.engine.checkpoints.model import load_model
 from msdcli.engine.checkpoints.tensors import load_tensors
 from msdcli.engine.checkpoints.train_state import TrainState
 from msdcli.engine.distributed.group import SINGLE_PROCESS
-from msdcli.engine.measure import classifier, fid
+from msdcli.engine.measure import classifier, feature_metric
 from msdcli.engine.measure import part_evaluator as examine
 from msdcli.engine.sample import Students
 from msdcli.engine.train.loop import TrainOptions
@@ -318,7 +318,7 @@ def test_a_published_protocol_measures_pixels(msd: Msd, tmp_path: Path, monkeypa
         return x.float().mean(1).flatten(1)[:, :9]
 
     network = FeatureNetwork("clean", features, device=torch.device("cpu"))
-    monkeypatch.setattr(fid, "open_network", lambda *_, **__: network)
+    monkeypatch.setattr(feature_metric, "open_network", lambda *_, **__: network)
     monkeypatch.setattr(examine, "open_network", lambda *_, **__: network)
     (tmp_path / "digits.yaml").write_text(test_fid.DIGITS)
     choice = "stages.0.select={every: 1, samples: 40, protocol: clean}"

@@ -238,6 +238,6 @@ def test_random_bytes_end_well(tmp_path, data):
 def test_files_that_are_none(tmp_path):
     (tmp_path / "empty").touch()
     os.mkfifo(tmp_path / "pipe")
-    for name, word in (("empty", "empty"), ("pipe", "not a file"), ("missing", "not a file"), (".", "not a file")):
+    for name, word in (("empty", "empty"), ("pipe", "pipe"), ("missing", "not exist"), (".", "folder")):
         with pytest.raises(UserError, match=word):
             read_pickle(tmp_path / name)
