@@ -122,7 +122,7 @@ class PictureFiles:
         path, source = Path(self.settings.path), self._source
         if isinstance(source, TarFiles):
             return [(shard.name, *file_stamp(shard)) for shard in source.shards]
-        return [file_stamp(path)] if path.is_file() else [(name, *file_stamp(path / name)) for name in source.names]
+        return [file_stamp(path)] if path.is_file() else [_named_stamp(path, name) for name in source.names]
 
     def _good(self, number: int) -> np.ndarray:
         picture = self.picture(number)
@@ -270,6 +270,16 @@ def _classes(source: ImageFiles | ImageArray, settings: FolderSettings) -> tuple
     names = sorted(set(folders))
     number = {name: i for i, name in enumerate(names)}
     return np.array([number[folder] for folder in folders], np.int64), list(map(shown, names))
+
+
+def _named_stamp(folder: Path, name: str) -> tuple[Any, ...]:
+    """The stamp of a picture; a link that leads nowhere is a bad picture, and stays one."""
+    try:
+        return (name, *file_stamp(folder / name))
+    except UserError:
+        if (folder / name).is_symlink():
+            return (name, "a link to nothing")
+        raise
 
 
 def _name(source: ImageFiles | ImageArray, number: int) -> str:

@@ -81,8 +81,6 @@ def collect(rows: Iterator[Row], path: Path) -> Captions:
     numbers, files, empty = list[int](), list[str | None](), 0
     for text, file in rows:
         prompt = clean(text)
-        if "\0" in prompt:
-            raise UserError(f"{path}: {reprlib.repr(prompt)} holds a NUL", hint="prompts are UTF-8 text; is it UTF-16?")
         if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
             raise UserError(f"{path}: {ascii(prompt)[:60]} holds half a character (a lone surrogate)")
         if len(prompt) > MAX_PROMPT:
@@ -113,6 +111,8 @@ def _rows(path: Path, column: str | None, image_column: str | None) -> Iterator[
                     f"{path}:{number}: the line has more than {MAX_LINE:,} bytes, which is no prompt",
                     hint="one prompt a line (.txt), one JSON text or object a line (.jsonl), or a list (.json)",
                 )
+            if b"\0" in line:  # in JSON it would be written out
+                raise UserError(f"{path}:{number}: not text, it holds a NUL", hint="prompts are UTF-8; is it UTF-16?")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:

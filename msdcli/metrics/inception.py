@@ -110,7 +110,8 @@ def _read_weights(name: str, path: str | Path | None) -> tuple[bytes, str]:
             f"The weights {name} are not on this machine; put them at {_places(name)[0]}{_address(name)}.",
             hint="Or name the file with --weights.",
         )
-    check_file(found)
+    if found.exists():
+        check_file(found)
     try:
         content = found.read_bytes()
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,19 @@ def test_bad_pictures_are_skipped_by_name(tmp_path: Path, mixed: Path) -> None:
     assert (len(data), data.labels(range(6)).tolist()) == (6, [0, 0, 1, 1, 2, 2])
     assert "3 pictures were skipped: cat/1.png, dog/0.webp, emu/2.jpg" in said[-1]
     assert torch.equal(data.stored([1])[0], torch.from_numpy(picture(2)).permute(2, 0, 1))
+
+
+def test_what_is_no_file_is_skipped_by_name_and_decoded_once(tmp_path: Path) -> None:
+    path = make_folder(tmp_path / "d")
+    os.mkfifo(path / "cat/pipe.png")
+    (path / "cat/zero.png").symlink_to("/dev/zero")
+    (path / "cat/gone.png").symlink_to("nowhere")
+    with open(os.fsencode(path) + b"/dog/\xff.png", "wb") as file:
+        file.write(b"no picture")
+    data = provided(tmp_path, said := [], path=str(path), on_bad="skip")
+    assert len(data) == 9 and "4 pictures were skipped: cat/gone.png, cat/pipe.png, cat/zero.png, dog/" in said[-1]
+    provided(tmp_path, said := [], path=str(path), on_bad="skip")
+    assert not said
 
 
 def test_crop_and_resize_are_done_when_stated(tmp_path: Path, mixed: Path) -> None:
