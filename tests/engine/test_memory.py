@@ -23,7 +23,7 @@ from msdcli.rundir import RunDir
 RECIPE = """
 name: small
 threads: 1
-data: {name: toy2d}
+data: {name: toy2d, points: 400}
 teacher: {network: {kind: mlp, channels: 4, blocks: 1}, training: {steps: 2, batch: 6}, solver: {steps: 2}}
 partition: {students: 2}
 pairs: {count: 250, shard: 250}

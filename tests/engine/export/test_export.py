@@ -425,11 +425,11 @@ def test_two_steps_are_unrolled_and_checked_against_the_run(tmp_path: Path, kind
 
 def test_the_size_of_a_graph_does_not_grow_with_its_steps(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    net = network(UNetSettings(channels=32, multipliers=[1, 2], embedding=32))
+    net = network(UNetSettings(channels=64, multipliers=[1], blocks=1, attention=[], embedding=32))
     sizes = []
-    for levels in ((2.5,), (2.5, 1.0, 0.5, 0.2)):
+    for levels in ((2.5,), (2.5, 1.0)):
         path = tmp_path / f"{len(levels)}" / "model.onnx"
         path.parent.mkdir()
         export_onnx.write_graph(export_torch.program(Generator(net, levels)), path, "float32")
         sizes.append(sum(file.stat().st_size for file in path.parent.iterdir()))
-    assert sizes[1] < 1.7 * sizes[0], "the steps share their weights"
+    assert sizes[1] < 1.3 * sizes[0], "the steps share their weights"
