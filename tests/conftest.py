@@ -39,6 +39,17 @@ stages:
 evaluation: {samples: 200}
 """
 
+QUICK = ("diffusion", "objectives", "metrics", "test_layers.py", "test_partition.py", "test_recipe.py", "test_routing.py")
+NOT_QUICK = ("test_guidance.py", "test_evaluate.py")  # whole runs, and other programs to compare with
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what a change of the mathematics is tried on first."""
+    for item in items:
+        other = any(item.get_closest_marker(name) for name in ("slow", "gpu", "weights"))
+        if item.path.relative_to(ROOT / "tests").parts[0] in QUICK and item.path.name not in NOT_QUICK and not other:
+            item.add_marker("quick")
+
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a command under test: one thread, no colours, a fixed width."""
