@@ -57,8 +57,6 @@ class ArrayRecord:
 
 def mapped(path: Path) -> memoryview:
     """The file as a read-only mapping, which lives as long as the records that refer to it."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
     check_file(path)
     try:
         with path.open("rb") as file:
