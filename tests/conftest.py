@@ -39,7 +39,12 @@ stages:
 evaluation: {samples: 200}
 """
 
-QUICK = ("diffusion", "objectives", "metrics", "test_layers.py", "test_partition.py", "test_recipe.py", "test_routing.py")
+QUICK = (
+    "diffusion",
+    "metrics",
+    "objectives",
+    *(f"test_{name}.py" for name in ("layers", "partition", "recipe", "routing")),
+)
 NOT_QUICK = ("test_guidance.py", "test_evaluate.py")  # whole runs, and other programs to compare with
 
 
