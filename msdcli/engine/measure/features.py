@@ -98,8 +98,9 @@ def _teacher_samples(
     for start in range(done, count, STEP):
         numbers = range(start, min(start + STEP, count))
         classes = labels_for(source.data, numbers)
-        z, u = source.noise(numbers), source.uniform(numbers)
-        yield sample_teacher(teacher, z, classes, source.solver, u=u, batch=batch, memory=memory), classes
+        drawn = {"u": source.uniform(numbers), "numbers": numbers, "seed": source.seed}
+        z, options = source.noise(numbers), {"batch": batch, "memory": memory}
+        yield sample_teacher(teacher, z, classes, source.solver, **drawn, **options), classes
         report(Progress("teacher samples", numbers.stop, count, "images"))
 
 
