@@ -163,7 +163,8 @@ def exponential_step(
     h = [math.log(start / sigma) for sigma, _ in values]
     powers = [[u**k / math.factorial(k) for k in range(len(h))] for u in h]
     # sum_k I_k f^(k) with f^(k) = sum_j inverse[k, j] f_j: one weight per value.
-    weights = torch.linalg.solve(torch.tensor(powers, dtype=torch.float64).T, torch.tensor(integrals, dtype=torch.float64))
+    inverse = torch.linalg.inv(torch.tensor(powers, dtype=torch.float64))
+    weights = torch.tensor(integrals, dtype=torch.float64) @ inverse
     x = carry * x
     for weight, (_, f) in zip(weights.tolist(), values, strict=True):
         x = x + weight * f

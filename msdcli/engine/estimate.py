@@ -16,7 +16,8 @@ from msdcli.diffusion.sampler import evaluated_levels
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
 from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, saved_bytes
 from msdcli.objectives import objective_class
-from msdcli.recipe import Recipe, SolverSettings
+from msdcli.recipe import Recipe
+from msdcli.recipe.solver import SolverSettings
 from msdcli.recipe.stages import GeneratorSettings, StageSettings
 
 # What hours are stated at: a third of what an A100 multiplies in TF32, as convolutions of U-Nets reach.

@@ -19,7 +19,8 @@ from msdcli.engine.inputs.dataset import version_of
 from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import LockedError
 from msdcli.noise import image_noise
-from msdcli.recipe import Recipe, SolverSettings
+from msdcli.recipe import Recipe
+from msdcli.recipe.solver import SolverSettings
 from msdcli.rundir import RunDir, holder_of, key, lock, read_json, sweep_temporaries, write_json
 from msdcli.seeds import derive, generator
 
@@ -137,10 +138,22 @@ class Pairs:
         y, c = torch.cat([p["y"] for p in parts])[:count], torch.cat([p["c"] for p in parts])[:count]
         return self.noise(range(count)), y, c
 
-    def sample(self, teacher: Denoiser, z: Tensor, classes: Tensor, u: Tensor, numbers: range) -> Tensor:
-        """Return the teacher's samples as pairs have them, as many at once as the recipe measures."""
-        options = {"batch": self.batch, "memory": self.memory, "numbers": numbers, "seed": self.seed}
-        return sample_teacher(teacher, z, classes, self.solver, u=u, **options)
+    def sample(
+        self,
+        teacher: Denoiser,
+        z: Tensor,
+        classes: Tensor,
+        u: Tensor,
+        numbers: range,
+        *,
+        batch: int | None = None,
+        memory: DeviceBatch | None = None,
+    ) -> Tensor:
+        """Return the teacher's samples as pairs have them, `batch` at once (as many as the recipe measures)."""
+        batch, memory = batch or self.batch, memory or self.memory
+        return sample_teacher(
+            teacher, z, classes, self.solver, batch=batch, u=u, memory=memory, numbers=numbers, seed=self.seed
+        )
 
     @property
     def seed(self) -> int:
