@@ -227,8 +227,8 @@ class Recipe(Section):
         if self.needs_pairs and self.teacher.solver.stochastic:
             raise ValueError(
                 f"`teacher.solver.name` {self.teacher.solver.name} adds noise in every step, so its samples are no "
-                "function of the noise they begin with, and a stage here regresses on such pairs: take another solver "
-                f"than {', '.join(STOCHASTIC)}, or `pairs: none` in the stages"
+                "function of the noise they begin with, and a stage here regresses on pairs of both: take a solver of "
+                f"the ODE (not {', '.join(STOCHASTIC)}), or `pairs: none` in the stages"
             )
         return self
 

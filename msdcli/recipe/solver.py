@@ -68,7 +68,8 @@ class SolverSettings(Section):
     def _a_given_schedule_says_the_rest(cls, value: Any) -> Any:
         """Fill in what follows from `sigmas`, so that a complete recipe can be read again."""
         given = value.get("sigmas") if isinstance(value, dict) else None
-        if not isinstance(given, list) or len(given) < 2 or not all(type(sigma) in (int, float) for sigma in given):
+        good = isinstance(given, list) and all(type(s) in (int, float) and 1e-6 <= s <= 10_000 for s in given)
+        if not isinstance(given, list) or len(given) < 2 or not good:
             return value  # the fields' own checks say what is wrong
         return {"steps": len(given), "sigma_max": given[0], "sigma_min": given[-1]} | value
 
