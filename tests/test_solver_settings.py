@@ -1,4 +1,4 @@
-"""The keys of `teacher.solver`: what goes together, what is refused and how, and that old recipes stay what they were."""
+"""The keys of `teacher.solver`: what goes together, what is refused and how; old recipes stay what they were."""
 
 from __future__ import annotations
 

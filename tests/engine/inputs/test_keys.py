@@ -108,12 +108,12 @@ def test_pairs_depend_on_teacher_solver_seed_classes_and_turn(tmp_path: Path) ->
         *(
             Pairs(run, recipe(tmp_path, word), data, "a").folder
             for word in (
-                "teacher.solver.name=deis",
-                "teacher.solver={name: deis, order: 2}",
-                "teacher.solver.steps=7",
-                "teacher.solver.rho=5",
-                "pairs.seed=1",
-                "pairs.shard=64",
+                *(
+                    "teacher.solver.name=deis",
+                    "teacher.solver={name: deis, order: 2}",
+                    "teacher.solver={sigmas: [9, 1]}",
+                ),
+                *("teacher.solver.steps=7", "teacher.solver.rho=5", "pairs.seed=1", "pairs.shard=64"),
             )
         ),
     ]
