@@ -51,9 +51,27 @@ class Guided(Denoiser):
         low, high = (self.scale, self.scale) if isinstance(self.scale, int | float) else self.scale
         return low + u * (high - low)
 
+    def inside(self, sigma: Tensor) -> Tensor:
+        """Whether noise levels are guided."""
+        return (sigma > self.interval[0]) & (sigma <= self.interval[1])
+
     def forward(
-        self, x: Tensor, sigma: Tensor, condition: Tensor | None = None, scales: Tensor | None = None
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        condition: Tensor | None = None,
+        scales: Tensor | None = None,
+        *,
+        inside: bool | None = None,
     ) -> Tensor:
+        """Return D(x, sigma, condition), guided where the level is inside the interval.
+
+        `inside` says so of the whole batch, where it has one level that the caller knows: one branch is enough outside.
+        None: levels are mixed, both branches are evaluated and each image takes its own.
+        """
+        if inside is False:
+            plain: Tensor = self.net(x, sigma, condition)
+            return plain
         if scales is None:
             assert isinstance(self.scale, int | float), "a range of scales: ask by way of `drawn`"
             scale: float | Tensor = self.scale
@@ -66,8 +84,7 @@ class Guided(Denoiser):
             both = torch.cat([condition, torch.full_like(condition, NO_CLASS)])
             D, D_worse = self.net(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
         guided = D_worse + scale * (D - D_worse)
-        inside = per_image((sigma > self.interval[0]) & (sigma <= self.interval[1]), x)
-        return torch.where(inside, guided, D)
+        return guided if inside else torch.where(per_image(self.inside(sigma), x), guided, D)
 
     def features(self, x: Tensor, sigma: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
         return self.plain.features(x, sigma, condition, taps)
@@ -84,6 +101,17 @@ def copied(teacher: Denoiser) -> Denoiser:
     return Guided(plain, scale=teacher.scale, interval=teacher.interval, guide=guide)
 
 
+class GuidedCall:
+    """A guided teacher for one set of images, which have their scales (None: the teacher's one scale)."""
+
+    def __init__(self, teacher: Guided, scales: Tensor | None, *, inside: bool | None = None) -> None:
+        self.teacher, self.scales, self.inside = teacher, scales, inside
+
+    def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
+        D: Tensor = self.teacher(x, sigma, condition, self.scales, inside=self.inside)
+        return D
+
+
 def drawn(teacher: Any, uniform: Callable[[str], Tensor]) -> DenoiserCall:
     """Return the teacher for one set of images: where it is guided by a range, with a scale of each image's own.
 
@@ -92,5 +120,16 @@ def drawn(teacher: Any, uniform: Callable[[str], Tensor]) -> DenoiserCall:
     if not isinstance(teacher, Guided) or isinstance(teacher.scale, int | float):
         ask: DenoiserCall = teacher
         return ask
-    scales = teacher.scales(uniform("guidance"))
-    return lambda x, sigma, condition: teacher(x, sigma, condition, scales)
+    return GuidedCall(teacher, teacher.scales(uniform("guidance")))
+
+
+def at_level(ask: DenoiserCall, sigma: Tensor) -> DenoiserCall:
+    """Return the call for images that all have the noise level `sigma` (a number on the CPU: nothing waits for it).
+
+    Guidance then evaluates no branch that its interval leaves out.
+    """
+    if isinstance(ask, Guided):
+        ask = GuidedCall(ask, None)
+    if not isinstance(ask, GuidedCall):
+        return ask
+    return GuidedCall(ask.teacher, ask.scales, inside=bool(ask.teacher.inside(sigma)))

@@ -11,11 +11,13 @@ from torch import nn
 
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.diffusion.sampler import num_evaluations
+from msdcli.diffusion.guidance import Guided
+from msdcli.diffusion.sampler import evaluated_levels
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
 from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, saved_bytes
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
+from msdcli.recipe.solver import SolverSettings
 from msdcli.recipe.stages import GeneratorSettings, StageSettings
 
 # What hours are stated at: a third of what an A100 multiplies in TF32, as convolutions of U-Nets reach.
@@ -56,23 +58,44 @@ class Estimate:
 
 def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser) -> Estimate:
     """Count what a run will cost. `teacher` and `student` are on the meta device; their weights do not matter."""
-    forward_teacher, forward_student = forward_flops(teacher), forward_flops(student)
-    solver = num_evaluations(recipe.teacher.solver.name, recipe.teacher.solver.steps)
+    forward_student, sampling = forward_flops(student), sampling_flops(recipe.teacher.solver, teacher)
     training = recipe.teacher.training
     steps = len(recipe.stages[-1].sigmas) if isinstance(recipe.stages[-1], GeneratorSettings) else 1
-    needs_pairs = any(getattr(stage, "pairs", "none") != "none" for stage in recipe.stages)
     samples = recipe.evaluation.samples
-    more = max(0, samples - (recipe.pairs.count if needs_pairs else 0))
+    more = max(0, samples - (recipe.pairs.count if recipe.needs_pairs else 0))
     return Estimate(
         teacher_flops=stage_cost(training, teacher, None, recipe.micro_batch).flops
         if recipe.teacher.path is None
         else 0.0,
-        pairs_flops=float(recipe.pairs.count * solver * forward_teacher) if needs_pairs else 0.0,
+        pairs_flops=float(recipe.pairs.count * sampling) if recipe.needs_pairs else 0.0,
         stages=[stage_cost(stage, student, teacher, recipe.micro_batch) for stage in recipe.stages],
-        evaluation_flops=float(samples * steps * forward_student + more * solver * forward_teacher),
+        evaluation_flops=float(samples * steps * forward_student + more * sampling),
         students=recipe.partition.students,
         selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),
     )
+
+
+def sampling_flops(solver: SolverSettings, teacher: Denoiser) -> int:
+    """Operations of one of the teacher's samples: of both branches at guided noise levels, of one at others."""
+    if not isinstance(teacher, Guided):
+        return solver.evaluations * forward_flops(teacher)
+    guided = guided_evaluations(solver, teacher)
+    return guided * forward_flops(teacher) + (solver.evaluations - guided) * forward_flops(teacher.plain)
+
+
+def guided_evaluations(solver: SolverSettings, teacher: Guided) -> int:
+    """How many of a solver's evaluations are at noise levels that are guided."""
+    return int(teacher.inside(torch.tensor(evaluated_levels(**solver.record()))).sum())
+
+
+def solver_line(solver: SolverSettings, teacher: Denoiser) -> str:
+    """Return what a plan says of the solver."""
+    order = solver.record().get("order")
+    text = f"{solver.name}{f' of order {order}' if order else ''}, {solver.steps} noise levels from "
+    text += f"{solver.sigma_max:g} to {solver.sigma_min:g}, {solver.evaluations} evaluations"
+    if not isinstance(teacher, Guided):
+        return text
+    return f"{text}, {guided_evaluations(solver, teacher)} of them guided: of both branches"
 
 
 def _measured(stage: StageSettings) -> int:

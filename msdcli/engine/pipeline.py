@@ -220,8 +220,7 @@ class TrainingRun:
                     distill_student(self._student(number, report), report)
 
     def _student(self, number: int, report: Report) -> Student:
-        needs_pairs = any(getattr(stage, "pairs", "none") != "none" for stage in self.recipe.stages)
-        pairs = self.pairs.provide(self.teacher.to(self.device), report) if needs_pairs else None
+        pairs = self.pairs.provide(self.teacher.to(self.device), report) if self.recipe.needs_pairs else None
         if self.recipe.fsdp and self.group.size > 1:
             self.teacher.to("cpu")  # the stages share out copies of it
         part = self.partition.parts[number]
@@ -273,6 +272,7 @@ def plan(recipe: Recipe) -> list[str]:
         f"data:      {recipe.data.name}, {len(data):,} {what} of {list(data.shape)} in {len(data.class_names)} {kinds}",
         *([] if frozen.shape == tuple(data.shape) else [f"latents:   {list(frozen.shape)} of every picture"]),
         f"teacher:   {recipe.teacher.path or 'trained or reused'}, {sizes[0]:,} parameters",
+        f"solver:    {estimate.solver_line(recipe.teacher.solver, frozen)}",
         f"partition: {recipe.partition.method}, {num} students",
         f"students:  {sizes[1]:,} parameters each; {steps}",
         *(

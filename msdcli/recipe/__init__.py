@@ -22,29 +22,10 @@ from msdcli.errors import UserError
 from msdcli.recipe.data import Data, PromptsSettings
 from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
 from msdcli.recipe.section import Batch, FilePath, NoiseLevel, Scale, Section, Seed, ascending
+from msdcli.recipe.solver import STOCHASTIC, SolverSettings
 from msdcli.recipe.stages import EdmSettings, Stage
 
 NAME = r"^[\w][\w.-]*$"  # of a run: a folder's name everywhere, and no option of a command
-
-
-class SolverSettings(Section):
-    """The teacher's deterministic sampler."""
-
-    name: Literal["heun", "dpmpp_2m"] = Field(
-        "heun", description="heun (EDM's Algorithm 1), or dpmpp_2m (DPM-Solver++(2M), arXiv 2211.01095)"
-    )
-    steps: int = Field(
-        18, ge=2, le=10_000, description="noise levels; heun takes 2 x steps - 1 evaluations, dpmpp_2m takes steps"
-    )
-    sigma_min: NoiseLevel = Field(0.002, description="last noise level")
-    sigma_max: NoiseLevel = Field(80.0, description="first noise level")
-    rho: float = Field(7.0, ge=0.1, le=100, description="spacing of the levels")
-
-    @model_validator(mode="after")
-    def _noise_falls(self) -> SolverSettings:
-        if not self.sigma_min < self.sigma_max:
-            raise ValueError(f"`sigma_min` {self.sigma_min:g} must be below `sigma_max` {self.sigma_max:g}")
-        return self
 
 
 class GuidanceSettings(Section):
@@ -240,6 +221,21 @@ class Recipe(Section):
     student: StudentSettings = Field(default_factory=StudentSettings, description="the students' network")
     stages: list[Stage] = Field(min_length=1, max_length=16, description="the stages, one after the other")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="what is measured")
+
+    @model_validator(mode="after")
+    def _pairs_need_a_solver_without_noise(self) -> Recipe:
+        if self.needs_pairs and self.teacher.solver.stochastic:
+            raise ValueError(
+                f"`teacher.solver.name` {self.teacher.solver.name} adds noise in every step, so its samples are no "
+                "function of the noise they begin with, and a stage here regresses on pairs of both: take a solver of "
+                f"the ODE (not {', '.join(STOCHASTIC)}), or `pairs: none` in the stages"
+            )
+        return self
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether a stage is trained on the teacher's pairs of noise and image."""
+        return any(getattr(stage, "pairs", "none") != "none" for stage in self.stages)
 
     @property
     def has_prompts(self) -> bool:

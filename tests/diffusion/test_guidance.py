@@ -11,8 +11,10 @@ from torch import Tensor
 
 from msdcli import nets
 from msdcli.data.toy2d import Toy2d
-from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.denoiser import Denoiser, karras_sigmas
 from msdcli.diffusion.guidance import NO_CLASS, Guided, drawn
+from msdcli.diffusion.sampler import evaluated_levels, solve
+from msdcli.engine import estimate, pipeline
 from msdcli.recipe import load
 from msdcli.recipe.data import Toy2dSettings
 from msdcli.recipe.networks import EdmNetworkSettings, MLPSettings, UNetSettings
@@ -137,3 +139,58 @@ def test_a_guided_teacher_distils_and_one_that_cannot_be_is_refused(msd: Msd, tm
     other = msd("distill", "tiny.yaml", weaker, "run=runs/auto")
     assert other.returncode == 0, other.stderr
     assert len(list((tmp_path / "runs/.shared").glob("pairs-*"))) == 2, "other guidance, other pairs"
+
+
+def counted(net: Denoiser) -> list[int]:
+    """Return a list that grows by the images of every call of a network."""
+    calls: list[int] = []
+    net.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    return calls
+
+
+@pytest.mark.parametrize("guide", [False, True])
+@pytest.mark.parametrize("scale", [3.0, [1.0, 4.0]])
+@pytest.mark.parametrize("name", ["heun", "deis"])
+def test_a_sampler_evaluates_no_branch_that_the_interval_leaves_out(name: str, scale, guide: bool) -> None:
+    """The samples are those of both branches everywhere and a mask."""
+    plain = teacher(*KINDS[1], 1)
+    weak = teacher(*KINDS[1], 2) if guide else None
+    low, high = 0.3, karras_sigmas(8)[2].to(torch.float32).item()  # the upper end is a level, and is inside
+    guided = Guided(plain, scale=scale, interval=[low, high], guide=weak)
+    z, u = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9])
+    c = torch.tensor([0, 3, 1])
+    ask = drawn(guided, lambda purpose: u)
+    masked = solve(lambda *asked: ask(*asked), z, c, name=name, steps=8)
+    calls = counted(plain)
+    found = solve(ask, z, c, name=name, steps=8)
+    torch.testing.assert_close(found, masked, rtol=1e-5, atol=1e-5)
+    levels = evaluated_levels(name=name, steps=8)
+    inside = [low < torch.tensor(sigma).to(torch.float32).item() <= high for sigma in levels]
+    assert 0 < sum(inside) < len(inside)
+    assert calls == [6 if both and not guide else 3 for both in inside]
+    unguided = solve(plain, z, c, name=name, steps=8)
+    assert (found - unguided).abs().max() > 1e-3
+
+
+def test_training_keeps_the_mask() -> None:
+    plain = teacher(*KINDS[1], 1)
+    calls = counted(plain)
+    x, sigma, c = inputs((2,))
+    Guided(plain, scale=3.0, interval=[0.5, 0.6])(x, sigma, c)
+    assert calls == [6], "levels are mixed: whether one is inside would have to be asked of the device"
+
+
+def test_the_plan_counts_one_branch_outside_the_interval(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    options = ["teacher.training.label_dropout=0.2", "teacher.solver.steps=18", "partition.students=1"]
+    costs = {}
+    for ends in ("[0, 10000]", "[0.2, 2.0]", "[1000, 10000]"):
+        recipe = load(tmp_path / "tiny.yaml", [*options, f"teacher.guidance={{scale: 2.0, interval: {ends}}}"])
+        data = pipeline.check(recipe, planning=True)
+        costs[ends] = estimate.estimate(recipe, data, *pipeline.networks_on_meta(recipe, data)).pairs_flops
+    everywhere, within, nowhere = costs.values()
+    assert everywhere == pytest.approx(2 * nowhere, rel=1e-6)
+    share = sum(0.2 < sigma <= 2.0 for sigma in evaluated_levels(steps=18)) / 35
+    assert within == pytest.approx((1 + share) * nowhere, rel=1e-6)
+    (line,) = [line for line in pipeline.plan(recipe) if line.startswith("solver:")]
+    assert "heun, 18 noise levels from 80 to 0.002, 35 evaluations, 0 of them guided" in line

@@ -6,7 +6,7 @@ import torch
 from msdcli.data.toy2d import Toy2d
 from msdcli.diffusion.draws import Draws, Source
 from msdcli.diffusion.ema import EMA
-from msdcli.diffusion.sampler import num_evaluations, solve
+from msdcli.diffusion.sampler import solve
 from msdcli.noise import image_noise, noises
 from msdcli.recipe.data import Toy2dSettings
 from msdcli.seeds import generator
@@ -27,19 +27,6 @@ def test_a_solver_converges_at_second_order(name: str) -> None:
     ratios = [error(name, n) / error(name, 2 * n) for n in (40, 80)]
     assert all(3.3 < ratio < 4.7 for ratio in ratios), ratios
     assert error(name, 160) < 1e-3
-
-
-@pytest.mark.parametrize(("name", "evaluations"), [("heun", 35), ("dpmpp_2m", 18)])
-def test_number_of_evaluations_is_the_papers(name: str, evaluations: int) -> None:
-    calls = []
-    teacher = GaussianDenoiser(MEAN, VARIANCE)
-
-    def counted(x: torch.Tensor, sigma: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
-        calls.append(float(sigma[0]))
-        return teacher(x, sigma, c)
-
-    solve(counted, torch.zeros(1, 2), None, name=name, steps=18)
-    assert len(calls) == evaluations == num_evaluations(name, 18)
 
 
 def test_noise_of_an_image_depends_on_seed_and_number_alone() -> None:

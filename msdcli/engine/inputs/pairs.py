@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from msdcli.engine.inputs.dataset import version_of
 from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import LockedError
 from msdcli.noise import image_noise
-from msdcli.recipe import Recipe, SolverSettings
+from msdcli.recipe import Recipe
+from msdcli.recipe.solver import SolverSettings
 from msdcli.rundir import RunDir, holder_of, key, lock, read_json, sweep_temporaries, write_json
 from msdcli.seeds import derive, generator
 
@@ -40,20 +42,30 @@ def sample_teacher(
     batch: int,
     u: Tensor | None = None,
     memory: DeviceBatch | None = None,
+    numbers: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """Return the teacher's samples from unit noise `z`, on the CPU, `batch` (or what fits into memory) at once.
 
-    `u`, a number in [0, 1) per sample, says where in a range of guidance scales each one lies; 1/2 if absent.
+    `u`, a number in [0, 1) per sample, says where in a range of guidance scales each one lies; 1/2 if absent. What a
+    stochastic solver adds depends on `seed`, the sample's number (its place, if `numbers` is absent) and the step.
     """
     device = next(teacher.parameters()).device
     u = torch.full((len(z),), 0.5) if u is None else u
-    options = solver.model_dump()
+    at = torch.tensor(range(len(z)) if numbers is None else numbers, dtype=torch.int64)
+    options = solver.record()
 
     def some(*chunk: Tensor) -> Tensor:
-        z_, c_, u_ = (t.to(device) for t in chunk)
-        return solve(drawn(teacher, lambda purpose: u_), z_, c_, **options).cpu()
+        z_, c_, u_ = (t.to(device) for t in chunk[:3])
+        noise = solver_noise(seed, chunk[3].tolist(), tuple(z.shape[1:]))
+        return solve(drawn(teacher, lambda purpose: u_), z_, c_, noise=noise, **options).cpu()
 
-    return (memory or DeviceBatch()).map(some, z, classes, u, batch=batch)
+    return (memory or DeviceBatch()).map(some, z, classes, u, at, batch=batch)
+
+
+def solver_noise(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Callable[[int], Tensor]:
+    """Return what a stochastic solver adds in step k: image i's depends on the seed, i and k alone."""
+    return lambda step: image_noise(derive("solver", step, seed), numbers, shape)
 
 
 class Pairs:
@@ -65,7 +77,7 @@ class Pairs:
         # A pair depends on the teacher (its weights, network, autoencoder, text and guidance are in its hash), the
         # solver, the seed and its number, its class (the data's in turn, whose order and classes the fingerprint has)
         # and the code (FORMAT); a shard on its length. How many are solved at once moves their last bits alone.
-        parts = (teacher_hash, fingerprint(data), self.solver.model_dump(), recipe.pairs.seed, recipe.pairs.shard)
+        parts = (teacher_hash, fingerprint(data), self.solver.record(), recipe.pairs.seed, recipe.pairs.shard)
         self.folder = self._of_version_1(run) or run.shared / f"pairs-{key('pairs', FORMAT, *parts)}"
         self.teacher_hash = teacher_hash
 
@@ -73,7 +85,7 @@ class Pairs:
         """Return the pairs that msd 0.1.0 made for this run, where they are; they may have cost hours."""
         if version_of(run) != 1 or "teacher" not in (record := read_json(run.record_file)):
             return None
-        seen = (self.solver.model_dump(), self.settings.seed, self.settings.shard, getattr(self.data, "mixed", False))
+        seen = (self.solver.record(), self.settings.seed, self.settings.shard, getattr(self.data, "mixed", False))
         name = key("pairs", record["teacher"], fingerprint_of_version_1(self.data), *seen)
         folder = run.shared / f"pairs-{name}"
         return folder if folder.is_dir() else None
@@ -112,7 +124,7 @@ class Pairs:
             z = self.noise(numbers)
             asked = [torch.full((per_class,), c) for c in classes]
             u = self.uniform(numbers)
-            return [self.sample(teacher, z, c, u) for c in asked]
+            return [self.sample(teacher, z, c, u, numbers) for c in asked]
         if not (made := [path for path, _ in self.shards() if path.exists()]):
             return None
         parts = [load_tensors(path)[0] for path in made]
@@ -126,18 +138,35 @@ class Pairs:
         y, c = torch.cat([p["y"] for p in parts])[:count], torch.cat([p["c"] for p in parts])[:count]
         return self.noise(range(count)), y, c
 
-    def sample(self, teacher: Denoiser, z: Tensor, classes: Tensor, u: Tensor) -> Tensor:
-        """Return the teacher's samples as pairs have them, as many at once as the recipe measures."""
-        return sample_teacher(teacher, z, classes, self.solver, u=u, batch=self.batch, memory=self.memory)
+    def sample(
+        self,
+        teacher: Denoiser,
+        z: Tensor,
+        classes: Tensor,
+        u: Tensor,
+        numbers: range,
+        *,
+        batch: int | None = None,
+        memory: DeviceBatch | None = None,
+    ) -> Tensor:
+        """Return the teacher's samples as pairs have them, `batch` at once (as many as the recipe measures)."""
+        batch, memory = batch or self.batch, memory or self.memory
+        return sample_teacher(
+            teacher, z, classes, self.solver, batch=batch, u=u, memory=memory, numbers=numbers, seed=self.seed
+        )
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything that is drawn for pairs."""
+        return derive("pairs", self.settings.seed)
 
     def noise(self, numbers: range) -> Tensor:
         """Return the unit noise of the pairs `numbers`."""
-        return image_noise(derive("pairs", self.settings.seed), list(numbers), self.data.shape)
+        return image_noise(self.seed, list(numbers), self.data.shape)
 
     def uniform(self, numbers: range) -> Tensor:
         """Return a number in [0, 1) for each of the pairs `numbers`: its guidance, where that is a range."""
-        seed = derive("pairs", self.settings.seed)
-        return torch.cat([torch.rand(1, generator=generator("guidance", seed, number)) for number in numbers])
+        return torch.cat([torch.rand(1, generator=generator("guidance", self.seed, number)) for number in numbers])
 
     def _make_unless_held(self, path: Path, numbers: range, teacher: Denoiser) -> int:
         """Make one shard, unless another process is at it or has made it; return the number of pairs made."""
@@ -154,9 +183,9 @@ class Pairs:
 
     def _make(self, path: Path, numbers: range, teacher: Denoiser) -> None:
         classes = labels_for(self.data, numbers)
-        y = self.sample(teacher, self.noise(numbers), classes, self.uniform(numbers))
+        y = self.sample(teacher, self.noise(numbers), classes, self.uniform(numbers), numbers)
         save_tensors(path, {"y": y, "c": classes}, hashed=True)
         write_json(
             self.folder / RECORD,
-            {"teacher": self.teacher_hash, "solver": self.solver.model_dump(), "seed": self.settings.seed},
+            {"teacher": self.teacher_hash, "solver": self.solver.record(), "seed": self.settings.seed},
         )

@@ -19,7 +19,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine.checkpoints.tensors import load_tensors
 from msdcli.engine.inputs.autoencoder import Decode
-from msdcli.engine.inputs.pairs import Pairs, labels_for, sample_teacher
+from msdcli.engine.inputs.pairs import Pairs, labels_for
 from msdcli.engine.pictures import Drawn, labels_file, save_pngs
 from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import UserError
@@ -99,7 +99,7 @@ def _teacher_samples(
         numbers = range(start, min(start + STEP, count))
         classes = labels_for(source.data, numbers)
         z, u = source.noise(numbers), source.uniform(numbers)
-        yield sample_teacher(teacher, z, classes, source.solver, u=u, batch=batch, memory=memory), classes
+        yield source.sample(teacher, z, classes, u, numbers, batch=batch, memory=memory), classes
         report(Progress("teacher samples", numbers.stop, count, "images"))
 
 

@@ -91,7 +91,7 @@ class EvaluationContext:
         source = pairs.Pairs(self.run, self.recipe, seen, sha256)
         decode = autoencoders.decoder(self.run.teacher, self.device)
         depends = (
-            *(sha256, self.recipe.teacher.solver.model_dump(), self.recipe.pairs.seed),
+            *(sha256, self.recipe.teacher.solver.record(), self.recipe.pairs.seed),
             *(fingerprint(self.data), self.count),
         )
         return self._cached(
@@ -166,7 +166,7 @@ def _record(context: EvaluationContext, students: sample.Students, measured: Fea
         "students_against": "teacher" if context.planar else options.reference or "data",
         "reference_sha256": _reference_hash(context),
         **_notes(context)[0],
-        "solver": recipe.teacher.solver.model_dump(),
+        "solver": recipe.teacher.solver.record() | {"evaluations": recipe.teacher.solver.evaluations},
         "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
     } | context.metric.record
 

@@ -42,9 +42,7 @@ class RunFacts:
     @property
     def evaluations(self) -> int:
         """Network evaluations of the teacher for one image."""
-        from msdcli.diffusion.sampler import num_evaluations  # torch is not needed to gather the facts
-
-        return num_evaluations(self.recipe.teacher.solver.name, self.recipe.teacher.solver.steps)
+        return self.recipe.teacher.solver.evaluations
 
     @property
     def steps(self) -> int:

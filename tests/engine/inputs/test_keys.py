@@ -106,9 +106,13 @@ def test_pairs_depend_on_teacher_solver_seed_classes_and_turn(tmp_path: Path) ->
         Pairs(run, plain, Edited(label=1), "a").folder,
         Pairs(run, plain, unmixed, "a").folder,
         *(
-            Pairs(run, recipe(tmp_path, word), data, "a").folder
-            for word in ("teacher.solver.steps=7", "teacher.solver.rho=5", "pairs.seed=1", "pairs.shard=64")
+            Pairs(run, recipe(tmp_path, f"teacher.{word}"), data, "a").folder
+            for word in (
+                *("solver.name=deis", "solver={name: deis, order: 2}", "solver={sigmas: [9, 1]}", "solver.steps=7"),
+                "solver.rho=5",
+            )
         ),
+        *(Pairs(run, recipe(tmp_path, word), data, "a").folder for word in ("pairs.seed=1", "pairs.shard=64")),
     ]
     assert len(set(folders)) == len(folders)
 
