@@ -62,6 +62,11 @@ def print_json(value: Any, *, compact: bool = False) -> None:
     sys.stdout.flush()
 
 
+def outcome(text: str, value: Any, *, json_: bool) -> None:
+    """Print what came of a command: as a line, or as JSON and nothing else."""
+    print_json(value) if json_ else say(text)
+
+
 def sheet() -> Console:
     """Return where tables go: the terminal, or paper of a fixed width."""
     return out if out.is_terminal else Console(highlight=False, width=120, emoji=False)

@@ -117,6 +117,12 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
     }
 
 
+def headline(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the distance under the names that a run's has, for scripts."""
+    interval = result["intervals"].get("fid")
+    return {"value": result["fid"], "metric": "fid", "interval": interval, "teacher": None, "halves": None}
+
+
 def _drawn(request: Request) -> dict[str, Any]:
     """Which pictures were taken, where not all were: the seed, and the numbers of the files sorted by name."""
     if request.count == request.have:
