@@ -36,6 +36,7 @@ from msdcli.engine.train import precision
 from msdcli.engine.train.counting import num_parameters
 from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network
 from msdcli.errors import CONTINUES, WHOLE, UserError, resumable
+from msdcli.nets.meta import on_meta
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import PromptsSettings
@@ -74,7 +75,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
         )
     examine.check(recipe, data, group, planning=planning)
     frozen, student = networks_on_meta(recipe, data, planning=planning)
-    with torch.device("meta"):
+    with on_meta():
         objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
@@ -92,7 +93,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
 def networks_on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> tuple[Denoiser, Denoiser]:
     """Build teacher and student without memory: shapes are checked and parameters can be counted."""
     frozen = teacher.on_meta(recipe, data, planning=planning)
-    with torch.device("meta"):
+    with on_meta():
         return frozen, new_network(recipe, frozen, 0)
 
 

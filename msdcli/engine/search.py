@@ -18,7 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.tracking.events import Report
+from msdcli.engine.train.counting import FlopCounter
 from msdcli.errors import UserError
+from msdcli.nets.meta import on_meta
 from msdcli.recipe import Recipe, StudentSettings
 from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
 from msdcli.rundir import RunDir, lock, write_json
@@ -118,18 +120,15 @@ def candidates(teacher: Denoiser, span: tuple[float, float] = (0.0, 1.0)) -> lis
 
 
 def _parameters(network: NetworkSettings, teacher: Denoiser) -> int:
-    with torch.device("meta"):
+    with on_meta():
         return sum(p.numel() for p in _build(network, teacher).parameters())
 
 
 def _flops(network: NetworkSettings, teacher: Denoiser) -> int:
     """Return the floating-point operations of one evaluation."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with on_meta(), FlopCounter() as counter, torch.no_grad():
         _build(network, teacher)(*_one(teacher, "meta"))
-    total: int = counter.get_total_flops()
-    return total
+    return counter.total
 
 
 def _build(network: NetworkSettings, teacher: Denoiser) -> Denoiser:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.checkpoints.tensors import check_fit, load_tensors, load_weights, save_tensors, tensor_shapes
 from msdcli.errors import UserError
+from msdcli.nets.meta import on_meta
 from msdcli.recipe.networks import Network, NetworkSettings
 from msdcli.rundir import file_hash, write_json
 
@@ -55,7 +55,7 @@ def load_model(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
     if description.get("sha256", sha256) != sha256:
         raise UserError(f"{weights} is not the file that {MODEL} describes: its hash differs")
     _check_extent(description["network"], len(shapes), folder / MODEL)
-    with torch.device("meta"):
+    with on_meta():
         check_fit(_built(description, folder / MODEL), shapes, weights)
     net = _built(description, folder / MODEL)
     load_weights(net, load_tensors(weights)[0], weights)
