@@ -272,7 +272,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return the dotted keys in which two dumped recipes differ and a resumed run may not."""
     found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
     last = f"stages.{len(new['stages']) - 1}.steps"
-    if last in found and len(old["stages"]) == len(new["stages"]) and _at(new, last) > _at(old, last):
+    if last in found and len(old["stages"]) == len(new["stages"]) and value_at(new, last) > value_at(old, last):
         found.remove(last)
     return found
 
@@ -286,7 +286,8 @@ def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [prefix.rstrip(".")]
 
 
-def _at(tree: Any, dotted: str) -> Any:
+def value_at(tree: Any, dotted: str) -> Any:
+    """Return the value at a dotted key of plain data."""
     for key in dotted.split("."):
         tree = tree[int(key)] if isinstance(tree, list) else tree[key]
     return tree

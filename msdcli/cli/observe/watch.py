@@ -93,6 +93,7 @@ def render(progress: RunProgress, *, height: int, width: int) -> RenderableType:
         said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         lines.append(Text(f"{hidden} more; of all: {said}", style="dim"))
     lines += [Text(line) for line in progress.distances]
+    lines += [Text(line) for line in _beside(progress)]
     if progress.done:
         lines.append(Text("the run has ended", style="green"))
     elif all(part.state == "done" for part in progress.parts):
@@ -102,6 +103,12 @@ def render(progress: RunProgress, *, height: int, width: int) -> RenderableType:
     elif not progress.running:
         lines.append(Text("nobody is at work on it now: msd distill RUN goes on", style="yellow"))
     return Group(*lines)
+
+
+def _beside(progress: RunProgress) -> list[str]:
+    """Say what runs beside teacher and students."""
+    at_work = [p for name, p in progress.beside.items() if name != "teacher" and p["state"] == "running"]
+    return [f"{p['part']}: running{f', held by {p_}' if (p_ := p['running']) else ''}" for p in at_work]
 
 
 def _shown(parts: list[StageProgress], most: int) -> list[StageProgress]:

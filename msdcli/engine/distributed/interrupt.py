@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from types import FrameType
 from msdcli.errors import Interrupted, Preempted
 
 SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)  # what a cluster's scheduler sends before it takes the machine away
+
+
+WORKER = "MSD_WORKER"  # in the environment of a process that another msd started and speaks for
 
 
 class StopRequest:
@@ -37,12 +41,22 @@ def interruptible() -> Iterator[StopRequest]:
     stop = StopRequest()
 
     def request(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
+        first, stop.signal = not stop.requested, number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
+        if first:
+            _answer(b"stopping after this step; the checkpoint will be kept\n")
 
     with _handled((signal.SIGINT, *SCHEDULER), request):
         yield stop
+
+
+def _answer(text: bytes) -> None:
+    """Write to stderr at once, past every buffer and lock that the interrupted code may hold."""
+    if os.environ.get(WORKER):
+        return  # the process that started this worker has said it
+    with contextlib.suppress(OSError):
+        os.write(2, text)
 
 
 @contextlib.contextmanager
