@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -91,11 +91,14 @@ def page(text: str) -> None:
     out.print(Markdown(text), soft_wrap=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> None:
-    """Print a table; the first `text_columns` are text, the others numbers."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1, fit: bool = False
+) -> None:
+    """Print a table; the first `text_columns` are text, the others numbers. With `fit` a row is one line, cut."""
     grid = Table(title=_shown(title), title_justify="left", title_style="bold")
     for i, name in enumerate(columns):
-        grid.add_column(_shown(name), justify="left" if i < text_columns else "right", overflow="fold")
+        side: Literal["left", "right"] = "left" if i < text_columns else "right"
+        grid.add_column(_shown(name), justify=side, overflow="ellipsis" if fit else "fold", no_wrap=fit)
     for row in rows:
         grid.add_row(*map(_shown, row))
     sheet().print(grid)

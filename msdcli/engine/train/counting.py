@@ -24,11 +24,11 @@ class FlopCounter(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         from torch.utils.flop_counter import flop_registry  # slow to import
 
         self._formulas: dict[Any, Callable[..., int]] = flop_registry
-        self.total = 0
+        self.total: int = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -108,7 +108,8 @@ def forward_flops(net: Denoiser) -> int:
     draws = MetaDraws(net.shape, 1)
     with FlopCounter() as counter:
         drawn(net, draws.uniform)(draws.normal("x"), draws.uniform("sigma"), draws.labels("data"))
-    return counter.total
+    total: int = counter.total
+    return total
 
 
 def num_parameters(net: nn.Module) -> int:
