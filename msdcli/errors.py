@@ -19,6 +19,17 @@ class UserError(Exception):
         self.hint = hint
 
 
+class WrongValueError(UserError, ValueError):
+    """A value that means nothing here; for callers in Python a ValueError too."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that is not where it is said to be; for callers in Python a FileNotFoundError too."""
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class LockedError(UserError):
     """Another process is at work on it."""
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from msdcli.errors import LockedError, UserError
+from msdcli.errors import LockedError, MissingFileError, UserError
 from msdcli.recipe import Recipe, differences, load, value_at
 
 TEMPORARY, WRITER = ".tmp", ".writer"  # of folders that something is written in, and of the lock in them
@@ -63,7 +63,7 @@ class RunDir:
     def recipe(self) -> Recipe:
         """Return the recipe of this run. UserError if this is no run directory."""
         if not self.recipe_file.is_file():
-            raise UserError(
+            raise MissingFileError(
                 f"{self.root} is not a run directory: it has no recipe.yaml", hint="msd distill RECIPE makes one"
             )
         return load(self.recipe_file)

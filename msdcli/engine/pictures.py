@@ -67,6 +67,14 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 
+def as_pil(images: Tensor) -> list[Image.Image]:
+    """Return pictures [n, 1 or 3, height, width] in [-1, 1] as PIL images, grey ones in mode L. UserError otherwise."""
+    if not is_picture(images):
+        raise UserError(f"{'points' if images.ndim == 2 else 'latents'} are no pictures", hint="as_images=False")
+    pixels = to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
+
+
 def is_picture(images: Tensor) -> bool:
     """Whether these are pictures [n, 1 or 3, height, width], and not points or latents."""
     return images.ndim == 4 and images.shape[1] in (1, 3)

@@ -32,7 +32,7 @@ from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.tracking.loggers import logged
 from msdcli.engine.train import precision
 from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network
-from msdcli.errors import CONTINUES, WHOLE, UserError, resumable
+from msdcli.errors import CONTINUES, WHOLE, UserError, WrongValueError, resumable
 from msdcli.nets.meta import on_meta
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
@@ -141,7 +141,7 @@ def prepare(
     """
     data = check(recipe, group=group)
     if student is not None and not 0 <= student < recipe.partition.students:
-        raise UserError(f"student {student} does not exist: there are 0 to {recipe.partition.students - 1}")
+        raise WrongValueError(f"student {student} does not exist: there are 0 to {recipe.partition.students - 1}")
     run, claim = RunDir(recipe.run_dir), None
     if not worker and group.is_leader:
         claim = Claim.begin(run, recipe, data, report, stack, student=student)

@@ -134,7 +134,8 @@ def _flops(network: NetworkSettings, teacher: Denoiser) -> int:
     """Return the floating-point operations of one evaluation."""
     with on_meta(), FlopCounter() as counter, torch.no_grad():
         _build(network, teacher)(*_one(teacher, "meta"))
-    return counter.total
+    total: int = counter.total
+    return total
 
 
 def _build(network: NetworkSettings, teacher: Denoiser) -> Denoiser:

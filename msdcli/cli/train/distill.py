@@ -156,7 +156,11 @@ def _show(outcome: DistillResult, json_: bool) -> None:
         console.say(f"{outcome.run.root}: {left}; `msd distill {outcome.run.root}` finishes and measures the run")
         return
     if outcome.measurement is not None:
-        show(outcome.measurement, brief=True)
+        from msdcli.engine.report.words import closing
+
+        show(outcome.measurement, brief=True)  # with the warnings
+        for sentence in closing(outcome.run):
+            console.say(sentence)
     console.say(f"samples: {outcome.grid}  (the teacher's left of or behind the students')")
     how = "--all" if outcome.measurement is not None else '--prompt "a red fox"'
     console.say(

@@ -17,6 +17,11 @@ SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)  # what a cluster's scheduler sends
 WORKER = "MSD_WORKER"  # in the environment of a process that another msd started and speaks for
 
 
+# Signals that `preemptible` has raised: where Python or a library throws exceptions away (in a destructor, behind
+# hasattr), training meets them at its next step.
+_unmet: list[int] = []
+
+
 class StopRequest:
     """Whether somebody asked for an end, and by which signal."""
 
@@ -39,6 +44,7 @@ def interruptible() -> Iterator[StopRequest]:
     A second SIGTERM does not: a scheduler and a launcher may both send one.
     """
     stop = StopRequest()
+    stop.signal = _unmet[-1] if _unmet else None
 
     def request(number: int, frame: FrameType | None) -> None:
         first, stop.signal = not stop.requested, number
@@ -63,7 +69,10 @@ def _answer(text: bytes) -> None:
 def preemptible() -> Iterator[None]:
     """Raise Preempted wherever SIGTERM or SIGUSR1 arrives: for work whose artifacts are whole or absent."""
 
+    _unmet.clear()
+
     def act(number: int, frame: FrameType | None) -> None:
+        _unmet.append(number)
         raise Preempted("stopped; the same command continues")
 
     with _handled(SCHEDULER, act):

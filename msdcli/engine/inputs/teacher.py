@@ -22,7 +22,7 @@ from msdcli.engine.inputs import hub, importing, prompts
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train.loop import TrainOptions, train
 from msdcli.engine.train.student import is_finished, peak_memory
-from msdcli.errors import UserError
+from msdcli.errors import MissingFileError, UserError
 from msdcli.nets.diffusers.autoencoder import Geometry
 from msdcli.nets.meta import on_meta as on_meta_device
 from msdcli.objectives.edm import DenoisingScoreMatching
@@ -140,7 +140,7 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
 
 def _given_on_meta(path: Path, source: str | None) -> Denoiser:
     if not path.exists():
-        raise UserError(f"no model at {path}", hint=f"get it from {source}" if source else None)
+        raise MissingFileError(f"no model at {path}", hint=f"get it from {source}" if source else None)
     return importing.inspect(path) if importing.is_foreign(path) else load_model(path)[0].to("meta")
 
 
