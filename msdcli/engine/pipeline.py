@@ -16,6 +16,7 @@ import torch
 from msdcli.data.base import FINGERPRINT, Dataset, has_images
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
+from msdcli.diffusion.sampler import num_evaluations
 from msdcli.engine import pictures, sample, search
 from msdcli.engine.checkpoints import disk
 from msdcli.engine.claim import Claim, begun_otherwise
@@ -29,6 +30,7 @@ from msdcli.engine.measure import fid
 from msdcli.engine.measure import part_evaluator as examine
 from msdcli.engine.measure.rows import Measurement
 from msdcli.engine.tracking.events import Report, silent
+from msdcli.engine.tracking.formatting import evaluations, plural
 from msdcli.engine.tracking.loggers import logged
 from msdcli.engine.train import precision
 from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network
@@ -247,5 +249,24 @@ def preview(training: TrainingRun, *, rows: int = 32, columns: int = 16, points:
     if theirs is not None:
         decode = autoencoder.decoder(training.run.teacher, training.device)
         theirs = [decode(y).cpu() for y in theirs]
-    pictures.save_grid(path, mine, beside=theirs, class_names=[data.class_names[c] for c in classes])
+    owners = [training.partition.owner[c] for c in classes]
+    pictures.save_grid(
+        path,
+        mine,
+        beside=theirs,
+        class_names=[data.class_names[c] for c in classes],
+        captions=_captions(training.recipe),
+        owners=owners if len(training.partition.parts) > 1 else None,
+    )
     return path
+
+
+def _captions(recipe: Recipe) -> tuple[str, str]:
+    """Say whose samples stand in the run's picture, and what an image of theirs costs."""
+    solver, last = recipe.teacher.solver, recipe.stages[-1]
+    steps = len(last.sigmas) if isinstance(last, GeneratorSettings) else 1
+    whose = plural(recipe.partition.students, "student")
+    return (
+        f"teacher, {evaluations(num_evaluations(solver.name, solver.steps))} each",
+        f"{whose}, {evaluations(steps)} each",
+    )

@@ -52,7 +52,7 @@ def render(runs: Sequence[RunFacts], pictures: Sequence[Any]) -> str:
         "short": formatting.short,
         "duration": formatting.duration,
         "size": formatting.size,
-        "hue": charts.hue,
+        "hue": formatting.hue,
     }
     sections = [_section(facts, drawn) for facts, drawn in zip(runs, pictures, strict=True)]
     curves = charts.curve_charts(runs)
