@@ -75,8 +75,9 @@ def docs(
         console.print_json({"topic": meant[0], "text": text, "others": meant[1:]})
         return
     console.page(text)
-    if len(meant) > 1:
-        console.tell(f"this is {meant[0]}; {topic!r} is also in: {', '.join(meant[1:])}")
+    if meant[0] != topic:
+        also = f"; {topic!r} is also in {', '.join(meant[1:])}" if len(meant) > 1 else ""
+        console.tell(f"this is msd docs {meant[0]}{also}")
 
 
 def _title(path: Path) -> str:
