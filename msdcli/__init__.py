@@ -9,29 +9,50 @@ The verbs of the command line as functions, which import torch when they are cal
     print(msdcli.fid(run).whole("students"))
     msdcli.export(run, "onnx", out="given")
 
-What a user can put right is raised as `UserError`, before anything is written.
+What a user can put right is raised as `UserError`, before anything is written: a value that means nothing is a
+ValueError too, a file that is not there a FileNotFoundError.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
+import sys
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
-from msdcli.errors import UserError
+from msdcli.errors import MissingFileError, UserError, WrongValueError
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from msdcli.engine.measure.rows import Measurement
     from msdcli.engine.pipeline import DistillResult
     from msdcli.engine.sample import Students
     from msdcli.engine.tracking.events import Report
+    from msdcli.partition import Partition
     from msdcli.recipe import Recipe
 
-__all__ = ["Students", "UserError", "distill", "export", "fid", "load", "sample"]
+__all__ = [
+    "MissingFileError",
+    "Students",
+    "UserError",
+    "WrongValueError",
+    "distill",
+    "export",
+    "fid",
+    "import_teacher",
+    "load",
+    "partition",
+    "plot",
+    "report",
+    "sample",
+    "status",
+]
 
 Source = str | os.PathLike[str]
 
@@ -67,6 +88,32 @@ def load(source: Source, device: str | torch.device = "cpu", *, steps: int | Non
     return engine.load(Path(source), device, steps=steps)
 
 
+@overload
+def sample(
+    run: Source,
+    classes: Sequence[int | str],
+    *,
+    seed: int = ...,
+    batch: int | None = ...,
+    steps: int | None = ...,
+    device: str = ...,
+    as_images: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def sample(
+    run: Source,
+    classes: Sequence[int | str],
+    *,
+    seed: int = ...,
+    batch: int | None = ...,
+    steps: int | None = ...,
+    device: str = ...,
+    as_images: Literal[True],
+) -> list[Image]: ...
+
+
 def sample(
     run: Source,
     classes: Sequence[int | str],
@@ -75,11 +122,20 @@ def sample(
     batch: int | None = None,
     steps: int | None = None,
     device: str = "auto",
-) -> torch.Tensor:
-    """Return one sample per class number or name, float32 [len(classes), *shape]; `steps`: with fewer evaluations."""
+    as_images: bool = False,
+) -> torch.Tensor | list[Image]:
+    """Return one sample per class number or name, float32 [len(classes), *shape]; `steps`: with fewer evaluations.
+
+    With `as_images`, PIL images of the pixels that `msd sample --format png` writes.
+    """
     from msdcli.engine.distributed.device import resolve
 
-    return load(run, resolve(device), steps=steps).sample(classes, seed=seed, batch=batch)
+    samples = load(run, resolve(device), steps=steps).sample(classes, seed=seed, batch=batch)
+    if not as_images:
+        return samples
+    from msdcli.engine.pictures import as_pil
+
+    return as_pil(samples)
 
 
 def fid(
@@ -132,6 +188,66 @@ def export(
         return engine.export(directory, target, format, options=chosen, report=tell)
 
 
+def status(run: Source) -> dict[str, Any]:
+    """Return what is done, what runs and what is missing in a run, as `msd status --json` prints it."""
+    from msdcli.engine.report.status import status as engine
+    from msdcli.rundir import RunDir
+
+    return engine(RunDir(Path(run)))
+
+
+def report(*runs: Source, out: Source | None = None, pictures: bool = True) -> Path:
+    """Write one HTML file about runs, as `msd report` does; return its path, report.html in the first run if absent."""
+    from msdcli.engine.report import report as engine
+    from msdcli.engine.tracking.events import silent
+
+    roots = _roots(runs, "report")
+    target = roots[0] / "report.html" if out is None else Path(out)
+    engine.write(roots, target, silent, pictures=pictures)
+    return target
+
+
+def plot(
+    kind: Literal["toy", "curves", "table"], *runs: Source, out: Source | None = None, health: bool = False
+) -> Path:
+    """Draw a figure of runs for a paper, as `msd plot` does; return its path, KIND.pdf in the first run if absent."""
+    from msdcli.engine.report.plot import plot as engine
+
+    roots = _roots(runs, "plot")
+    target = roots[0] / f"{kind}.pdf" if out is None else Path(out)
+    engine(kind, roots, target, health=health)
+    return target
+
+
+def _roots(runs: Sequence[Source], verb: str) -> list[Path]:
+    if not runs:
+        raise TypeError(f"{verb}() needs a run")
+    return [Path(run) for run in runs]
+
+
+def import_teacher(
+    teacher: Source, out: Source, *, check: Source | None = None, autoencoder: Source | None = None
+) -> dict[str, Any]:
+    """Write another project's teacher in msd's format, as `msd import` does; return what it is.
+
+    `check` is an .npz of the original's outputs; WrongValueError where the teacher differs from it.
+    """
+    from msdcli.engine.inputs import hub, importing
+
+    source, target = hub.resolve(Path(teacher)), Path(out)
+    importing.check_free(target, source)
+    options = {"reference": None if check is None else Path(check)}
+    imported = importing.read(source, **options, autoencoder=None if autoencoder is None else Path(autoencoder))
+    if not imported.agrees:
+        raise WrongValueError(
+            f"{source} differs from the reference by {imported.difference:.3g}, more than {importing.TOLERANCE:g}: "
+            "nothing was written",
+            hint="is the reference of this very checkpoint?",
+        )
+    importing.write(imported, target)
+    return imported.summary() | {"folder": str(target)}
+
+
 def _known(options: Mapping[str, Any], fields: Mapping[str, Any], verb: str) -> None:
     if unknown := [name for name in options if name not in fields or name == "reference"]:
         raise TypeError(f"{verb}() has no option {unknown[0]!r}; there are {', '.join(fields)}")
@@ -149,10 +265,51 @@ def _reporting(report: bool | Report) -> Iterator[Report]:
         yield monitor
 
 
-def __getattr__(name: str) -> Any:
-    """Import `Students` when it is named: `import msdcli` alone loads no torch."""
-    if name == "Students":
-        from msdcli.engine.sample import Students
+# `msdcli.partition` is a module and, for the verb of that name, can be called.
 
-        return Students
-    raise AttributeError(f"module 'msdcli' has no attribute {name!r}")
+
+def _partition(recipe: Source | Mapping[str, Any] | Recipe, **overrides: Any) -> Partition:
+    """Return who owns which classes or prompts: of a run as it was made, of a recipe as it would be; `.parts` lists the
+    numbers of every student. Recipe and overrides are those of `distill`.
+    """
+    from msdcli import recipe as recipes
+    from msdcli.engine.inputs import partition as engine
+    from msdcli.engine.tracking.events import silent
+
+    return engine.preview(recipes.load_any(recipe, overrides), silent)[0]
+
+
+class _PartitionModule(types.ModuleType):
+    """The module, which can be called."""
+
+    def __call__(self, recipe: Source | Mapping[str, Any] | Recipe, **overrides: Any) -> Partition:
+        return _partition(recipe, **overrides)
+
+
+_PartitionModule.__call__.__doc__ = _partition.__doc__
+
+
+class _Package(types.ModuleType):
+    """This package: importing the module puts it here."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "partition" and isinstance(value, types.ModuleType):
+            value.__class__ = _PartitionModule
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+if TYPE_CHECKING:
+    partition = _partition
+else:  # to a type checker every name would pass for one of this module
+
+    def __getattr__(name: str) -> Any:
+        """Import `Students` and `partition` when they are named: `import msdcli` alone loads no torch."""
+        if name == "Students":
+            from msdcli.engine.sample import Students
+
+            return Students
+        if name == "partition":
+            return importlib.import_module("msdcli.partition")
+        raise AttributeError(f"module 'msdcli' has no attribute {name!r}")

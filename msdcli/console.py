@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,8 +19,16 @@ from rich.table import Table
 if TYPE_CHECKING:
     from msdcli.engine.tracking.events import Progress as Event
 
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+class _Console(Console):
+    """A console that lets its caller know when nobody reads any more."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+out = _Console(highlight=False, soft_wrap=True, emoji=False)
+err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 # Letters that steer a terminal instead of being shown: controls (but for tab and newline) and those that turn the
@@ -62,9 +71,14 @@ def print_json(value: Any, *, compact: bool = False) -> None:
     sys.stdout.flush()
 
 
+def outcome(text: str, value: Any, *, json_: bool) -> None:
+    """Print what came of a command: as a line, or as JSON and nothing else."""
+    print_json(value) if json_ else say(text)
+
+
 def sheet() -> Console:
     """Return where tables go: the terminal, or paper of a fixed width."""
-    return out if out.is_terminal else Console(highlight=False, width=120, emoji=False)
+    return out if out.is_terminal else _Console(highlight=False, width=120, emoji=False)
 
 
 def page(text: str) -> None:
@@ -77,24 +91,32 @@ def page(text: str) -> None:
     out.print(Markdown(text), soft_wrap=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1) -> None:
-    """Print a table; the first `text_columns` are text, the others numbers."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1, fit: bool = False
+) -> None:
+    """Print a table; the first `text_columns` are text, the others numbers. With `fit` a row is one line, cut."""
     grid = Table(title=_shown(title), title_justify="left", title_style="bold")
     for i, name in enumerate(columns):
-        grid.add_column(_shown(name), justify="left" if i < text_columns else "right", overflow="fold")
+        side: Literal["left", "right"] = "left" if i < text_columns else "right"
+        grid.add_column(_shown(name), justify=side, overflow="ellipsis" if fit else "fold", no_wrap=fit)
     for row in rows:
         grid.add_row(*map(_shown, row))
     sheet().print(grid)
 
 
 class Monitor:
-    """Shows the engine's reports: live lines on a terminal, else a plain line now and then."""
+    """Shows the engine's reports: live lines on a terminal, else a plain line now and then, with the time since the
+    start, and only where there is something new.
+    """
 
     def __init__(self, *, quiet: bool = False, every: float = 5.0) -> None:
         self.quiet, self.every = quiet, every
         self._live: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._printed: dict[str, float] = {}
+        self._begun = time.monotonic()
+        self._printed: dict[str, tuple[float, int]] = {}  # when a piece of work was last told, and how far it was
+        self._first: dict[str, tuple[float, int]] = {}  # the same when it was first heard of
+        self._extra: dict[str, str] = {}
 
     def __enter__(self) -> Monitor:
         if err.is_terminal and not self.quiet:
@@ -119,27 +141,52 @@ class Monitor:
         if self.quiet:
             return
         if isinstance(event, str):
-            tell(event)
+            tell(event if self._live else f"{self._elapsed()} {event}")
         elif self._live:
             self._show(self._live, event)
         else:
             self._print(event)
 
     def _show(self, live: Progress, event: Event) -> None:
-        extra = _shown(_extra(event))
+        if (text := _extra(event)) or event.what not in self._extra:  # a report between two lines has no losses
+            self._extra[event.what] = text
+        extra = _shown(self._extra[event.what])
         if event.what not in self._tasks:
             self._tasks[event.what] = live.add_task(_shown(event.what), total=event.total, extra=extra)
         live.update(self._tasks[event.what], completed=event.done, total=event.total, extra=extra)
 
     def _print(self, event: Event) -> None:
         now = time.monotonic()
-        if event.done < event.total and now - self._printed.get(event.what, -self.every) < self.every:
+        since, first = self._first.setdefault(event.what, (now, event.done))
+        told, before = self._printed.get(event.what, (-math.inf, -1))
+        if event.done == before or (event.done < event.total and now - told < self.every):
             return
-        self._printed[event.what] = now
-        left = "" if event.seconds_left is None else f", {event.seconds_left:.0f} s left"
-        err.print(_shown(f"{event.what}: {event.done}/{event.total} {event.unit}{_extra(event)}{left}"))
+        self._printed[event.what] = now, event.done
+        pace = (now - since) / (event.done - first) if event.done > first else None
+        left = event.seconds_left
+        if left is None and pace is not None:
+            left = pace * (event.total - event.done)
+        rate = f", {1 / pace:,.3g} {event.unit}/s" if pace and not event.images_per_second else ""
+        remaining = f", {_time(left)} left" if left is not None and event.done < event.total else ""
+        line = f"{event.what}: {event.done}/{event.total} {event.unit}{_extra(event)}{rate}{remaining}"
+        err.print(_shown(f"{self._elapsed()} {line}"))
+
+    def _elapsed(self) -> str:
+        """Return the time since the start, for logs."""
+        seconds = int(time.monotonic() - self._begun)
+        return f"[{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}]"
+
+
+def _time(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _extra(event: Event) -> str:
-    losses = "".join(f", {name} loss {value:.4g}" for name, value in event.losses.items())
-    return losses + (f", {event.images_per_second:.0f} images/s" if event.images_per_second else "")
+    # The teacher and the classifier are what trains, too, and no students.
+    plain = not event.what.startswith("student ")
+    names = {name: "loss" if plain and name == "student" else f"{name} loss" for name in event.losses}
+    losses = "".join(f", {names[name]} {value:.4g}" for name, value in event.losses.items())
+    return losses + (f", {event.images_per_second:,.0f} images/s" if event.images_per_second else "")

@@ -19,6 +19,17 @@ class UserError(Exception):
         self.hint = hint
 
 
+class WrongValueError(UserError, ValueError):
+    """A value that means nothing here; for callers in Python a ValueError too."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that is not where it is said to be; for callers in Python a FileNotFoundError too."""
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class LockedError(UserError):
     """Another process is at work on it."""
 
@@ -47,7 +58,8 @@ class WorkerError(Exception):
     """A worker process failed for no reason that the user gave; carries what it printed."""
 
 
-DONE, FAILED, USER, INTERRUPTED = 0, 1, 2, 130
+# 75 is EX_TEMPFAIL of sysexits.h: try again later. 141 is what a shell says of a program that SIGPIPE ended.
+DONE, FAILED, USER, STOPPED, INTERRUPTED, READER_GONE = 0, 1, 2, 75, 130, 141
 
 WHOLE = "the last checkpoint is whole: the same command continues from it"
 CONTINUES = "the same command continues"
@@ -109,11 +121,11 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
     if isinstance(error, UserError):
         return USER, error.message, error.hint
     if isinstance(error, Preempted):
-        return DONE, str(error), None
+        return STOPPED, str(error), None
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, str(error) or "interrupted; the same command continues", None
     if isinstance(error, BrokenPipeError):
-        return FAILED, "the reader of the output went away", None
+        return READER_GONE, "", None
     resume: str | None = getattr(error, _RESUME, None)
     then = f"; {resume}" if resume else ""
     if is_out_of_memory(error):

@@ -7,7 +7,7 @@ import stat
 import unicodedata
 from pathlib import Path
 
-from msdcli.errors import UserError
+from msdcli.errors import MissingFileError, UserError
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -55,7 +55,8 @@ def check_file(path: Path, *, most: int | None = None) -> None:
     """Raise UserError unless a path is a file that is whole here, of `most` bytes where that is given."""
     why = problem(path)
     if why is not None:
-        raise UserError(f"{shown(str(path))} {why}")
+        kind = MissingFileError if why == "does not exist" else UserError
+        raise kind(f"{shown(str(path))} {why}")
     try:
         with path.open("rb") as file:
             begin = file.read(len(POINTER))

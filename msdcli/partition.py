@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msdcli import records, routing
-from msdcli.errors import UserError
+from msdcli.errors import UserError, WrongValueError
 from msdcli.routing import Rule
 from msdcli.rundir import write_json
 from msdcli.seeds import derive
@@ -216,4 +216,4 @@ def _member(word: str, class_names: Sequence[str], named: dict[int, int] | None)
         if named is None and (not class_names or number < len(class_names)):
             return number
     there_are = f": there are {', '.join(class_names[:20])}" if class_names else ""
-    raise UserError(f"class {word[:80]!r} does not exist{there_are}")
+    raise WrongValueError(f"class {word[:80]!r} does not exist{there_are}")

@@ -264,6 +264,9 @@ def class_names(path: Path, count: int) -> list[str]:
     return names
 
 
+HEADLINE = ("value", "metric", "interval", "teacher", "halves")  # the figure of a measurement, at the top of its JSON
+
+
 def measurement(path: Path) -> dict[str, Any]:
     """Read a measurement; rows of the first versions of msd have no intervals."""
     found = read(path, Measured, "measurement")

@@ -8,6 +8,7 @@ import filecmp
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import tempfile
@@ -16,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from msdcli.errors import LockedError, UserError
-from msdcli.recipe import Recipe, differences, load
+from msdcli.errors import LockedError, MissingFileError, UserError
+from msdcli.recipe import Recipe, differences, load, value_at
 
 TEMPORARY, WRITER = ".tmp", ".writer"  # of folders that something is written in, and of the lock in them
 
@@ -62,7 +63,7 @@ class RunDir:
     def recipe(self) -> Recipe:
         """Return the recipe of this run. UserError if this is no run directory."""
         if not self.recipe_file.is_file():
-            raise UserError(
+            raise MissingFileError(
                 f"{self.root} is not a run directory: it has no recipe.yaml", hint="msd distill RECIPE makes one"
             )
         return load(self.recipe_file)
@@ -87,15 +88,37 @@ class RunDir:
     def check(self, recipe: Recipe) -> None:
         """Raise UserError unless the directory is free, or the run of this very recipe."""
         if self.recipe_file.exists():
-            if changed := differences(self.recipe().dump(), recipe.dump()):
+            if changed := differences(before := self.recipe().dump(), after := recipe.dump()):
                 raise UserError(
-                    f"{self.root} belongs to another recipe: {', '.join(changed)} differ",
-                    hint="give the run another name (name=...), or remove the directory",
+                    f"{self.root} belongs to another recipe: {', '.join(changed)} differ\n"
+                    + "\n".join(f"  {key}: {_brief(before, key)} there, {_brief(after, key)} here" for key in changed),
+                    hint=_under_another_name(self.root, before["run"], after, changed),
                 )
         elif self.root.is_dir() and any(not file.name.startswith(".") for file in self.root.iterdir()):
             raise UserError(
                 f"{self.root} exists and is not a run directory", hint="give the run another name (name=...)"
             )
+
+
+def _brief(tree: dict[str, Any], key: str) -> str:
+    """Return the value at a dotted key as one writes it in an override."""
+    try:
+        value = value_at(tree, key)
+    except (KeyError, IndexError, TypeError):
+        return "nothing"
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _under_another_name(root: Path, placed: str | None, wanted: dict[str, Any], changed: list[str]) -> str:
+    """Return a command that begins the recipe as a run of its own, and goes on from the one that is there."""
+    number = next(n for n in range(2, 10_000) if not root.with_name(f"{root.name}-{n}").exists())
+    name = f"{root.name}-{number}"
+    given = [f"{key}={_brief(wanted, key)}" for key in changed]
+    if any(text.endswith(("=nothing", "...")) for text in given):
+        return f"give the run another name: the same command with name={name}"
+    where = [] if placed is None and wanted["run"] is None else [f"run={root.with_name(name)}"]
+    return f"msd distill {shlex.join([str(root / 'recipe.yaml'), f'name={name}', *where, *given])}"
 
 
 class Presence:

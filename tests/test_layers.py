@@ -45,7 +45,7 @@ ROOMS = (
     {"sample", "search"},
     {"measure"},
     {"pipeline"},
-    {"report", "export", "bench", "sweep"},
+    {"report", "export", "bench", "sweep", "plan"},
 )
 LARGEST_ROOM, LONGEST_FILE = 13, 400
 

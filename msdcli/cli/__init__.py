@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import typer
@@ -27,7 +28,8 @@ class VerbGroup(TyperGroup):
                 raise
             code, message, hint = errors.explain(error)
             if message:
-                console.tell(message) if code == errors.DONE else console.fail(message, hint)
+                stopped = code in (errors.STOPPED, errors.INTERRUPTED)
+                console.tell(message) if stopped else console.fail(message, hint)
             raise typer.Exit(code) from None
 
 
@@ -38,7 +40,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     epilog="Start: msd distill digits; the manual: msd docs. The same command again resumes. Exit codes: 0 done, 1 "
-    "failed while working, 2 something for you to fix, 130 interrupted.",
+    "failed while working, 2 something for you to fix, 75 stopped by SIGTERM or SIGUSR1 (the same command continues), "
+    "130 interrupted.",
 )
 for verb in (
     recipes,
@@ -74,5 +77,13 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; where the reader of its output goes away, as `head` does, end as git does: silently."""
+    try:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at the end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(errors.READER_GONE) from None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from msdcli.data.base import Dataset, images_hash, to_float
-from msdcli.errors import UserError
+from msdcli.errors import MissingFileError, UserError
 from msdcli.foreign import check_file
 from msdcli.recipe.data import PromptsSettings
 
@@ -56,7 +56,9 @@ def read(settings: PromptsSettings) -> Captions:
     """Read the prompts of a data section. UserError naming file and line for what is no prompt."""
     path = Path(settings.path)
     if not path.exists():
-        raise UserError(f"{path} does not exist", hint=f"get it from {settings.source}" if settings.source else None)
+        raise MissingFileError(
+            f"{path} does not exist", hint=f"get it from {settings.source}" if settings.source else None
+        )
     captions = collect(_rows(path, settings.column, settings.image_column), path)
     if settings.count is not None and settings.count != len(captions.prompts):
         raise UserError(f"{path} holds {len(captions.prompts):,} prompts, the recipe expects {settings.count:,}")

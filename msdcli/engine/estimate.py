@@ -14,7 +14,8 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import Guided
 from msdcli.diffusion.sampler import evaluated_levels
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
-from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, saved_bytes
+from msdcli.engine.train.counting import FlopCounter, MetaDraws, forward_flops, num_parameters, saved_bytes
+from msdcli.nets.meta import on_meta
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
 from msdcli.recipe.solver import SolverSettings
@@ -112,11 +113,9 @@ def stage_cost(
 
     That is one step, or the few after which the same operations come again.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import
-
     passes = len(slices(stage.batch, getattr(stage, "pair_batch", None), SINGLE_PROCESS, micro_batch))
     draws, peak = MetaDraws(student.shape, stage.batch, passes), 0
-    with torch.device("meta"):
+    with on_meta():
         objective = objective_class(stage.objective)(stage, student, teacher)
     counted: dict[tuple[Any, ...], list[int]] = {}
     for step in range(objective.cycle):
@@ -128,11 +127,11 @@ def stage_cost(
                 continue
             for name, net in objective.nets.items():
                 net.requires_grad_(name in names)
-            with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            with torch.device("meta"), FlopCounter() as counter:
                 with saved_bytes() as saved:
                     value = loss(draws)
                 value.mean().backward()
-            known.append(counter.get_total_flops())
+            known.append(counter.total)
             peak = max(peak, sum(saved.values()))
     return StageCost(
         objective=stage.objective,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import contextlib
 import io
 import json
@@ -13,17 +14,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from msdcli.data.images import to_uint8
+from msdcli.engine.tracking.formatting import hue
 from msdcli.errors import UserError
+from msdcli.foreign import visible
 from msdcli.outputs import COMMENT, MARK, in_own_place, is_marked_picture, mark_archive
 from msdcli.rundir import building, writing
 
+INK = (235, 235, 235)  # of words on a grid
+LONGEST_NAME = 24  # letters of a class's name, or of a prompt
 WAITING = 2000  # images of a GPU that are drawn and not yet on the disk, at most
 
 Done = TypeVar("Done")
@@ -36,16 +42,19 @@ def save_grid(
     *,
     beside: Sequence[Tensor] | None = None,
     class_names: Sequence[str] | None = None,
+    captions: tuple[str, str] | None = None,
+    owners: Sequence[int] | None = None,
 ) -> None:
     """Write one PNG with a row of images per entry of `rows`, to the left of them, after a gap, those of `beside`.
 
-    Points in the plane become one scatter plot per entry, those of `beside` in grey behind.
+    `class_names` stand before the rows, in the colours of their `owners`; `captions`, of `beside` and of `rows`, above
+    them. Points in the plane become one scatter plot per entry, those of `beside` in grey behind.
     """
     if rows[0].ndim == 2:
-        _save_scatter(path, rows, beside, class_names or [""] * len(rows))
+        _save_scatter(path, rows, beside, class_names or [""] * len(rows), captions, owners)
         return
     height, width = rows[0].shape[-2:]
-    scale, gap = max(1, 32 // height), 2
+    scale, gap = max(1, (32 if class_names is None else 64) // height), 2
     lead = max(len(row) for row in beside) + 1 if beside else 0
     columns = lead + max(len(row) for row in rows)
     canvas = np.full((len(rows) * (height * scale + gap) + gap, columns * (width * scale + gap) + gap, 3), 32, np.uint8)
@@ -55,8 +64,45 @@ def save_grid(
                 top, left = gap + r * (height * scale + gap), gap + (start + i) * (width * scale + gap)
                 big = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
                 canvas[top : top + height * scale, left : left + width * scale] = big
+    picture = Image.fromarray(canvas)
+    if class_names is not None:
+        starts = (0 if beside else None, lead * (width * scale + gap))
+        above = [(x, text) for x, text in zip(starts, captions or (), strict=False) if x is not None]
+        picture = _labelled(picture, class_names, owners, above, height * scale + gap)
     with writing(path) as temporary:
-        Image.fromarray(canvas).save(temporary, format="PNG", pnginfo=_marked())
+        picture.save(temporary, format="PNG", pnginfo=_marked())
+
+
+def _labelled(
+    picture: Image.Image,
+    names: Sequence[str],
+    owners: Sequence[int] | None,
+    captions: Sequence[tuple[int, str]],
+    step: int,
+) -> Image.Image:
+    """Return a grid with the names of its rows, which are `step` apart, before it, and captions above it."""
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 15)
+    short = [visible(name) if len(name) <= LONGEST_NAME else f"{visible(name[:LONGEST_NAME])}..." for name in names]
+    left = 28 + int(max((font.getlength(name) for name in short), default=0))
+    top = 28 if captions else 0
+    right = max([left + picture.width, *(left + x + int(font.getlength(text)) + 8 for x, text in captions)])
+    sheet = Image.new("RGB", (right, top + picture.height), (32, 32, 32))
+    sheet.paste(picture, (left, top))
+    draw = ImageDraw.Draw(sheet)
+    for x, text in captions:
+        draw.text((left + x + 2, top / 2), text, font=font, fill=INK, anchor="lm")
+    for i, name in enumerate(short):
+        y = top + i * step
+        if owners is not None:
+            draw.rectangle((4, y + 3, 10, y + step - 2), fill=colour(owners[i]))
+        draw.text((18, y + step / 2), name, font=font, fill=INK, anchor="lm")
+    return sheet
+
+
+def colour(owner: int) -> tuple[int, int, int]:
+    """Return a student's colour, of the hue that it has in reports."""
+    red, green, blue = colorsys.hls_to_rgb(hue(owner) / 360, 0.6, 0.7)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -67,12 +113,27 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
 
 
+def as_pil(images: Tensor) -> list[Image.Image]:
+    """Return pictures [n, 1 or 3, height, width] in [-1, 1] as PIL images, grey ones in mode L. UserError otherwise."""
+    if not is_picture(images):
+        raise UserError(f"{'points' if images.ndim == 2 else 'latents'} are no pictures", hint="as_images=False")
+    pixels = to_uint8(images.cpu()).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
+
+
 def is_picture(images: Tensor) -> bool:
     """Whether these are pictures [n, 1 or 3, height, width], and not points or latents."""
     return images.ndim == 4 and images.shape[1] in (1, 3)
 
 
-def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] | None, names: Sequence[str]) -> None:
+def _save_scatter(
+    path: Path,
+    rows: Sequence[Tensor],
+    beside: Sequence[Tensor] | None,
+    names: Sequence[str],
+    captions: tuple[str, str] | None,
+    owners: Sequence[int] | None,
+) -> None:
     from matplotlib.figure import Figure
 
     columns = min(4, len(rows))
@@ -80,11 +141,15 @@ def _save_scatter(path: Path, rows: Sequence[Tensor], beside: Sequence[Tensor] |
     figure = Figure(figsize=(2.4 * columns, 2.5 * lines), layout="constrained")
     for i, (points, name) in enumerate(zip(rows, names, strict=True)):
         axes = figure.add_subplot(lines, columns, i + 1, aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
+        own = "tab:blue" if owners is None else tuple(c / 255 for c in colour(owners[i]))
         if beside is not None:
             axes.scatter(beside[i][:, 0], beside[i][:, 1], s=2, linewidths=0, alpha=0.5, color="tab:gray")
-        axes.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, alpha=0.7, color="tab:blue")
+        axes.scatter(points[:, 0], points[:, 1], s=1, linewidths=0, alpha=0.7, color=own)
         axes.set_title(name.replace("$", r"\$"), fontsize=9)  # a dollar would begin a formula
         axes.tick_params(labelsize=6)
+    if captions is not None:
+        behind = f"grey: {captions[0]}; " if beside is not None else ""
+        figure.suptitle(f"{behind}in colour: {captions[1]}", fontsize=9)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130, metadata={"Software": MARK})
 

@@ -7,7 +7,6 @@ run it on one directory at once: each takes the students that nobody else is at.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +14,29 @@ from pathlib import Path
 import torch
 
 from msdcli.data.base import FINGERPRINT, Dataset, has_images
-from msdcli.data.opening import is_there
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
-from msdcli.engine import estimate, pictures, sample, search
+from msdcli.engine import pictures, sample, search
 from msdcli.engine.checkpoints import disk
 from msdcli.engine.claim import Claim, begun_otherwise
 from msdcli.engine.distributed import device, workers
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.interrupt import preemptible
-from msdcli.engine.inputs import autoencoder, dataset, hub, latents, partition, teacher
+from msdcli.engine.inputs import autoencoder, dataset, latents, partition, teacher
 from msdcli.engine.inputs.pairs import Pairs
 from msdcli.engine.measure import fid
 from msdcli.engine.measure import part_evaluator as examine
 from msdcli.engine.measure.rows import Measurement
 from msdcli.engine.tracking.events import Report, silent
+from msdcli.engine.tracking.formatting import evaluations, plural
 from msdcli.engine.tracking.loggers import logged
 from msdcli.engine.train import precision
-from msdcli.engine.train.counting import num_parameters
 from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network
-from msdcli.errors import CONTINUES, WHOLE, UserError, resumable
+from msdcli.errors import CONTINUES, WHOLE, UserError, WrongValueError, resumable
+from msdcli.nets.meta import on_meta
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
-from msdcli.recipe.data import PromptsSettings
 from msdcli.recipe.stages import GeneratorSettings
 from msdcli.rundir import RunDir, holder_of, lock
 
@@ -74,7 +72,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
         )
     examine.check(recipe, data, group, planning=planning)
     frozen, student = networks_on_meta(recipe, data, planning=planning)
-    with torch.device("meta"):
+    with on_meta():
         objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
@@ -92,7 +90,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
 def networks_on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> tuple[Denoiser, Denoiser]:
     """Build teacher and student without memory: shapes are checked and parameters can be counted."""
     frozen = teacher.on_meta(recipe, data, planning=planning)
-    with torch.device("meta"):
+    with on_meta():
         return frozen, new_network(recipe, frozen, 0)
 
 
@@ -144,7 +142,7 @@ def prepare(
     """
     data = check(recipe, group=group)
     if student is not None and not 0 <= student < recipe.partition.students:
-        raise UserError(f"student {student} does not exist: there are 0 to {recipe.partition.students - 1}")
+        raise WrongValueError(f"student {student} does not exist: there are 0 to {recipe.partition.students - 1}")
     run, claim = RunDir(recipe.run_dir), None
     if not worker and group.is_leader:
         claim = Claim.begin(run, recipe, data, report, stack, student=student)
@@ -249,59 +247,24 @@ def preview(training: TrainingRun, *, rows: int = 32, columns: int = 16, points:
     if theirs is not None:
         decode = autoencoder.decoder(training.run.teacher, training.device)
         theirs = [decode(y).cpu() for y in theirs]
-    pictures.save_grid(path, mine, beside=theirs, class_names=[data.class_names[c] for c in classes])
+    owners = [training.partition.owner[c] for c in classes]
+    pictures.save_grid(
+        path,
+        mine,
+        beside=theirs,
+        class_names=[data.class_names[c] for c in classes],
+        captions=_captions(training.recipe),
+        owners=owners if len(training.partition.parts) > 1 else None,
+    )
     return path
 
 
-def plan(recipe: Recipe) -> list[str]:
-    """Return what `distill` would do and cost, line by line, after checking all of it; nothing is written.
-
-    Neither weights nor data need to be here: the networks have no memory, and what is missing is listed.
-    """
-    data = check(recipe, planning=True)
-    run = RunDir(recipe.run_dir)
-    if run.recipe_file.exists():
-        run.check(recipe)
-    num = recipe.partition.students
-    frozen, student = networks_on_meta(recipe, data, planning=True)
-    sizes = num_parameters(frozen), num_parameters(student)
-    steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
-    kinds = "prompts" if recipe.has_prompts else "classes"
-    what = "images" if has_images(data) else "rows"
-    return [
-        f"data:      {recipe.data.name}, {len(data):,} {what} of {list(data.shape)} in {len(data.class_names)} {kinds}",
-        *([] if frozen.shape == tuple(data.shape) else [f"latents:   {list(frozen.shape)} of every picture"]),
-        f"teacher:   {recipe.teacher.path or 'trained or reused'}, {sizes[0]:,} parameters",
-        f"solver:    {estimate.solver_line(recipe.teacher.solver, frozen)}",
-        f"partition: {recipe.partition.method}, {num} students",
-        f"students:  {sizes[1]:,} parameters each; {steps}",
-        *(
-            [f"prompts:   {_embedding_bytes(recipe, frozen, data) / 2**30:,.3g} GiB of embeddings"]
-            if recipe.has_prompts
-            else []
-        ),
-        *estimate.lines(estimate.estimate(recipe, data, frozen, student)),
-        f"run:       {run.root}{' (exists: would resume)' if run.recipe_file.exists() else ''}",
-        *missing(recipe),
-    ]
-
-
-def _embedding_bytes(recipe: Recipe, frozen: Denoiser, data: Dataset) -> int:
-    """What the prompts' vectors take on the disk (the pooled ones are a hundredth of them)."""
-    assert isinstance(recipe.data, PromptsSettings)
-    numbers = len(data.class_names) * int(math.prod(frozen.settings.prompt_shape))
-    return numbers * (2 if recipe.data.embeddings == "float16" else 4)
-
-
-def missing(recipe: Recipe) -> list[str]:
-    """Return a line for everything that must be fetched before the run can start."""
-    sections = [("teacher", recipe.teacher, "path"), ("data", recipe.data, "path"), ("pictures", recipe.data, "images")]
-    wanted = [(what, getattr(s, name, None), getattr(s, "source", None)) for what, s, name in sections]
-    here = {path for _, path, _ in wanted if path is not None and (hub.cached(path) or is_there(path))}
-    return [
-        f"missing:   {what} {path}: the run downloads it; {hub.by_hand(path)}"
-        if hub.is_hub(path)
-        else f"missing:   {what} {path}: put it there, from {source or 'wherever it is (the recipe names no source)'}"
-        for what, path, source in wanted
-        if path is not None and path not in here
-    ]
+def _captions(recipe: Recipe) -> tuple[str, str]:
+    """Say whose samples stand in the run's picture, and what an image of theirs costs."""
+    solver, last = recipe.teacher.solver, recipe.stages[-1]
+    steps = len(last.sigmas) if isinstance(last, GeneratorSettings) else 1
+    whose = plural(recipe.partition.students, "student")
+    return (
+        f"teacher, {evaluations(solver.evaluations)} each",
+        f"{whose}, {evaluations(steps)} each",
+    )

@@ -28,7 +28,7 @@ from msdcli.engine.pictures import (
     save_pngs,
     save_zip,
 )
-from msdcli.errors import UserError
+from msdcli.errors import UserError, WrongValueError
 from msdcli.nets.diffusers.autoencoder import Autoencoder
 from msdcli.noise import noises
 from msdcli.outputs import check_file
@@ -96,7 +96,7 @@ class Students:
                 samples = torch.empty(len(classes), *y.shape[1:])
             samples[at] = y.cpu()
         if samples is None:
-            raise UserError("no class was asked for")
+            raise WrongValueError("no class was asked for")
         return samples
 
     def numbers(self, prompts: Sequence[str]) -> list[int]:
@@ -138,7 +138,7 @@ class Students:
         numbers, batch = range(len(classes)) if numbers is None else numbers, batch or self.batch
         known = len(self.class_names) if self.prompt_router is None else len(self.prompt_router)
         if unknown := [c for c in classes if not 0 <= c < known]:
-            raise UserError(f"class {unknown[0]} does not exist: there are 0 to {known - 1}")
+            raise WrongValueError(f"class {unknown[0]} does not exist: there are 0 to {known - 1}")
         turns = [
             (student, positions[i : i + batch])
             for student, positions in self.route(classes).items()

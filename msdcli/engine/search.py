@@ -7,6 +7,7 @@ width, depth and attention are searched together, and what counts is measured he
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.tracking.events import Report
+from msdcli.engine.train.counting import FlopCounter
 from msdcli.errors import UserError
+from msdcli.nets.meta import on_meta
 from msdcli.recipe import Recipe, StudentSettings
 from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
 from msdcli.rundir import RunDir, lock, write_json
@@ -95,9 +98,14 @@ def search(student: StudentSettings, teacher: Denoiser) -> tuple[Candidate, list
         best = max(fast, key=lambda c: c.parameters, default=None)
     if best is None:
         kind = "parameters" if student.parameters is not None else "latency"
+        smallest = min(timed or candidates(teacher), key=lambda c: getattr(c, kind) or 1.0, default=None)
+        share = None if smallest is None else getattr(smallest, kind)
+        told = "" if share is None else f"; the smallest share found is {share:.2f}"
+        above = None if share is None else math.ceil(share * 20 + 0.2) / 20  # measured again, it may be a little more
         raise UserError(
-            f"student: no network of the teacher's kind has {target:g} of its {kind} on this device",
-            hint="another target, or student.width and student.depth by hand",
+            f"student: no network of the teacher's kind has {target:g} of its {kind} on this device{told}",
+            hint=(f"student.{kind}={above:g}, " if above is not None and target < above < 1 else "another target, ")
+            + "or student.width and student.depth by hand",
         )
     return best, [c.record() for c in timed]
 
@@ -118,17 +126,15 @@ def candidates(teacher: Denoiser, span: tuple[float, float] = (0.0, 1.0)) -> lis
 
 
 def _parameters(network: NetworkSettings, teacher: Denoiser) -> int:
-    with torch.device("meta"):
+    with on_meta():
         return sum(p.numel() for p in _build(network, teacher).parameters())
 
 
 def _flops(network: NetworkSettings, teacher: Denoiser) -> int:
     """Return the floating-point operations of one evaluation."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with on_meta(), FlopCounter() as counter, torch.no_grad():
         _build(network, teacher)(*_one(teacher, "meta"))
-    total: int = counter.get_total_flops()
+    total: int = counter.total
     return total
 
 

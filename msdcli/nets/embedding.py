@@ -38,7 +38,9 @@ class Embedding(nn.Module):
         super().__init__()
         self.width = width
         # c_noise = ln(sigma) / 4 spans about [-1.6, 1.1]: octaves from half a turn to fine detail.
-        frequencies = 2 * math.pi * torch.logspace(-2, 2, num_frequencies, base=2.0)
+        # Computed on the CPU: on the meta device torch would import its compiler for it, which takes a second.
+        octaves = torch.logspace(-2, 2, num_frequencies, base=2.0, device="cpu")
+        frequencies = (2 * math.pi * octaves).to(torch.get_default_device())
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.noise0 = nn.Linear(2 * num_frequencies, width)
         self.noise1 = nn.Linear(width, width)

@@ -18,7 +18,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from msdcli import recipe_yaml
-from msdcli.errors import UserError
+from msdcli.errors import MissingFileError, UserError, WrongValueError
 from msdcli.recipe.data import Data, PromptsSettings
 from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
 from msdcli.recipe.section import Batch, FilePath, NoiseLevel, Scale, Section, Seed, ascending
@@ -268,7 +268,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return the dotted keys in which two dumped recipes differ and a resumed run may not."""
     found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
     last = f"stages.{len(new['stages']) - 1}.steps"
-    if last in found and len(old["stages"]) == len(new["stages"]) and _at(new, last) > _at(old, last):
+    if last in found and len(old["stages"]) == len(new["stages"]) and value_at(new, last) > value_at(old, last):
         found.remove(last)
     return found
 
@@ -282,7 +282,8 @@ def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [prefix.rstrip(".")]
 
 
-def _at(tree: Any, dotted: str) -> Any:
+def value_at(tree: Any, dotted: str) -> Any:
+    """Return the value at a dotted key of plain data."""
     for key in dotted.split("."):
         tree = tree[int(key)] if isinstance(tree, list) else tree[key]
     return tree
@@ -318,7 +319,7 @@ def load_any(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overri
         document.set(keys, value, f"override '{'.'.join(keys)}={value}'")
     recipe = validate(document)
     if recipe.name is None and path is None:
-        raise UserError("the recipe has no name", hint='a key "name" names the run')
+        raise WrongValueError("the recipe has no name", hint='a key "name" names the run')
     return recipe if path is None else _named(recipe, path, str(source))
 
 
@@ -359,7 +360,7 @@ def validate(document: recipe_yaml.Document) -> Recipe:
         return Recipe.model_validate(document.tree)
     except ValidationError as error:
         found = error.errors(include_url=False)
-        raise UserError(recipe_yaml.explain_all(document, Recipe, found, "the recipe")) from None
+        raise WrongValueError(recipe_yaml.explain_all(document, Recipe, found, "the recipe")) from None
 
 
 def find(source: str | Path) -> Path:
@@ -373,7 +374,7 @@ def find(source: str | Path) -> Path:
     if str(source) in names:
         return names[str(source)]
     hint = recipe_yaml.nearest(path.stem, list(names))
-    raise UserError(
+    raise MissingFileError(
         f"no recipe at {path}: neither a file, nor a run directory, nor a shipped recipe",
         hint=f"did you mean `{hint}`?" if hint else "`msd recipes` lists what ships",
     )

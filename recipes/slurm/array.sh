@@ -30,7 +30,8 @@ if [ "$stopping" != no ] && [ "$code" -gt 128 ]; then # the signal ended the wai
   code=0
   wait "$work" || code=$?
 fi
-if [ "$stopping" = requeue ] && [ "$code" -eq 0 ]; then
+if [ "$stopping" = requeue ] && [ "$code" -eq 75 ]; then # 75: saved and not finished
   scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+  exit 0
 fi
 exit "$code"

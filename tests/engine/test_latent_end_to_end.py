@@ -44,7 +44,7 @@ def test_a_latent_teacher_from_pictures_to_a_bundle(msd: Msd, tmp_path: Path) ->
     partition = json.loads((run / "partition.json").read_text())
     assert partition["parts"] == [[0, 1], [2, 3]]
     with Image.open(run / "samples/grid.png") as grid:
-        assert grid.height == 4 * (8 * 4 + 2) + 2, "rows of decoded 8x8 pictures, four times enlarged"
+        assert grid.height == 28 + 4 * (8 * 8 + 2) + 2, "captions, and decoded 8x8 pictures, eight times enlarged"
     before = {f: f.stat().st_mtime_ns for f in run.rglob("*.safetensors")}
     again = msd("distill", "latent.yaml", guided)
     assert (again.returncode, "encoded" in again.stderr) == (0, False), again.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_a_share_of_latency_is_met_by_the_largest_that_does(teacher: nets.Denois
 def test_what_cannot_be_met_is_refused(teacher: nets.Denoiser) -> None:
     with pytest.raises(UserError, match="no network of the teacher's kind"):
         search.search(StudentSettings(parameters=0.0001), teacher)
+
+
+def test_a_latency_that_cannot_be_met_names_the_best_that_can(teacher: nets.Denoiser) -> None:
+    with pytest.raises(
+        UserError, match=r"has 1e-06 of its latency on this device; the smallest share found is"
+    ) as told:
+        search.search(StudentSettings(latency=1e-6), teacher)
+    assert told.value.hint is not None and "student.width and student.depth by hand" in told.value.hint
+    share = float(str(told.value).rpartition(" ")[2])
+    if match := re.search(r"latency=([\d.]+)", told.value.hint):  # the fastest may be as slow as the teacher
+        assert share <= float(match[1]) < 1
 
 
 def test_the_choice_is_kept_with_the_run(msd: Msd, tiny: Path) -> None:

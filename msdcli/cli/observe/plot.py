@@ -25,6 +25,7 @@ def plot(
         Path | None, typer.Option(help="FILE.pdf, .svg or .png; RUN/KIND.pdf of the first if absent.")
     ] = None,
     health: Annotated[bool, typer.Option("--health", help="curves: the health figures instead of the losses.")] = False,
+    json_: options.Json = False,
     dry_run: options.DryRun = False,
 ) -> None:
     """Draw a figure for a paper, as vectors: PDF, SVG, or PNG at 300 dpi."""
@@ -32,9 +33,12 @@ def plot(
     if dry_run:
         from msdcli.engine.report.facts import load_runs
 
-        console.say(f"would draw {kind} of {', '.join(facts.label for facts in load_runs(runs))} to {target}")
+        labels = [facts.label for facts in load_runs(runs)]
+        planned = {"file": str(target), "kind": kind, "runs": labels}
+        console.outcome(f"would draw {kind} of {', '.join(labels)} to {target}", planned, json_=json_)
         return
     from msdcli.engine.report.plot import plot as engine
 
     engine(kind, runs, target, health=health)
-    console.say(f"figure: {target}")
+    drawn = {"file": str(target), "kind": kind, "runs": [str(run) for run in runs]}
+    console.outcome(f"figure: {target}", drawn, json_=json_)

@@ -21,6 +21,7 @@ def report(
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw samples, which needs the networks.")
     ] = True,
+    json_: options.Json = False,
     dry_run: options.DryRun = False,
 ) -> None:
     """Write one HTML file with figures, curves, samples, partition, cost and recipe; it opens anywhere, offline."""
@@ -34,12 +35,18 @@ def report(
     check_file(target, ".html")
     if dry_run:
         found = load_runs(runs)
-        console.say(f"would write {target} about {', '.join(facts.label for facts in found)}")
+        labels = [facts.label for facts in found]
+        planned = {"file": str(target), "runs": labels}
+        console.outcome(f"would write {target} about {', '.join(labels)}", planned, json_=json_)
         return
     from msdcli.engine.report import report as engine
 
-    with console.Monitor() as monitor:
+    with console.Monitor(quiet=json_) as monitor:
         found = engine.write(runs, target, monitor, pictures=pictures)
+    if json_:
+        missing = {facts.label: facts.missing for facts in found}
+        console.print_json({"file": str(target), "bytes": target.stat().st_size, "missing": missing})
+        return
     for facts in found:
         for line in facts.missing[:5]:
             console.tell(f"{facts.label}: {line}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated, Any
+
 import typer
 
 from msdcli import console
@@ -12,24 +15,62 @@ def register(app: typer.Typer) -> None:
     app.command("status")(status)
 
 
-def status(run: options.Run, json_: options.Json = False) -> None:
-    """Show what is done, what runs and what is missing in a run directory."""
+def status(
+    run: Annotated[Path | None, typer.Argument(help="A run directory; without it, the runs in ./runs.")] = None,
+    json_: options.Json = False,
+) -> None:
+    """Show what is done, what runs and what is missing in a run directory, or which runs are here."""
     from msdcli.engine.report.status import status as engine
     from msdcli.rundir import RunDir
 
+    if run is None:
+        _list(json_)
+        return
     state = engine(RunDir(run))
     if json_:
         console.print_json(state)
         return
-    console.say(f"{state['run']}: teacher {state['teacher']}, partition {state['partition']}")
-    rows = []
+    console.say(f"{state['run']}: {state['state']}; partition {state['partition']}")
+    rows = [_row(part["part"], "", part, part["running"]) for part in state["shared"] if part["part"] != "measurement"]
     for student in state["students"]:
         for stage in student["stages"]:
-            losses = ", ".join(f"{k} {v:.4g}" for k, v in stage["losses"].items())
-            steps = f"{stage['step']}/{stage['steps']}"
-            rows.append(
-                [str(student["student"]), stage["objective"], stage["state"], student["running"] or "", losses, steps]
-            )
-    console.table("students", ["student", "stage", "state", "held by", "losses", "steps"], rows, text_columns=5)
+            holder = student["running"] if stage["state"] == "running" else None
+            rows.append(_row(f"student {student['student']}", stage["objective"], stage, holder))
+    rows += [_row(part["part"], "", part, part["running"]) for part in state["shared"] if part["part"] == "measurement"]
+    console.table("parts", ["", "stage", "state", "held by", "losses", "steps"], rows, text_columns=5)
     for path in state["metrics"]:
         console.say(f"measured: {path}")
+
+
+def _row(who: str, stage: str, part: dict[str, Any], holder: str | None) -> list[str]:
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in part["losses"].items())
+    steps = f"{part['step']}/{part['steps']}" if part["steps"] else ""
+    return [who, stage, part["state"], holder or "", losses, steps]
+
+
+def _list(json_: bool) -> None:
+    """Show the runs that are here, a line each; one that cannot be read says so."""
+    from msdcli.engine.report.status import runs_here
+    from msdcli.engine.report.status import status as engine
+    from msdcli.errors import UserError
+
+    states: list[dict[str, Any]] = []
+    for run in runs_here():
+        try:
+            states.append(engine(run))
+        except UserError as error:
+            states.append({"run": str(run.root), "state": "damaged", "problem": error.message})
+    if json_:
+        console.print_json(states)
+    elif not states:
+        console.say("no runs in ./runs; msd distill digits begins one")
+    else:
+        console.table("runs", ["run", "state", "steps", "measured"], [_line(state) for state in states], text_columns=2)
+
+
+def _line(state: dict[str, Any]) -> list[str]:
+    if "problem" in state:
+        return [state["run"], f"{state['state']}: {state['problem']}", "", ""]
+    stages = [stage for student in state["students"] for stage in student["stages"]]
+    steps = f"{sum(s['step'] for s in stages):,}/{sum(s['steps'] for s in stages):,}"
+    return [state["run"], state["state"], steps, ", ".join(Path(path).stem for path in state["metrics"])]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,6 +30,7 @@ def watch(
     run: options.Run,
     once: Annotated[bool, typer.Option("--once", help="Show the run as it is now, and stop.")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    json_: options.Json = False,
 ) -> None:
     """Follow a run in the terminal until it ends: progress, losses, speed, health, distances; Ctrl-C leaves.
 
@@ -40,12 +43,13 @@ def watch(
 
     watcher = ProgressTracker(RunDir(run))
     progress = watcher.progress()
+    show = _print_json if json_ else _print
     if once:
-        _print(progress)
+        show(progress)
         return
     try:
-        if not console.out.is_terminal:
-            _log(watcher, every)
+        if json_ or not console.out.is_terminal:
+            _log(watcher, every, show)
             return
         with Live(console=console.out, auto_refresh=False) as live:
             while True:
@@ -63,13 +67,17 @@ def _print(progress: RunProgress) -> None:
     sheet.print(render(progress, height=10_000, width=sheet.width), soft_wrap=False)
 
 
-def _log(watcher: ProgressTracker, every: float) -> None:
+def _print_json(progress: RunProgress) -> None:
+    console.print_json(dataclasses.asdict(progress), compact=True)
+
+
+def _log(watcher: ProgressTracker, every: float, show: Callable[[RunProgress], None]) -> None:
     """Print a frame whenever something has changed: for a file or a pipe."""
     before = None
     while True:
         progress = watcher.progress()
         if before is None or progress.parts != before.parts or progress.distances != before.distances or progress.done:
-            _print(progress)
+            show(progress)
         if progress.done:
             return
         before = progress
@@ -93,6 +101,7 @@ def render(progress: RunProgress, *, height: int, width: int) -> RenderableType:
         said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         lines.append(Text(f"{hidden} more; of all: {said}", style="dim"))
     lines += [Text(line) for line in progress.distances]
+    lines += [Text(line) for line in _beside(progress)]
     if progress.done:
         lines.append(Text("the run has ended", style="green"))
     elif all(part.state == "done" for part in progress.parts):
@@ -102,6 +111,12 @@ def render(progress: RunProgress, *, height: int, width: int) -> RenderableType:
     elif not progress.running:
         lines.append(Text("nobody is at work on it now: msd distill RUN goes on", style="yellow"))
     return Group(*lines)
+
+
+def _beside(progress: RunProgress) -> list[str]:
+    """Say what runs beside teacher and students."""
+    at_work = [p for name, p in progress.beside.items() if name != "teacher" and p["state"] == "running"]
+    return [f"{p['part']}: running{f', held by {p_}' if (p_ := p['running']) else ''}" for p in at_work]
 
 
 def _shown(parts: list[StageProgress], most: int) -> list[StageProgress]:

@@ -29,8 +29,8 @@ def latents(
 
     loaded = load(recipe, overrides)
     if dry_run:
-        for line in engine.plan(loaded):
-            console.say(line)
+        lines = engine.plan(loaded)
+        console.outcome("\n".join(lines), {"plan": lines}, json_=json_)
         return
     with console.Monitor(quiet=json_) as monitor:
         found = engine.encode(loaded, monitor)

@@ -42,7 +42,7 @@ def partition(
         check_file(picture, ".png")
     loaded = load(recipe, overrides)
     if dry_run and (count := engine.to_embed(loaded, explaining=explain is not None)):
-        console.say(f"would embed {count:,} prompts first")
+        console.outcome(f"would embed {count:,} prompts first", {"prompts_to_embed": count}, json_=json_)
         return
     with console.Monitor(quiet=json_) as monitor:
         if explain is not None:
@@ -52,12 +52,10 @@ def partition(
     _show(result, data.class_names, loaded.has_prompts, json_)
     if picture is None:
         return
-    if dry_run:
-        console.say(f"would draw {picture}")
-        return
-    engine.draw(picture, result, data)
+    if not dry_run:
+        engine.draw(picture, result, data)
     if not json_:
-        console.say(f"picture: {picture}")
+        console.say(f"would draw {picture}" if dry_run else f"picture: {picture}")
 
 
 def _show(result: Partition, names: Sequence[str], prompts: bool, json_: bool) -> None:

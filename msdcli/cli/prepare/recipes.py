@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,15 +22,35 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="recipes")
 
 
-def listing(context: typer.Context) -> None:
+def listing(context: typer.Context, json_: options.Json = False) -> None:
     """List the recipes that ship with msd."""
     if context.invoked_subcommand is not None:
         return
     from msdcli.recipe import shipped
 
-    rows = [[path.stem, *_header(path)] for path in shipped()]
-    console.table("recipes", ["name", "shows", "costs", "measured"], rows, text_columns=4)
-    console.say("start from one: msd recipes cp NAME my.yaml")
+    found = [_described(path) for path in shipped()]
+    if json_:
+        console.print_json(found)
+        return
+    rows = [[r["name"], str(r["students"]), r["data"], _first(r["costs"]), _first(r["measured"])] for r in found]
+    console.table("recipes", ["name", "K", "data", "costs", "measured"], rows, text_columns=5, fit=True)
+    console.say("what one is: msd recipes show NAME; start from one: msd recipes cp NAME my.yaml")
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Return what a list of recipes says of one."""
+    from msdcli.recipe import load
+
+    recipe = load(path)
+    shows, costs, measured = _header(path)
+    kind = Path(getattr(recipe.data, "path", None) or recipe.data.name).stem
+    told = {"name": path.stem, "students": recipe.partition.students, "data": kind}
+    return told | {"shows": shows, "costs": costs, "measured": measured}
+
+
+def _first(text: str) -> str:
+    """Return how a text begins, for a list of a line each."""
+    return re.split(r"[;:(]|\.(?: |$)| over three seeds| in TF32|, ", text, maxsplit=1)[0].strip()
 
 
 def _header(path: Path) -> list[str]:
@@ -50,6 +71,7 @@ def copy(
         str, typer.Argument(help="Name of a shipped recipe, or of a script for Slurm: array.sh, torchrun.sh.")
     ],
     target: Annotated[Path, typer.Argument(help="The file to make.")],
+    json_: options.Json = False,
 ) -> None:
     """Copy a shipped recipe, or a script for Slurm, to a file of your own."""
     from msdcli.errors import UserError
@@ -61,27 +83,32 @@ def copy(
     script = recipes_folder() / "slurm" / name
     if script.is_file():
         write_text(target, script.read_text(encoding="utf-8"))
-        console.say(f"{target}: its first lines say how it is used")
+        console.outcome(f"{target}: its first lines say how it is used", {"file": str(target)}, json_=json_)
         return
     text = find(name).read_text(encoding="utf-8")
     # The first line tells editors where the schema is: from the copy's place, in the installed package.
     write_text(target, text.replace("$schema=schema.json", f"$schema={(recipes_folder() / 'schema.json').as_uri()}", 1))
-    console.say(f"{target}: edit it, then msd distill {target}")
+    console.outcome(f"{target}: edit it, then msd distill {target}", {"file": str(target)}, json_=json_)
 
 
-def show(recipe: options.Recipe, overrides: options.Overrides = None) -> None:
-    """Print a recipe with every key and its value."""
-    from msdcli.recipe import load
+def show(recipe: options.Recipe, overrides: options.Overrides = None, json_: options.Json = False) -> None:
+    """Print a recipe with every key and its value, after what its file says about it."""
+    from msdcli.recipe import find, load
 
-    sys.stdout.write(load(recipe, overrides).to_yaml())
+    loaded = load(recipe, overrides)
+    if json_:
+        console.print_json(loaded.dump())
+        return
+    said = zip(("Shows", "Costs", "Measured"), _header(find(recipe)), strict=True)
+    sys.stdout.write("".join(f"# {key}: {console.plain(text)}\n" for key, text in said if text) + loaded.to_yaml())
 
 
-def validate(recipe: options.Recipe, overrides: options.Overrides = None) -> None:
+def validate(recipe: options.Recipe, overrides: options.Overrides = None, json_: options.Json = False) -> None:
     """Check a recipe; all mistakes are named at once."""
     from msdcli.recipe import load
 
-    load(recipe, overrides)
-    console.say(f"{recipe}: a good recipe")
+    loaded = load(recipe, overrides)
+    console.outcome(f"{recipe}: a good recipe", {"recipe": recipe, "name": loaded.name}, json_=json_)
 
 
 def schema(sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False) -> None:

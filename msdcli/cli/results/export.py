@@ -63,7 +63,11 @@ def export(
     target = out or directory.export / engine.folder_name(format_, chosen)
     students = engine.check(directory, target, format_, chosen)
     if dry_run:
-        console.say(f"would write {len(students.folders)} students to {target}")
+        console.outcome(
+            f"would write {len(students.folders)} students to {target}",
+            {"folder": str(target), "format": format_, "students": len(students.folders)},
+            json_=json_,
+        )
         return
     with console.Monitor(quiet=json_) as monitor:
         record = engine.export(directory, target, format_, options=chosen, report=monitor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -58,6 +59,7 @@ def fid(
     save: Annotated[int, typer.Option(min=0, help="Keep the first so many samples of a run as PNG.")] = 0,
     watch: Annotated[bool, typer.Option("--watch", help="Follow a run's checkpoints until it is finished.")] = False,
     json_: options.Json = False,
+    quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
 ) -> None:
     """Measure a run (teacher and students against the data: whole, per student, per class), or pictures in files."""
@@ -72,37 +74,76 @@ def fid(
         from msdcli.errors import UserError
 
         raise UserError("--lean keeps no features: without them there is no --infinity and no --bootstrap")
+    if json_ and quiet:
+        from msdcli.errors import UserError
+
+        raise UserError("--json and --quiet do not go together", hint="--json has the number as `value`")
+    shown = Shown(json=json_, quiet=quiet)
     if (images / "recipe.yaml").is_file():
-        _run(images, chosen, watch=watch, json_=json_, dry_run=dry_run)
+        _run(images, chosen, shown, watch=watch, dry_run=dry_run)
     else:
-        _files(images, chosen, watch=watch, json_=json_, dry_run=dry_run)
+        _files(images, chosen, shown, watch=watch, dry_run=dry_run)
 
 
-def _run(path: Path, chosen: FidOptions, *, watch: bool, json_: bool, dry_run: bool) -> None:
+@dataclass(frozen=True)
+class Shown:
+    """How a figure is printed: as JSON, as a bare number, or as a table."""
+
+    json: bool
+    quiet: bool
+
+    @property
+    def monitor(self) -> console.Monitor:
+        """What progress is told to: nobody, where a script reads."""
+        return console.Monitor(quiet=self.json or self.quiet)
+
+
+def _run(path: Path, chosen: FidOptions, shown: Shown, *, watch: bool, dry_run: bool) -> None:
     from msdcli.engine.measure import fid as engine
     from msdcli.rundir import RunDir
 
     run = RunDir(path)
     if dry_run:
         count, protocol = engine.check(run, chosen)
-        console.say(f"would draw {count:,} samples of the students and of the teacher of {path}; protocol: {protocol}")
+        console.outcome(
+            f"would draw {count:,} samples of the students and of the teacher of {path}; protocol: {protocol}",
+            {"run": str(path), "samples": count, "protocol": protocol},
+            json_=shown.json,
+        )
         return
-    with console.Monitor(quiet=json_) as monitor:
+    with shown.monitor as monitor:
         if watch:
             from msdcli.engine.measure.watch import watch as follow
 
             for line in follow(run, monitor, chosen):
-                console.print_json(line, compact=True) if json_ else console.say(line_of(line))
+                _show_line(line, shown)
             return
         result = engine.measure(run, monitor, chosen)
-    if json_:
+    if shown.json:
         console.print_json(result.to_json())
+        return
+    if shown.quiet:
+        _show_number(result.headline()["value"])
         return
     show(result, brief=False)
     console.say(f"written: {run.metrics / (result.metric + '.json')}")
 
 
-def _files(path: Path, chosen: FidOptions, *, watch: bool, json_: bool, dry_run: bool) -> None:
+def _show_line(line: dict[str, Any], shown: Shown) -> None:
+    if shown.json:
+        console.print_json(line, compact=True)
+    elif not shown.quiet:
+        console.say(line_of(line))
+    elif line["whole"] is not None:
+        _show_number(line["whole"])
+
+
+def _show_number(value: float | None) -> None:
+    """Print a figure with all its digits."""
+    console.say("nan" if value is None else repr(float(value)))
+
+
+def _files(path: Path, chosen: FidOptions, shown: Shown, *, watch: bool, dry_run: bool) -> None:
     from msdcli.engine.measure import fid_files as engine
     from msdcli.errors import UserError
 
@@ -110,13 +151,21 @@ def _files(path: Path, chosen: FidOptions, *, watch: bool, json_: bool, dry_run:
         raise UserError(f"--watch follows a run directory; {path} is none: it has no recipe.yaml")
     request = engine.check(path, chosen.reference, chosen)
     if dry_run:
-        console.say(f"would compare {request.count:,} images of {path} with {request.reference}; writes nothing else")
+        console.outcome(
+            f"would compare {request.count:,} images of {path} with {request.reference}; writes nothing else",
+            {"images": str(path), "count": request.count, "reference": request.reference},
+            json_=shown.json,
+        )
         return
-    with console.Monitor(quiet=json_) as monitor:
+    with shown.monitor as monitor:
         result = engine.compare(request, monitor)
-    if json_ and result is not None:
-        console.print_json(result)
-    elif result is not None:
+    if result is None:
+        return
+    if shown.json:
+        console.print_json(engine.headline(result) | result)
+    elif shown.quiet:
+        _show_number(result["fid"])
+    else:
         _show_files(result)
 
 

@@ -70,7 +70,11 @@ def sample(
     engine.check_target(target, format_)
     serving = sorted(students.route(asked))
     if dry_run:
-        console.say(f"would draw {number} samples from students {', '.join(map(str, serving))} and write {target}")
+        console.outcome(
+            f"would draw {number} samples from students {', '.join(map(str, serving))} and write {target}",
+            {"file": str(target), "classes": asked, "seed": seed, "students": serving},
+            json_=json_,
+        )
         return
     begun = time.perf_counter()
     engine.draw(students, target, asked, format_, seed=seed, batch=batch)
@@ -106,7 +110,11 @@ def _of_prompts(
     target = out or engine.prompts_target(run, format_, different, seed)
     engine.check_target(target, format_)
     if dry_run:
-        console.say(f"would draw {len(asked)} samples from students {serving} and write {target}")
+        console.outcome(
+            f"would draw {len(asked)} samples from students {serving} and write {target}",
+            {"file": str(target), "prompts": names, "students": owners, "seed": seed},
+            json_=json_,
+        )
         return
     begun = time.perf_counter()
     engine.draw(students, target, asked, format_, seed=seed, batch=batch)

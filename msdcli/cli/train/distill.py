@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -33,6 +34,9 @@ def distill(
     ] = None,
     json_: options.Json = False,
     dry_run: options.DryRun = False,
+    show_recipe: Annotated[
+        bool, typer.Option("--recipe", help="With --dry-run: print the complete recipe, too.")
+    ] = False,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
 ) -> None:
     """Train teacher and students, sample and measure: whatever of it is not done yet.
@@ -42,6 +46,8 @@ def distill(
     from msdcli.engine.distributed import launcher
 
     torchrun = launcher.num_processes() > 1
+    if show_recipe and not dry_run:
+        raise UserError("--recipe goes with --dry-run", hint=f"msd recipes show {recipe}")
     if students_per_device is not None:
         _check_alone(overrides, {"--student": student is not None, "--worker": worker, "torchrun": torchrun})
     if torchrun and not dry_run:
@@ -51,7 +57,15 @@ def distill(
         with distributed.join_torchrun() as group:
             _distill(recipe, overrides, student, json_, worker=False, group=group)
         return
-    _distill(recipe, overrides, student, json_, dry_run=dry_run, worker=worker, per_device=students_per_device)
+    planned = _Planned(show_recipe) if dry_run else None
+    _distill(recipe, overrides, student, json_, worker=worker, planned=planned, per_device=students_per_device)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """Nothing is done but planned; with the complete recipe or without."""
+
+    recipe: bool
 
 
 def _check_alone(overrides: list[str] | None, others: dict[str, bool]) -> None:
@@ -72,7 +86,7 @@ def _distill(
     json_: bool,
     *,
     worker: bool,
-    dry_run: bool = False,
+    planned: _Planned | None = None,
     per_device: int | None = None,
     group: ProcessGroup | None = None,
 ) -> None:
@@ -83,8 +97,8 @@ def _distill(
         from msdcli.engine.distributed.device import with_students_per_device
 
         loaded = with_students_per_device(loaded, per_device)
-    if dry_run:
-        _plan(loaded)
+    if planned is not None:
+        _plan(loaded, json_, with_recipe=planned.recipe)
         return
     from msdcli.engine import pipeline
     from msdcli.engine.distributed.group import SINGLE_PROCESS
@@ -102,12 +116,19 @@ def _distill(
         _show(outcome, json_)
 
 
-def _plan(recipe: Recipe) -> None:
-    from msdcli.engine import pipeline
+def _plan(recipe: Recipe, json_: bool, *, with_recipe: bool) -> None:
+    from msdcli.engine.plan import plan
 
-    sys.stdout.write(recipe.to_yaml())
-    for line in pipeline.plan(recipe):
-        console.tell(line)
+    planned = plan(recipe)
+    if json_:
+        console.print_json(planned.to_json())
+        return
+    for line in planned.lines():
+        console.say(line)
+    if with_recipe:
+        sys.stdout.write(recipe.to_yaml())
+    else:
+        console.tell("every key: the same command with --recipe, or msd recipes show")
 
 
 def _show(outcome: DistillResult, json_: bool) -> None:
@@ -135,7 +156,11 @@ def _show(outcome: DistillResult, json_: bool) -> None:
         console.say(f"{outcome.run.root}: {left}; `msd distill {outcome.run.root}` finishes and measures the run")
         return
     if outcome.measurement is not None:
-        show(outcome.measurement, brief=True)
+        from msdcli.engine.report.words import closing
+
+        show(outcome.measurement, brief=True)  # with the warnings
+        for sentence in closing(outcome.run):
+            console.say(sentence)
     console.say(f"samples: {outcome.grid}  (the teacher's left of or behind the students')")
     how = "--all" if outcome.measurement is not None else '--prompt "a red fox"'
     console.say(

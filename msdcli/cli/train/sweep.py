@@ -31,7 +31,11 @@ def sweep(
     loaded = load(source)
     share = _share(worker)
     if dry_run:
-        for cell in loaded.cells[share[0] :: share[1]]:
+        cells = loaded.cells[share[0] :: share[1]]
+        if json_:
+            console.print_json([{"run": cell.recipe.run, "label": cell.label, "seed": cell.seed} for cell in cells])
+            return
+        for cell in cells:
             console.say(f"{cell.recipe.run}: {cell.label}, seed {cell.seed}")
         return
     from msdcli.engine import sweep as engine

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
 from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.checkpoints.tensors import check_fit, load_tensors, load_weights, save_tensors, tensor_shapes
-from msdcli.errors import UserError
+from msdcli.errors import MissingFileError, UserError
+from msdcli.nets.meta import on_meta
 from msdcli.recipe.networks import Network, NetworkSettings
 from msdcli.rundir import file_hash, write_json
 
@@ -48,14 +48,14 @@ def load_model(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
     A description may claim any size: the network has no memory until its file's shapes have been compared.
     """
     if not (folder / MODEL).is_file():
-        raise UserError(f"no model at {folder}: {MODEL} is missing")
+        raise MissingFileError(f"no model at {folder}: {MODEL} is missing")
     description, weights = records.model(folder / MODEL), folder / WEIGHTS
     shapes = tensor_shapes(weights)
     sha256 = file_hash(weights)
     if description.get("sha256", sha256) != sha256:
         raise UserError(f"{weights} is not the file that {MODEL} describes: its hash differs")
     _check_extent(description["network"], len(shapes), folder / MODEL)
-    with torch.device("meta"):
+    with on_meta():
         check_fit(_built(description, folder / MODEL), shapes, weights)
     net = _built(description, folder / MODEL)
     load_weights(net, load_tensors(weights)[0], weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,14 @@ from types import FrameType
 from msdcli.errors import Interrupted, Preempted
 
 SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)  # what a cluster's scheduler sends before it takes the machine away
+
+
+WORKER = "MSD_WORKER"  # in the environment of a process that another msd started and speaks for
+
+
+# Signals that `preemptible` has raised: where Python or a library throws exceptions away (in a destructor, behind
+# hasattr), training meets them at its next step.
+_unmet: list[int] = []
 
 
 class StopRequest:
@@ -35,21 +44,35 @@ def interruptible() -> Iterator[StopRequest]:
     A second SIGTERM does not: a scheduler and a launcher may both send one.
     """
     stop = StopRequest()
+    stop.signal = _unmet[-1] if _unmet else None
 
     def request(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
+        first, stop.signal = not stop.requested, number
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
+        if first:
+            _answer(b"stopping after this step; the checkpoint will be kept\n")
 
     with _handled((signal.SIGINT, *SCHEDULER), request):
         yield stop
+
+
+def _answer(text: bytes) -> None:
+    """Write to stderr at once, past every buffer and lock that the interrupted code may hold."""
+    if os.environ.get(WORKER):
+        return  # the process that started this worker has said it
+    with contextlib.suppress(OSError):
+        os.write(2, text)
 
 
 @contextlib.contextmanager
 def preemptible() -> Iterator[None]:
     """Raise Preempted wherever SIGTERM or SIGUSR1 arrives: for work whose artifacts are whole or absent."""
 
+    _unmet.clear()
+
     def act(number: int, frame: FrameType | None) -> None:
+        _unmet.append(number)
         raise Preempted("stopped; the same command continues")
 
     with _handled(SCHEDULER, act):

@@ -15,9 +15,9 @@ from typing import IO
 
 import torch
 
-from msdcli.engine.distributed.interrupt import interruptible
+from msdcli.engine.distributed.interrupt import WORKER, interruptible
 from msdcli.engine.tracking.events import Progress, Report, silent
-from msdcli.errors import DONE, INTERRUPTED, USER, Interrupted, UserError, WorkerError
+from msdcli.errors import DONE, INTERRUPTED, STOPPED, USER, Interrupted, Preempted, UserError, WorkerError
 from msdcli.rundir import RunDir
 
 REPORTS = "MSD_WORKER_REPORTS"  # the descriptor that a worker's reports go to
@@ -40,7 +40,7 @@ class Worker:
                 stdin=subprocess.PIPE,  # ends when this process does, and the worker with it: see die_with_parent
                 stdout=subprocess.DEVNULL,
                 stderr=self.errors,
-                env=environment | {REPORTS: str(writing)},
+                env=environment | {REPORTS: str(writing), WORKER: "1"},
                 pass_fds=[writing],
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on once
             )
@@ -76,6 +76,8 @@ class Worker:
         said = self.errors.read().decode(errors="replace").strip()
         if code == INTERRUPTED:
             return Interrupted("stopped; the same command continues")
+        if code == STOPPED:
+            return Preempted("stopped; the same command continues")
         if code == USER:
             return UserError(said.rpartition("error: ")[2])
         return WorkerError(f"a worker ended with code {code}:\n{said}")

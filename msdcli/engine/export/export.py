@@ -25,7 +25,7 @@ from msdcli.engine.export.format import (
 )
 from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.tracking.events import Report, silent
-from msdcli.errors import MismatchError, UserError
+from msdcli.errors import MismatchError, UserError, WrongValueError
 from msdcli.noise import image_noise, step_noise
 from msdcli.outputs import check_folder, replacing, with_files
 from msdcli.rundir import RunDir, write_json
@@ -76,9 +76,9 @@ def folder_name(kind: str, options: ExportOptions) -> str:
 def check(run: RunDir, folder: Path, kind: str, options: ExportOptions) -> sample.Students:
     """Raise UserError for what can be known before anything is written."""
     if kind not in FORMATS:
-        raise UserError(f"format {kind!r} does not exist: there are {', '.join(FORMATS)}")
+        raise WrongValueError(f"format {kind!r} does not exist: there are {', '.join(FORMATS)}")
     if options.precision not in TOLERANCES:
-        raise UserError(f"precision {options.precision!r} does not exist: there are {', '.join(TOLERANCES)}")
+        raise WrongValueError(f"precision {options.precision!r} does not exist: there are {', '.join(TOLERANCES)}")
     students = sample.load(run.root)
     if students.prompt_router is not None and kind != "bundle":
         raise UserError(f"format {kind} carries no text encoder; these students read prompts", hint="--format bundle")

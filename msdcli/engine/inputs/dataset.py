@@ -17,7 +17,7 @@ from msdcli.data.files.labels import empty_classes
 from msdcli.data.folder import PIXELS, RECORD, SHOWN, BadPicture, DecodedPictures, PictureFiles, refusal
 from msdcli.engine.inputs import hub, importing
 from msdcli.engine.tracking.events import Progress, Report
-from msdcli.errors import UserError
+from msdcli.errors import MissingFileError, UserError
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings, PromptsSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings
@@ -65,7 +65,7 @@ def made_by_teacher(recipe: Recipe, *, planning: bool = False) -> tuple[int, ...
         return importing.shape_of(hub.resolve(settings.path))
     network = settings.network
     if not planning:
-        raise UserError(
+        raise MissingFileError(
             f"no model at {settings.path}", hint=f"get it from {settings.source}" if settings.source else None
         )
     if not isinstance(network, DiffusersNetworkSettings) or not network.reads_text:

@@ -19,7 +19,7 @@ from msdcli.engine.inputs import dataset, hub, importing
 from msdcli.engine.inputs import teacher as teachers
 from msdcli.engine.inputs.autoencoder import find, identity, open_autoencoder, shape_seen, view
 from msdcli.engine.tracking.events import Progress, Report
-from msdcli.errors import LockedError, UserError
+from msdcli.errors import LockedError, MissingFileError, UserError
 from msdcli.nets.diffusers.autoencoder import Autoencoder
 from msdcli.recipe import LatentSettings, Recipe
 from msdcli.rundir import RunDir, holder_of, key, lock, write_json, writing
@@ -220,7 +220,9 @@ def _latent_teacher(recipe: Recipe) -> Path:
         raise UserError("the recipe's teacher is trained here, in pixel space", hint="teacher.path=a latent model")
     path = hub.resolve(recipe.teacher.path)
     if not path.exists():
-        raise UserError(f"no model at {path}", hint=recipe.teacher.source and f"get it from {recipe.teacher.source}")
+        raise MissingFileError(
+            f"no model at {path}", hint=recipe.teacher.source and f"get it from {recipe.teacher.source}"
+        )
     if importing.find_autoencoder(path) is None:
         raise UserError(
             f"the teacher at {path} works on pictures: it has no autoencoder, and there is nothing to encode"

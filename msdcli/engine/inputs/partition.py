@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from msdcli import partition as p
 from msdcli import routing
 from msdcli.data.base import Dataset, PromptDataset, has_images, in_turn
 from msdcli.data.files.labels import empty_classes
@@ -25,7 +24,16 @@ from msdcli.engine.inputs import dataset, prompts
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import UserError
 from msdcli.nets.edm.unet_taps import TappedUNet
-from msdcli.partition import Partition
+from msdcli.partition import (
+    Partition,
+    consecutive,
+    kmeans,
+    named_parts,
+    of_rule,
+    parse_classes,
+    shuffled,
+    sizes,
+)
 from msdcli.recipe import PartitionSettings, Recipe
 from msdcli.recipe.data import PromptsSettings
 from msdcli.recipe.stages import StageSettings
@@ -38,7 +46,7 @@ TEXT_METHODS = ("quadrants", "kmeans", "random")
 def check(settings: PartitionSettings, class_names: Sequence[str], *, prompts: bool = False) -> None:
     """Raise UserError if the section cannot give a partition of these classes or `prompts`; needs no teacher."""
     num_conditions = len(class_names)
-    p.sizes(num_conditions, settings.students)
+    sizes(num_conditions, settings.students)
     if prompts and settings.students > 1 and settings.method not in TEXT_METHODS:
         raise UserError(
             f"partition.method {settings.method} could not place a new prompt; for prompts there are "
@@ -52,7 +60,7 @@ def check(settings: PartitionSettings, class_names: Sequence[str], *, prompts: b
             )
         routing.check_quadrants(settings.students)
     if settings.parts is not None:
-        Partition(p.named_parts(settings.parts, class_names), num_conditions, "explicit")
+        Partition(named_parts(settings.parts, class_names), num_conditions, "explicit")
 
 
 def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -> None:
@@ -129,23 +137,23 @@ def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -
         return of_prompts(settings, data.prompts, pooled)
     num = len(data.class_names)
     if settings.parts is not None:
-        return Partition(p.named_parts(settings.parts, data.class_names), num, "explicit")
+        return Partition(named_parts(settings.parts, data.class_names), num, "explicit")
     if settings.method == "consecutive":
-        return p.consecutive(num, settings.students)
+        return consecutive(num, settings.students)
     if settings.method == "random":
-        return p.shuffled(num, settings.students, seed=settings.seed)
-    return p.kmeans(class_vectors(settings, data, teacher), settings.students, seed=settings.seed)
+        return shuffled(num, settings.students, seed=settings.seed)
+    return kmeans(class_vectors(settings, data, teacher), settings.students, seed=settings.seed)
 
 
 def of_prompts(settings: PartitionSettings, prompts: Sequence[str], pooled: np.ndarray | None) -> Partition:
     """Return the partition of prompts, with the rule for new ones; `random` and one student need no embeddings."""
     num, method = settings.students, settings.method
     if num == 1 or method == "random":
-        return p.of_rule(routing.Hash(num, settings.seed), num, prompts, None, method if num > 1 else "random")
+        return of_rule(routing.Hash(num, settings.seed), num, prompts, None, method if num > 1 else "random")
     assert pooled is not None, "this partition looks at embeddings"
     if method == "kmeans":
-        return p.kmeans(pooled, num, seed=settings.seed)
-    return p.of_rule(routing.Quadrants.fit(pooled, num), num, prompts, pooled, method)
+        return kmeans(pooled, num, seed=settings.seed)
+    return of_rule(routing.Quadrants.fit(pooled, num), num, prompts, pooled, method)
 
 
 def class_vectors(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -> np.ndarray:
@@ -258,7 +266,7 @@ def explain(recipe: Recipe, asked: str, report: Report = silent) -> Explanation:
     run = RunDir(recipe.run_dir)
     if isinstance(data, PromptDataset):
         return _explain_prompt(run, recipe, partition, data, clean(asked), report)
-    number = p.parse_classes(asked, data.class_names)
+    number = parse_classes(asked, data.class_names)
     if len(number) != 1:
         raise UserError("one class at a time")
     vectors = None

@@ -22,8 +22,9 @@ from msdcli.engine.inputs import hub, importing, prompts
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train.loop import TrainOptions, train
 from msdcli.engine.train.student import is_finished, peak_memory
-from msdcli.errors import UserError
+from msdcli.errors import MissingFileError, UserError
 from msdcli.nets.diffusers.autoencoder import Geometry
+from msdcli.nets.meta import on_meta as on_meta_device
 from msdcli.objectives.edm import DenoisingScoreMatching
 from msdcli.recipe import LatentShapeSettings, Recipe, TeacherSettings
 from msdcli.recipe.data import FolderSettings
@@ -126,7 +127,7 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
         shape = data.shape if settings.latent is None or recipe.has_prompts else _planned(settings.latent, data)
         num_classes = 0 if recipe.has_prompts else len(data.class_names)
         options: dict[str, Any] = {"shape": shape, "num_classes": num_classes, "sigma_data": settings.sigma_data}
-        with torch.device("meta"):
+        with on_meta_device():
             teacher = nets.build(settings.network, **options)
     else:
         teacher = _given_on_meta(path, settings.source)
@@ -139,7 +140,7 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
 
 def _given_on_meta(path: Path, source: str | None) -> Denoiser:
     if not path.exists():
-        raise UserError(f"no model at {path}", hint=f"get it from {source}" if source else None)
+        raise MissingFileError(f"no model at {path}", hint=f"get it from {source}" if source else None)
     return importing.inspect(path) if importing.is_foreign(path) else load_model(path)[0].to("meta")
 
 

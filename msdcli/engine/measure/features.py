@@ -22,7 +22,7 @@ from msdcli.engine.inputs.autoencoder import Decode
 from msdcli.engine.inputs.pairs import Pairs, labels_for
 from msdcli.engine.pictures import Drawn, labels_file, save_pngs
 from msdcli.engine.tracking.events import Progress, Report
-from msdcli.errors import UserError
+from msdcli.errors import MissingFileError, UserError
 from msdcli.metrics.batches import ImageBatch
 from msdcli.metrics.evaluate import FeatureSet, cache_key, collect
 from msdcli.metrics.inception import FeatureNetwork
@@ -186,7 +186,9 @@ def find_reference(name: str) -> Path:
     if path.exists():
         return path
     if path.suffix or len(path.parts) != 1:
-        raise UserError(f"The reference {name} does not exist.", hint="A folder, zip or npz of images, or statistics.")
+        raise MissingFileError(
+            f"The reference {name} does not exist.", hint="A folder, zip or npz of images, or statistics."
+        )
     return cleanfid_statistics(name)
 
 

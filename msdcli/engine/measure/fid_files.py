@@ -16,7 +16,7 @@ from msdcli.engine.measure import features, groups
 from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.measure.rows import Measurement, Row
 from msdcli.engine.tracking.events import Report
-from msdcli.errors import UserError
+from msdcli.errors import MissingFileError, UserError, WrongValueError
 from msdcli.metrics.batches import drawn_numbers
 from msdcli.metrics.evaluate import FeatureSet, collect
 from msdcli.metrics.inception import FeatureNetwork, open_network
@@ -43,7 +43,7 @@ class Request:
 def check(images: Path, reference: str | None, options: FidOptions) -> Request:
     """Open both sides and the network. UserError for what is missing, empty, or of fewer images than asked for."""
     if not images.exists():
-        raise UserError(f"{images} does not exist", hint="a run directory, or a folder, zip or npz of images")
+        raise MissingFileError(f"{images} does not exist", hint="a run directory, or a folder, zip or npz of images")
     if is_statistics(images) and not has_images(images):
         raise UserError(f"{images} holds statistics and no images", hint="statistics are the second argument")
     with closing(open_images(images)) as source:
@@ -54,7 +54,7 @@ def check(images: Path, reference: str | None, options: FidOptions) -> Request:
         what = "--protocol data" if options.protocol == "data" else "--save"
         raise UserError(f"{what} is for a run directory; {images} holds pictures")
     if (options.samples or 1) > have:
-        raise UserError(
+        raise WrongValueError(
             f"{images} holds {have} images, fewer than the {options.samples} asked for",
             hint="a FID of fewer images is another figure: ask for fewer",
         )
@@ -115,6 +115,12 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
         "warnings": warnings,
         "record": result["record"] | sides | said,
     }
+
+
+def headline(result: dict[str, Any]) -> dict[str, Any]:
+    """Return the distance under the names that a run's has, for scripts."""
+    interval = result["intervals"].get("fid")
+    return {"value": result["fid"], "metric": "fid", "interval": interval, "teacher": None, "halves": None}
 
 
 def _drawn(request: Request) -> dict[str, Any]:

@@ -46,9 +46,21 @@ class Measurement:
     def row(self, who: str) -> Row:
         return next(row for row in self.rows if (row.who, row.group) == (who, "whole"))
 
+    def headline(self) -> dict[str, Any]:
+        """The figure that the measurement is about, for scripts: of the students, or of pictures in files."""
+        found = {row.who: row for row in self.rows if row.group == "whole"}
+        mine = found.get("students") or found.get("images")
+        return {
+            "value": None if mine is None else mine.values.get(self.metric),
+            "metric": self.metric,
+            "interval": None if mine is None else mine.intervals.get(self.metric),
+            "teacher": found["teacher"].values.get(self.metric) if "teacher" in found else None,
+            "halves": found["real halves"].values.get(self.metric) if "real halves" in found else None,
+        }
+
     def to_json(self) -> dict[str, Any]:
         rows = [asdict(row) for row in self.rows]
-        return {"metric": self.metric, "protocol": self.protocol, "rows": rows} | self.record
+        return self.headline() | {"protocol": self.protocol, "rows": rows} | self.record
 
 
 def has_classes(reference: FeatureSet) -> bool:

@@ -7,16 +7,11 @@ from itertools import pairwise
 from typing import Any
 
 from msdcli.engine.report.facts import RunFacts, group_name, lower_is_better, metrics, row
+from msdcli.engine.tracking.formatting import hue
 
-HUES = [255, 40, 150, 320, 90, 200, 10, 120]  # far apart for neighbours; then by the golden angle
 POINTS, TABLE_ROWS = 240, 24  # a curve, and its table: means over the lines between
 INK = None  # the colour of what belongs to nobody: teacher, whole
 Curve = list[tuple[float, float]]
-
-
-def hue(number: int) -> int:
-    """Return the colour of student (or run) `number`, as an angle."""
-    return HUES[number] if number < len(HUES) else round(number * 137.508) % 360
 
 
 # Curves over steps.

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from msdcli import records
-from msdcli.engine.report.status import status
+from msdcli.engine.report.status import OVER, last_change, status
 from msdcli.engine.tracking.history import METRICS, TrainingHistory, figures, history, teacher_folder
 from msdcli.rundir import RunDir, holder_of
-
-FRESH = 120.0  # seconds since its last line in which a part counts as running where no lock can be seen
-OVER = 60.0  # seconds without a change after which a run that nobody measures has ended
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class RunProgress:
     seconds_left: float | None
     done: bool
     shared: bool  # somebody is at the teacher, pairs or features beside the run
+    beside: dict[str, dict[str, Any]] = field(default_factory=dict)  # the parts that are no students, by name
 
     @property
     def running(self) -> list[StageProgress]:
@@ -60,33 +58,26 @@ class ProgressTracker:
         state = status(self.run)
         trainings = history(self.run)
         done = {(s["student"], i): stage for s in state["students"] for i, stage in enumerate(s["stages"])}
-        holders = {s["student"]: s["running"] for s in state["students"]}
+        beside = {part["part"]: part for part in state["shared"]}
         parts = []
         for training in trainings:
             if training.student is None:
-                known = {"state": state["teacher"], "step": training.lines[-1]["step"] if training.lines else 0}
-                folder, held = teacher_folder(self.run), False
+                known, folder = beside["teacher"], teacher_folder(self.run)
             else:
                 known = done[training.student, training.number]
                 folder = self.run.stage(training.student, training.number, training.stage.objective)
-                held = holders[training.student] is not None
-            parts.append(self._part(training, known, folder, held))
+            parts.append(self._part(training, known, folder))
         left = _left(parts)
         return RunProgress(
-            self.run.root.resolve().name, parts, distances(self.run), left, self._ended(state), self._shared()
+            self.run.root.resolve().name, parts, distances(self.run), left, self._ended(state), self._shared(), beside
         )
 
-    def _part(self, training: TrainingHistory, known: dict[str, Any], folder: Path, held: bool) -> StageProgress:
+    def _part(self, training: TrainingHistory, known: dict[str, Any], folder: Path) -> StageProgress:
         last = training.lines[-1] if training.lines else {}
-        steps, step = training.stage.steps, int(last.get("step", 0))
+        steps, step, state = training.stage.steps, int(last.get("step", 0)), known["state"]
         changed = _changed(folder / METRICS)
-        if known["state"] == "done":
-            state, step = "done", max(step, int(known["step"]))
-        elif not last:
-            # A student is held from its first stage on; the others wait for that one.
-            state = "running" if held and self._stage_before_done(training) else "waiting"
-        else:
-            state = "running" if held or (changed is not None and time.time() - changed < FRESH) else "stopped"
+        if state == "done":
+            step = max(step, int(known["step"]))
         found = figures(last) | _measured(training.lines)
         pace = self._pace(training, step, changed) if state == "running" else None
         return StageProgress(
@@ -96,7 +87,7 @@ class ProgressTracker:
             state,
             step,
             steps,
-            {k.removeprefix("losses."): v for k, v in found.items() if k.startswith("losses.")},
+            {_loss(k, training): v for k, v in found.items() if k.startswith("losses.")},
             found.get("images_per_second"),
             {k: v for k, v in found.items() if not k.startswith("losses.") and k != "images_per_second"},
             None if pace is None else pace * (steps - step),
@@ -121,13 +112,6 @@ class ProgressTracker:
             return _changed(self.run.stage(training.student, before, objective) / "model.json")
         return _changed(self.run.student(training.student) / ".lock")
 
-    def _stage_before_done(self, training: TrainingHistory) -> bool:
-        if training.student is None or training.number == 0:
-            return True
-        stage = self.run.recipe().stages[training.number - 1]
-        folder = self.run.stage(training.student, training.number - 1, stage.objective)
-        return (folder / "model.json").is_file()
-
     def _shared(self) -> bool:
         return any(holder_of(path.parent) for path in self.run.shared.glob("*/.lock"))
 
@@ -137,15 +121,13 @@ class ProgressTracker:
             return True
         if not all(stage["state"] == "done" for student in state["students"] for stage in student["stages"]):
             return False
+        return time.time() - last_change(self.run) > OVER
 
-        newest = max(
-            (
-                _changed(file) or 0.0
-                for file in [self.run.metrics, self.run.samples, *self.run.students.glob("*/*/model.json")]
-            ),
-            default=0,
-        )
-        return time.time() - newest > OVER
+
+def _loss(name: str, training: TrainingHistory) -> str:
+    """Return what a loss is called for people: the teacher's is no student's."""
+    name = name.removeprefix("losses.")
+    return "loss" if training.student is None and name == "student" else name
 
 
 def _measured(lines: list[dict[str, Any]]) -> dict[str, float]:

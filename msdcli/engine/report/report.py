@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from msdcli import records
 from msdcli.engine.report import charts, words
 from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, metrics, row
 from msdcli.engine.tracking import formatting
@@ -51,7 +52,7 @@ def render(runs: Sequence[RunFacts], pictures: Sequence[Any]) -> str:
         "short": formatting.short,
         "duration": formatting.duration,
         "size": formatting.size,
-        "hue": charts.hue,
+        "hue": formatting.hue,
     }
     sections = [_section(facts, drawn) for facts, drawn in zip(runs, pictures, strict=True)]
     curves = charts.curve_charts(runs)
@@ -137,7 +138,7 @@ def _result(facts: RunFacts, result: dict[str, Any]) -> dict[str, Any]:
         for r in result["rows"]
     ]
     shown = [charts.distance_chart(facts, result, kind) for kind in ("parts", "classes")]
-    kept = {k: v for k, v in result.items() if k not in ("rows", "labels", "warnings", "metric")}
+    kept = {k: v for k, v in result.items() if k not in ("rows", "labels", "warnings", *records.HEADLINE)}
     return {
         "metric": result["metric"],
         "protocol": result["protocol"],

@@ -2,56 +2,158 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from msdcli import records
 from msdcli.engine.checkpoints import files as checkpoint_files
-from msdcli.engine.tracking.history import METRICS
+from msdcli.engine.tracking.history import METRICS, teacher_folder
+from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir, holder_of, read_lines
+
+FRESH = 120.0  # seconds since its last line in which a part counts as running where another host may hold it
+OVER = 60.0  # seconds without a change after which a run that nobody measures has ended
+STATES = ("running", "stopped", "waiting", "done")
+
+
+def runs_here(folder: Path = Path("runs")) -> list[RunDir]:
+    """Return the runs in the folder where `msd distill` puts them."""
+    return [RunDir(path.parent) for path in sorted(folder.glob("*/recipe.yaml"))]
 
 
 def status(run: RunDir) -> dict[str, Any]:
     """Return the state of a run as plain data; `resumable`: `msd distill` would take it up now.
 
-    UserError if it is no run directory.
+    Every part is `waiting`, `running`, `stopped` (begun, and nobody is at it) or `done`. UserError if it is no run
+    directory.
     """
     recipe = run.recipe()
     students: list[dict[str, Any]] = []
     for k in range(recipe.partition.students):
-        stages = [_stage(run.stage(k, i, stage.objective), stage) for i, stage in enumerate(recipe.stages)]
-        running, finished = holder_of(run.student(k)), all(stage["state"] == "done" for stage in stages)
+        running, stages = holder_of(run.student(k)), list[dict[str, Any]]()
+        for i, stage in enumerate(recipe.stages):
+            turn = all(before["state"] == "done" for before in stages)
+            stages.append(_stage(run.stage(k, i, stage.objective), run.student(k), stage, running if turn else None))
+        finished = all(stage["state"] == "done" for stage in stages)
         resumable = running is None and not finished
         students.append({"student": k, "running": running, "resumable": resumable, "stages": stages})
     done = all(stage["state"] == "done" for student in students for stage in student["stages"])
     complete = done and (recipe.has_prompts or bool(run.results()))  # prompts are measured when somebody asks
+    shared = list(_shared(run, recipe, students_done=done))
+    held = any(student["running"] for student in students) or any(part["running"] for part in shared)
     return {
         "run": str(run.root),
         "name": recipe.name,
-        "teacher": "done" if (run.teacher / "model.json").is_file() else "waiting",
+        "state": _of_run([*shared, *(stage for s in students for stage in s["stages"])], complete=complete),
+        "teacher": shared[0]["state"],
         "partition": "done" if run.partition.is_file() else "waiting",
+        "shared": shared,
         "students": students,
         "metrics": [str(path) for path in run.results()],
         "done": complete,
-        "resumable": not complete and not any(student["running"] for student in students),
+        "resumable": not complete and not held,
     }
 
 
-def _stage(folder: Path, stage: StageSettings) -> dict[str, Any]:
-    line: dict[str, Any] = next(
-        (line for line in reversed(read_lines(folder / METRICS)) if isinstance(line.get("step"), int)), {}
-    )
+def _of_run(parts: list[dict[str, Any]], *, complete: bool) -> str:
+    if complete:
+        return "done"
+    states = [part["state"] for part in parts]
+    return "running" if "running" in states else "waiting" if set(states) == {"waiting"} else "stopped"
+
+
+def _shared(run: RunDir, recipe: Recipe, *, students_done: bool) -> Iterator[dict[str, Any]]:
+    """Yield what is made beside the students: the teacher, the classifier that measures, and the measurement."""
+    training = None if recipe.teacher.path else recipe.teacher.training
+    yield _part("teacher", run.teacher, _being_made(run, "teacher", teacher_folder(run)), training)
+    if not recipe.has_prompts and recipe.data.name != "toy2d":
+        yield _part("classifier", run.classifier, _being_made(run, "classifier", run.classifier), None)
+    measured = bool(run.results())
+    features = next((who for f in run.shared.glob("features-*") if (who := holder_of(f))), None)
+    lately = students_done and time.time() - last_change(run) < OVER
+    state = "done" if measured else "running" if students_done and (features or lately) else "waiting"
+    yield _as_part("measurement", state, features if state == "running" else None)
+
+
+def _being_made(run: RunDir, what: str, known: Path) -> Path:
+    """Return the folder beside the runs in which somebody is making a part, or what is known of it."""
+    found = (f for f in run.shared.glob(f"{what}-*") if not (f / "model.json").is_file() and holder_of(f))
+    return next(found, known)
+
+
+def _part(name: str, own: Path, made_in: Path, stage: StageSettings | None) -> dict[str, Any]:
+    holder = holder_of(made_in) if made_in != own else None
+    last = _last_line(made_in)
+    if (own / "model.json").is_file():
+        steps = stage.steps if stage else 0
+        return _as_part(name, "done", None, steps, steps, _losses(last))
+    state = "running" if holder or _runs_elsewhere(made_in, made_in) else "stopped" if last else "waiting"
+    return _as_part(name, state, holder, last.get("step", 0), stage.steps if stage else 0, _losses(last))
+
+
+def _as_part(
+    name: str,
+    state: str,
+    holder: str | None,
+    step: int = 0,
+    steps: int = 0,
+    losses: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    # What a network's loss is called in the file tells the networks of a stage apart; here there is one.
+    named = {"loss" if loss == "student" else loss: value for loss, value in (losses or {}).items()}
+    return {"part": name, "state": state, "running": holder, "step": step, "steps": steps, "losses": named}
+
+
+def _stage(folder: Path, student: Path, stage: StageSettings, holder: str | None) -> dict[str, Any]:
+    """The state of one stage; `holder` is who holds the student, where it is this stage's turn."""
+    line = _last_line(folder)
     step = line.get("step", 0)
     if (folder / "model.json").is_file():
         step = records.trained(folder / "model.json")["steps"]
-    losses = line.get("losses")
-    state = "done" if step >= stage.steps and (folder / "model.json").is_file() else "begun" if line else "waiting"
+    if step >= stage.steps and (folder / "model.json").is_file():
+        state = "done"
+    elif holder is not None or (line and _runs_elsewhere(student, folder)):
+        state = "running"
+    else:
+        state = "stopped" if line else "waiting"
     return {
         "objective": stage.objective,
         "state": state,
         "step": step,
         "steps": stage.steps,
         "checkpoint": checkpoint_files.step_of(folder),
-        "losses": {k: v for k, v in losses.items() if isinstance(v, int | float)} if isinstance(losses, dict) else {},
+        "losses": _losses(line),
     }
+
+
+def _last_line(folder: Path) -> dict[str, Any]:
+    lines = reversed(read_lines(folder / METRICS))
+    return next((line for line in lines if isinstance(line.get("step"), int)), {})
+
+
+def _losses(line: dict[str, Any]) -> dict[str, float]:
+    losses = line.get("losses")
+    return {k: v for k, v in losses.items() if isinstance(v, int | float)} if isinstance(losses, dict) else {}
+
+
+def _runs_elsewhere(held: Path, written: Path) -> bool:
+    """Whether a lock was last taken on another host, whose locks may not be seen here, and lines are fresh."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        host = json.loads((held / ".lock").read_text(encoding="utf-8"))["host"]
+        return bool(host != socket.gethostname() and time.time() - (written / METRICS).stat().st_mtime < FRESH)
+    return False
+
+
+def last_change(run: RunDir) -> float:
+    """Return when a student was finished, or something was measured, for the last time; 0 if never."""
+    times = [0.0]
+    for file in [run.metrics, run.samples, *run.students.glob("*/*/model.json")]:
+        with contextlib.suppress(OSError):
+            times.append(file.stat().st_mtime)
+    return max(times)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from msdcli.engine.report.facts import RunFacts, group_name, lower_is_better, main_result, row
+from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, row
 from msdcli.engine.tracking.formatting import (
     describe_selected,
     duration,
@@ -17,6 +17,7 @@ from msdcli.engine.tracking.formatting import (
     size,
     word,
 )
+from msdcli.rundir import RunDir
 
 COMPANIONS = {
     "recall": "are less varied than the teacher's",
@@ -30,6 +31,15 @@ def summary(facts: RunFacts) -> list[str]:
     """Return the sentences that open a report."""
     finished = [models[-1] for models in facts.students if len(models) == len(facts.recipe.stages)]
     return [_what(facts), *_how_good(facts), *describe_selected(finished), *_cost(facts)]
+
+
+def closing(run: RunDir) -> list[str]:
+    """Return what the end of a run is told with: how good the students are, and what deserves a look beside the
+    warnings of the measurement itself.
+    """
+    (facts,) = load_runs([run.root])
+    result = main_result(facts)
+    return [*_how_good(facts), *([] if result is None else _companions(result)), *_health(facts)]
 
 
 def _what(facts: RunFacts) -> str:

@@ -7,6 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 ONES = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+HUES = [255, 40, 150, 320, 90, 200, 10, 120]  # far apart for neighbours; then by the golden angle
+
+
+def hue(number: int) -> int:
+    """Return the colour of student (or run) `number`, as an angle."""
+    return HUES[number] if number < len(HUES) else round(number * 137.508) % 360
 
 
 def word(count: int) -> str:

@@ -23,6 +23,7 @@ from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import append_line, parsed_lines, write_text
 
 METRICS = "metrics.jsonl"
+BETWEEN = 5.0  # seconds without a line after which a step is told all the same
 REMEMBERED = 1000  # turns whose single losses are at hand when one was not finite
 
 
@@ -59,7 +60,7 @@ class TrainLog:
         self._last: dict[str, Tensor] = {}
         self._streak: dict[str, int] = {}
         self._first: dict[str, str] = {}
-        self._then = time.monotonic()
+        self._then = self._told = time.monotonic()
         self._seconds = 0.0  # of the interval so far
         self._turns_before = 0
         # Of a cycle of steps, after which the same operations come again: a whole number, so that a run that was
@@ -87,6 +88,7 @@ class TrainLog:
         """
         self._count(flops, 0.0 if evaluation is None else evaluation.seconds)
         if self.state.step % self.stage.log_every and self.state.step != self.stage.steps and evaluation is None:
+            self._tell_between()
             return
         turns = self._read()
         losses = {name: _finite_mean([t["loss"] for t in mine]) for name, mine in turns.items()}
@@ -96,10 +98,23 @@ class TrainLog:
         if self.group.is_leader:
             append_line(self.path, line)
         self._guard(turns)
-        left = self.state.cost["seconds"] / self.state.step * (self.stage.steps - self.state.step)
         shown = {k: v for k, v in losses.items() if v is not None}
-        self.report(Progress(self.what, self.state.step, self.stage.steps, "steps", shown, speed, left))
+        self.report(Progress(self.what, self.state.step, self.stage.steps, "steps", shown, speed, self._left()))
+        self._told = time.monotonic()
         self._turns, self._turns_before, self._seconds = [], 0, 0.0
+
+    def _tell_between(self) -> None:
+        """Say how far a slow stage is before its next line; this reads nothing from the device."""
+        now = time.monotonic()
+        if now - self._told >= BETWEEN and (left := self._left()) is not None:
+            self._told = now
+            self.report(Progress(self.what, self.state.step, self.stage.steps, "steps", {}, 0.0, left))
+
+    def _left(self) -> float | None:
+        """Estimate the seconds to the stage's end; after the first step, which warms up, nobody knows."""
+        if self.state.step < 2:
+            return None
+        return float(self.state.cost["seconds"] / self.state.step * (self.stage.steps - self.state.step))
 
     def _count(self, flops: list[int], elsewhere: float) -> None:
         """Add a step to the cost, so that every checkpoint has that of its own step; `elsewhere` are the seconds of it

@@ -21,6 +21,7 @@ from msdcli.engine.distributed.sharded_tensors import norm_of, split
 from msdcli.engine.distributed.sharding import shard
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import compiling
+from msdcli.engine.train.counting import FlopCounter
 from msdcli.engine.train.log import METRICS, TrainLog
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection
 from msdcli.errors import WHOLE, resumable
@@ -212,8 +213,6 @@ def counting_flops(*, wanted: bool) -> Iterator[list[int]]:
     if not wanted:
         yield count
         return
-    from torch.utils.flop_counter import FlopCounterMode  # slow to import, and needed once per stage
-
-    with compiling.eagerly(), FlopCounterMode(display=False) as counter:
+    with compiling.eagerly(), FlopCounter() as counter:
         yield count
-    count.append(counter.get_total_flops())
+    count.append(counter.total)

@@ -23,6 +23,7 @@ from msdcli.engine.train.counting import forward_flops
 from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
 from msdcli.nets.diffusers.prompt_store import stand_in
 from msdcli.nets.diffusers.text_denoiser import TextDenoiser
+from msdcli.nets.meta import on_meta
 from msdcli.objectives import Objective
 from msdcli.recipe import Recipe
 from msdcli.recipe.networks import NetworkSettings
@@ -179,7 +180,7 @@ def _plain(net: Denoiser, low: torch.dtype) -> Denoiser:
 
 def evaluation_flops(settings: NetworkSettings, teacher: Denoiser) -> int:
     """Operations of one evaluation of one image by the network of a section."""
-    with torch.device("meta"):
+    with on_meta():
         return forward_flops(_build(settings, teacher))
 
 

@@ -23,6 +23,7 @@ from msdcli.nets.edm.networks import DhariwalUNet, SongUNet
 from msdcli.nets.edm.pickles import Pickle, TensorRecord, read_pickle
 from msdcli.nets.edm.preconditioning import IDDPM, VE, VP, Preconditioned
 from msdcli.nets.edm.unet_taps import TappedUNet
+from msdcli.nets.meta import on_meta
 from msdcli.nets.pickle_machine import Record
 
 # 16 GB of float32; the largest published network, EDM2-XXL, has 1.5e9 parameters.
@@ -104,7 +105,7 @@ def build_edm(description: Mapping[str, Any], *, device: torch.device | str = "c
     """
     plan = _plan(description)
     try:
-        with torch.device("meta"), torch.no_grad():
+        with on_meta(), torch.no_grad():
             denoiser = plan.build()
             denoiser(torch.empty(1, *denoiser.shape), torch.ones(1))
     except (RuntimeError, ValueError, ZeroDivisionError, OverflowError) as error:

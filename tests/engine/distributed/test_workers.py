@@ -100,7 +100,7 @@ def test_two_answers_to_who_trains_what_are_refused(
 
 
 def test_a_plan_says_how_many(msd: Msd, tiny: Path) -> None:
-    done = msd("distill", "tiny.yaml", "--students-per-device", "2", "--dry-run")
+    done = msd("distill", "tiny.yaml", "--students-per-device", "2", "--dry-run", "--recipe")
     assert done.returncode == 0, done.stderr
     assert "workers: 2" in done.stdout
     assert msd("distill", "tiny.yaml", "--students-per-device", "0").returncode == 2

@@ -115,8 +115,8 @@ def test_offline_says_what_to_fetch_and_where_to_put_it(fake: FakeHub, msd: Msd,
     network += "in_channels: 4, num_attention_heads: 2, attention_head_dim: 8, num_layers: 1, num_embeds_ada_norm: 4}}"
     planned = msd("distill", "latent.yaml", name, network, "teacher.latent={channels: 4, factor: 2}", "--dry-run")
     assert planned.returncode == 0, planned.stderr
-    assert "missing:   teacher hub:a/b@v2: the run downloads it" in planned.stderr
-    assert "latents:   [4, 4, 4]" in planned.stderr
+    assert "missing:   teacher hub:a/b@v2: the run downloads it" in planned.stdout
+    assert "latents:   [4, 4, 4]" in planned.stdout
 
 
 def test_without_the_library_or_without_safetensors(

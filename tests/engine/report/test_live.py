@@ -58,10 +58,11 @@ def test_the_pace_is_what_was_seen(begun: Path) -> None:
     """Two steps in 20 seconds between two looks: two more are 20 seconds away."""
     path = begun / "students/1/0-dm/metrics.jsonl"
     watcher, now = ProgressTracker(RunDir(begun)), time.time()
-    for step, at in ((2, now - 20), (4, now)):
-        path.write_text(json.dumps({"step": step, "losses": {}}) + "\n")
-        os.utime(path, (at, at))
-        progress = watcher.progress()
+    with lock(begun / "students/1", "student 1"):
+        for step, at in ((2, now - 20), (4, now)):
+            path.write_text(json.dumps({"step": step, "losses": {}}) + "\n")
+            os.utime(path, (at, at))
+            progress = watcher.progress()
     (part,) = progress.running
     assert part.seconds_left == pytest.approx(20, abs=0.1) and progress.seconds_left == part.seconds_left
     assert (part.step, progress.done) == (4, False)

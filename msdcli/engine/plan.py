@@ -1,0 +1,127 @@
+"""What `msd distill` would do and cost, after checking all of it; nothing is written.
+
+Neither weights nor data need to be here: the networks have no memory, and what is missing is listed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from msdcli.data.base import Dataset, has_images
+from msdcli.data.opening import is_there
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine import estimate
+from msdcli.engine.inputs import hub
+from msdcli.engine.pipeline import check, networks_on_meta
+from msdcli.engine.train.counting import num_parameters
+from msdcli.recipe import Recipe
+from msdcli.recipe.data import PromptsSettings
+from msdcli.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is not begun: what it is made from, what it would cost, and what must be fetched first."""
+
+    recipe: Recipe
+    images: int
+    has_images: bool
+    shape: tuple[int, ...]
+    conditions: int
+    latent_shape: tuple[int, ...] | None
+    parameters: tuple[int, int]  # of the teacher and of a student
+    solver: str
+    embedding_bytes: int
+    cost: estimate.Estimate
+    resumes: bool
+    missing: list[str]
+
+    def lines(self) -> list[str]:
+        """Return the plan for people."""
+        recipe = self.recipe
+        steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
+        kinds, what = "prompts" if recipe.has_prompts else "classes", "images" if self.has_images else "rows"
+        made = f"{recipe.data.name}, {self.images:,} {what} of {list(self.shape)} in {self.conditions} {kinds}"
+        embeddings = f"prompts:   {self.embedding_bytes / 2**30:,.3g} GiB of embeddings"
+        return [
+            f"data:      {made}",
+            *([] if self.latent_shape is None else [f"latents:   {list(self.latent_shape)} of every picture"]),
+            f"teacher:   {recipe.teacher.path or 'trained or reused'}, {self.parameters[0]:,} parameters",
+            f"solver:    {self.solver}",
+            f"partition: {recipe.partition.method}, {recipe.partition.students} students",
+            f"students:  {self.parameters[1]:,} parameters each; {steps}",
+            *([embeddings] if recipe.has_prompts else []),
+            *estimate.lines(self.cost),
+            f"run:       {RunDir(recipe.run_dir).root}{' (exists: would resume)' if self.resumes else ''}",
+            *self.missing,
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan for scripts; hours are of the device that `hours_of` names."""
+        recipe, cost = self.recipe, self.cost
+        parts = {name: getattr(cost, f"{name}_flops") for name in ("teacher", "pairs", "student", "evaluation")}
+        flops = parts | {"all": cost.flops}
+        return {
+            "run": str(RunDir(recipe.run_dir).root),
+            "resumes": self.resumes,
+            "data": {"name": recipe.data.name, "images": self.images, "shape": self.shape, "classes": self.conditions},
+            "teacher": {
+                "path": recipe.teacher.path,
+                "parameters": self.parameters[0],
+                "evaluations": recipe.teacher.solver.evaluations,
+            },
+            "partition": {"method": recipe.partition.method, "students": recipe.partition.students},
+            "student": {"parameters": self.parameters[1], "stages": [asdict(stage) for stage in cost.stages]},
+            "flops": flops,
+            "device_hours": {name: estimate.device_hours(value) for name, value in flops.items()},
+            "hours_of": estimate.DEVICE,
+            "embedding_bytes": self.embedding_bytes,
+            "missing": [line.removeprefix("missing:").strip() for line in self.missing],
+            "recipe": recipe.dump(),
+        }
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Check everything and count what it costs. UserError for what the user can fix."""
+    data = check(recipe, planning=True)
+    run = RunDir(recipe.run_dir)
+    if run.recipe_file.exists():
+        run.check(recipe)
+    frozen, student = networks_on_meta(recipe, data, planning=True)
+    return Plan(
+        recipe=recipe,
+        images=len(data),
+        has_images=has_images(data),
+        shape=tuple(data.shape),
+        conditions=len(data.class_names),
+        latent_shape=None if frozen.shape == tuple(data.shape) else frozen.shape,
+        parameters=(num_parameters(frozen), num_parameters(student)),
+        solver=estimate.solver_line(recipe.teacher.solver, frozen),
+        embedding_bytes=_embedding_bytes(recipe, frozen, data) if recipe.has_prompts else 0,
+        cost=estimate.estimate(recipe, data, frozen, student),
+        resumes=run.recipe_file.exists(),
+        missing=missing(recipe),
+    )
+
+
+def _embedding_bytes(recipe: Recipe, frozen: Denoiser, data: Dataset) -> int:
+    """What the prompts' vectors take on the disk (the pooled ones are a hundredth of them)."""
+    assert isinstance(recipe.data, PromptsSettings)
+    numbers = len(data.class_names) * int(math.prod(frozen.settings.prompt_shape))
+    return numbers * (2 if recipe.data.embeddings == "float16" else 4)
+
+
+def missing(recipe: Recipe) -> list[str]:
+    """Return a line for everything that must be fetched before the run can start."""
+    sections = [("teacher", recipe.teacher, "path"), ("data", recipe.data, "path"), ("pictures", recipe.data, "images")]
+    wanted = [(what, getattr(s, name, None), getattr(s, "source", None)) for what, s, name in sections]
+    here = {path for _, path, _ in wanted if path is not None and (hub.cached(path) or is_there(path))}
+    return [
+        f"missing:   {what} {path}: the run downloads it; {hub.by_hand(path)}"
+        if hub.is_hub(path)
+        else f"missing:   {what} {path}: put it there, from {source or 'wherever it is (the recipe names no source)'}"
+        for what, path, source in wanted
+        if path is not None and path not in here
+    ]
