@@ -131,7 +131,7 @@ def test_noise_in_every_step_makes_no_pairs(name: str, pairs: str) -> None:
 def test_a_baseline_by_a_stochastic_solver_is_measured_and_the_plan_says_evaluations(msd: Msd, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(WITHOUT_PAIRS.replace("solver: {steps: 4}", "solver: {name: dpmpp_2m_sde}"))
     planned = msd("distill", "tiny.yaml", "--dry-run")
-    assert "solver:    dpmpp_2m_sde, 18 noise levels from 80 to 0.002, 18 evaluations" in planned.stderr
+    assert "solver:    dpmpp_2m_sde, 18 noise levels from 80 to 0.002, 18 evaluations" in planned.stdout
     done = msd("distill", "tiny.yaml")
     assert done.returncode == 0, done.stderr
     record = next((tmp_path / "runs/tiny/metrics").glob("*.json")).read_text()

@@ -15,6 +15,7 @@ from msdcli.diffusion.denoiser import Denoiser, karras_sigmas
 from msdcli.diffusion.guidance import NO_CLASS, Guided, drawn
 from msdcli.diffusion.sampler import evaluated_levels, solve
 from msdcli.engine import estimate, pipeline
+from msdcli.engine.plan import plan
 from msdcli.recipe import load
 from msdcli.recipe.data import Toy2dSettings
 from msdcli.recipe.networks import EdmNetworkSettings, MLPSettings, UNetSettings
@@ -192,5 +193,5 @@ def test_the_plan_counts_one_branch_outside_the_interval(tmp_path: Path) -> None
     assert everywhere == pytest.approx(2 * nowhere, rel=1e-6)
     share = sum(0.2 < sigma <= 2.0 for sigma in evaluated_levels(steps=18)) / 35
     assert within == pytest.approx((1 + share) * nowhere, rel=1e-6)
-    (line,) = [line for line in pipeline.plan(recipe) if line.startswith("solver:")]
+    (line,) = [line for line in plan(recipe).lines() if line.startswith("solver:")]
     assert "heun, 18 noise levels from 80 to 0.002, 35 evaluations, 0 of them guided" in line
