@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from msdcli import records
 from msdcli.data.prompts import read_lines
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.generator import Generator, levels_of
-from msdcli.engine.checkpoints.model import is_complete, load_model
+from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model
 from msdcli.engine.inputs.autoencoder import find, open_autoencoder
 from msdcli.engine.inputs.importing import TEXT
 from msdcli.engine.inputs.prompts import PromptRouter, attach_prompts, prompt_router_of, read_prompts
@@ -139,15 +140,16 @@ class Students:
         known = len(self.class_names) if self.prompt_router is None else len(self.prompt_router)
         if unknown := [c for c in classes if not 0 <= c < known]:
             raise WrongValueError(f"class {unknown[0]} does not exist: there are 0 to {known - 1}")
+        routed = self.route(classes)
         turns = [
             (student, positions[i : i + batch])
-            for student, positions in self.route(classes).items()
+            for student, positions in routed.items()
             for i in range(0, len(positions), batch)
         ]
         if not turns:
             return
         shape = self.student(turns[0][0]).net.shape
-        steps = {student: self.student(student).steps for student, _ in turns}
+        steps = {student: self.evaluations(student) for student in routed}
         batches = [([numbers[i] for i in at], steps[student]) for student, at in turns]
         drawn = noises(seed, batches, shape, ahead=self.device.type != "cpu")
         for (student, at), (z, noise) in zip(turns, drawn, strict=True):
@@ -183,16 +185,26 @@ class Students:
     def student(self, number: int) -> Generator:
         """Return student `number`."""
         if number not in self._loaded:
-            folder = self.folders[number]
-            net, description = load_model(folder)
-            try:
-                self.put(number, Generator(net, levels_of(description["stage"])))
-            except (KeyError, TypeError, ValueError):
-                raise UserError(f"{folder} is no student that makes images: its model.json names no sigmas") from None
+            net, description = load_model(self.folders[number])
+            self.put(number, Generator(net, self._levels(number, description)))
         self._loaded[number] = self._loaded.pop(number)  # the last one asked is the last in line
         while self.max_resident is not None and len(self._loaded) > self.max_resident:
             del self._loaded[next(iter(self._loaded))]
         return self._loaded[number]
+
+    def evaluations(self, number: int) -> int:
+        """Return how often student `number` is evaluated per image. Its record says it: the weights may not be here."""
+        if number in self._loaded:
+            return self._loaded[number].steps
+        levels = self._levels(number, records.model(self.folders[number] / MODEL))
+        return len(levels) if self.steps is None else self.steps
+
+    def _levels(self, number: int, description: Mapping[str, Any]) -> tuple[float, ...]:
+        try:
+            return levels_of(description["stage"])
+        except (KeyError, TypeError, ValueError):
+            folder = self.folders[number]
+            raise UserError(f"{folder} is no student that makes images: its model.json names no sigmas") from None
 
 
 def load(source: Path | str, device: torch.device | str = "cpu", *, steps: int | None = None) -> Students:

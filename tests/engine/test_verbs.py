@@ -14,7 +14,7 @@ from PIL import Image
 
 import msdcli
 from msdcli.data.images import ImageFiles, to_uint8
-from msdcli.engine import pictures
+from msdcli.engine import pictures, sample
 from msdcli.errors import UserError
 from tests.conftest import Msd, command, environment
 
@@ -47,6 +47,17 @@ def test_routing_asks_the_owner_and_loads_nobody_else(finished: Path) -> None:
     assert list(students._loaded) == [0]
     with pytest.raises(UserError, match="class 8 does not exist"):
         students.sample([8])
+
+
+def test_a_request_reads_every_student_once_though_only_one_may_stay(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, load = list[Path](), sample.load_model
+    monkeypatch.setattr(sample, "load_model", lambda folder: (read.append(folder), load(folder))[1])
+    students = msdcli.load(finished)
+    students.max_resident = 1
+    students.sample(list(range(8)), batch=2)
+    assert len(students.folders) == 2 and sorted(read) == sorted({students.folders[k] for k in range(2)})
 
 
 def test_bundle_gives_bit_equal_samples_and_its_readme_runs(finished: Path, msd: Msd, tmp_path: Path) -> None:
