@@ -144,14 +144,17 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> M
         *lines.of("teacher", by_teacher, real),
         *lines.of("students", by_students, against),
     ]
-    warnings = context.warnings + lines.warnings + _notes(context)[1]
-    record = _record(context, students, by_students) | {"replicates": replicates, "warnings": warnings}
+    said, more = _notes(context)
+    warnings = context.warnings + lines.warnings + more
+    record = _record(context, students, by_students, said) | {"replicates": replicates, "warnings": warnings}
     result = Measurement(context.metric.name, context.metric.protocol, rows, record)
     write_json(run.metrics / f"{context.metric.name}.json", result.to_json())
     return result
 
 
-def _record(context: EvaluationContext, students: sample.Students, measured: FeatureSet) -> dict[str, Any]:
+def _record(
+    context: EvaluationContext, students: sample.Students, measured: FeatureSet, notes: dict[str, Any]
+) -> dict[str, Any]:
     recipe, options = context.recipe, context.options
     return {
         "samples": context.count,
@@ -165,7 +168,7 @@ def _record(context: EvaluationContext, students: sample.Students, measured: Fea
         "students_sha256": [records.trained(f / MODEL)["sha256"] for f in students.folders],
         "students_against": "teacher" if context.planar else options.reference or "data",
         "reference_sha256": _reference_hash(context),
-        **_notes(context)[0],
+        **notes,
         "solver": recipe.teacher.solver.record() | {"evaluations": recipe.teacher.solver.evaluations},
         "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
     } | context.metric.record
