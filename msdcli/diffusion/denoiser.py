@@ -124,8 +124,7 @@ def continuous_karras(u: Tensor, span: Sequence[float], *, sigma_max: float = 80
 
 def one_step(net: nn.Module, z: Tensor, sigma_init: float, condition: Tensor | None) -> Tensor:
     """The generator G(z, c) = D(sigma_init z, sigma_init, c), of an anchored network f(...): one evaluation."""
-    sigma = torch.full((z.shape[0],), sigma_init, device=z.device)  # not len(z): an export keeps the batch open
-    return consistency(net, sigma_init * z, sigma, condition)
+    return denoise(net, sigma_init * z, sigma_init, condition)
 
 
 def consistency(net: nn.Module, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
@@ -146,7 +145,8 @@ def consistency(net: nn.Module, x: Tensor, sigma: Tensor, condition: Tensor | No
 
 def denoise(net: nn.Module, x: Tensor, sigma: float, condition: Tensor | None) -> Tensor:
     """D(x, sigma, c) of images that all have one noise level."""
-    return consistency(net, x, torch.full((x.shape[0],), sigma, device=x.device), condition)
+    level = torch.full((x.shape[0],), sigma, device=x.device)  # not len(x): an export keeps the batch open
+    return consistency(net, x, level, condition)
 
 
 def few_step(
@@ -170,8 +170,12 @@ def matching_gradient(D_fake: Tensor, D_teacher: Tensor, y: Tensor) -> Tensor:
 
     In denoiser form g = (D_fake - D_teacher) / w, with w = mean |y - D_teacher| of each image.
     """
-    w = per_image(image_mean((y - D_teacher).abs()), y).clamp(min=1e-5)
-    return (D_fake - D_teacher) / w
+    return (D_fake - D_teacher) / per_image(distance_to_teacher(y, D_teacher), y)
+
+
+def distance_to_teacher(y: Tensor, D_teacher: Tensor) -> Tensor:
+    """w = mean |y - D_teacher| of each image [batch], without gradient, and at least 1e-5."""
+    return image_mean((y - D_teacher).abs()).detach().clamp(min=1e-5)
 
 
 def surrogate(y: Tensor, gradient: Tensor) -> Tensor:

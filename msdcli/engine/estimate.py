@@ -61,7 +61,6 @@ def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser
     """Count what a run will cost. `teacher` and `student` are on the meta device; their weights do not matter."""
     forward_student, sampling = forward_flops(student), sampling_flops(recipe.teacher.solver, teacher)
     training = recipe.teacher.training
-    steps = len(recipe.stages[-1].sigmas) if isinstance(recipe.stages[-1], GeneratorSettings) else 1
     samples = recipe.evaluation.samples
     more = max(0, samples - (recipe.pairs.count if recipe.needs_pairs else 0))
     return Estimate(
@@ -70,7 +69,7 @@ def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser
         else 0.0,
         pairs_flops=float(recipe.pairs.count * sampling) if recipe.needs_pairs else 0.0,
         stages=[stage_cost(stage, student, teacher, recipe.micro_batch) for stage in recipe.stages],
-        evaluation_flops=float(samples * steps * forward_student + more * sampling),
+        evaluation_flops=float(samples * recipe.stages[-1].evaluations * forward_student + more * sampling),
         students=recipe.partition.students,
         selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),
     )
@@ -103,7 +102,7 @@ def _measured(stage: StageSettings) -> int:
     """Return how often a stage evaluates the student to select the best of its averages."""
     if not isinstance(stage, GeneratorSettings) or stage.select is None:
         return 0
-    return stage.select.samples * stage.select.count(stage.steps) * len(stage.sigmas)
+    return stage.select.samples * stage.select.count(stage.steps) * stage.evaluations
 
 
 def stage_cost(

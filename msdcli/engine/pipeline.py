@@ -261,10 +261,8 @@ def preview(training: TrainingRun, *, rows: int = 32, columns: int = 16, points:
 
 def _captions(recipe: Recipe) -> tuple[str, str]:
     """Say whose samples stand in the run's picture, and what an image of theirs costs."""
-    solver, last = recipe.teacher.solver, recipe.stages[-1]
-    steps = len(last.sigmas) if isinstance(last, GeneratorSettings) else 1
     whose = plural(recipe.partition.students, "student")
     return (
-        f"teacher, {evaluations(solver.evaluations)} each",
-        f"{whose}, {evaluations(steps)} each",
+        f"teacher, {evaluations(recipe.teacher.solver.evaluations)} each",
+        f"{whose}, {evaluations(recipe.stages[-1].evaluations)} each",
     )

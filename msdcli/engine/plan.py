@@ -55,7 +55,7 @@ class Plan:
             *([embeddings] if recipe.has_prompts else []),
             *estimate.lines(self.cost),
             f"run:       {RunDir(recipe.run_dir).root}{' (exists: would resume)' if self.resumes else ''}",
-            *self.missing,
+            *(f"missing:   {line}" for line in self.missing),
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class Plan:
             "device_hours": {name: estimate.device_hours(value) for name, value in flops.items()},
             "hours_of": estimate.DEVICE,
             "embedding_bytes": self.embedding_bytes,
-            "missing": [line.removeprefix("missing:").strip() for line in self.missing],
+            "missing": self.missing,
             "recipe": recipe.dump(),
         }
 
@@ -119,9 +119,9 @@ def missing(recipe: Recipe) -> list[str]:
     wanted = [(what, getattr(s, name, None), getattr(s, "source", None)) for what, s, name in sections]
     here = {path for _, path, _ in wanted if path is not None and (hub.cached(path) or is_there(path))}
     return [
-        f"missing:   {what} {path}: the run downloads it; {hub.by_hand(path)}"
+        f"{what} {path}: the run downloads it; {hub.by_hand(path)}"
         if hub.is_hub(path)
-        else f"missing:   {what} {path}: put it there, from {source or 'wherever it is (the recipe names no source)'}"
+        else f"{what} {path}: put it there, from {source or 'wherever it is (the recipe names no source)'}"
         for what, path, source in wanted
         if path is not None and path not in here
     ]

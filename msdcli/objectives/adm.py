@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.divergences import WEIGHTS
 from msdcli.diffusion.draws import Draws
 from msdcli.nets.discriminator import Discriminator
-from msdcli.objectives.base import Turn
 from msdcli.objectives.dm import DistributionMatching
 from msdcli.recipe.stages import AdmSettings
 
@@ -57,7 +56,9 @@ class AdversarialDistributionMatching(DistributionMatching):
         self.taps = settings.taps or self.feature_network.taps[-1:]
         self.head = Discriminator(self.feature_network, self.taps, norm=settings.head_norm)
         self.nets["head"] = self.head
+        self.followers = ("fake", "head")
         if self.adversarial_alone:
+            self.followers = ("head",)
             del self.fake, self.nets["fake"]
         if settings.divergence != "rkl":
             self.statistics = RatioStatistics(settings.ratio_bins)
@@ -73,12 +74,6 @@ class AdversarialDistributionMatching(DistributionMatching):
     def adversarial_alone(self) -> bool:
         """Whether the heads are all that the student learns from (LADD)."""
         return self.settings.dm_weight == 0 and self.settings.features == "teacher"
-
-    def turns(self, step: int) -> Iterator[Turn]:
-        self._batches = {}
-        for _ in range(self.settings.fake_updates):
-            yield ("head",) if self.adversarial_alone else ("fake", "head"), self.fake_loss
-        yield ("student",), self.student_loss
 
     def fake_loss(self, draws: Draws) -> Tensor:
         """DM's loss of the fake network, and the heads' on as many real as generated images, in one call."""
@@ -137,14 +132,17 @@ class AdversarialDistributionMatching(DistributionMatching):
         sigma = d.karras_draw(draws.uniform(f"gan sigma {what}"), self.settings.gan_span)
         return y + d.per_image(sigma, y) * draws.normal(f"gan noise {what}"), sigma
 
+    def heads(self, x: Tensor, sigma: Tensor, c: Tensor) -> Tensor:
+        """Return every head's logit of each noisy image [taps, batch]."""
+        found: Tensor = self.head(self.feature_network.features(x, sigma, c, self.taps))
+        return found
+
     def logits(self, x: Tensor, sigma: Tensor, c: Tensor) -> Tensor:
         """Return the discriminator's logit of each noisy image [batch]: the mean of the heads'."""
-        heads: Tensor = self.head(self.feature_network.features(x, sigma, c, self.taps))
-        return heads.mean(0)
+        return self.heads(x, sigma, c).mean(0)
 
     def decisions(self, x: Tensor, sigma: Tensor, c: Tensor) -> Tensor:
         """Return the logits whose losses are averaged [decisions, batch]: every head's own, or their mean alone."""
         if self.settings.tap_loss == "mean_logit":
             return self.logits(x, sigma, c)[None]
-        heads: Tensor = self.head(self.feature_network.features(x, sigma, c, self.taps))
-        return heads
+        return self.heads(x, sigma, c)

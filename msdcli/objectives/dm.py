@@ -58,13 +58,14 @@ class DistributionMatching(Objective):
         self.teacher = teacher
         self.fake = copy.deepcopy(teacher)
         self.nets = {"student": student, "fake": self.fake}
+        self.followers: tuple[str, ...] = ("fake",)  # what learns from the student's samples, before it takes its turn
         self.cycle = len(settings.sigmas)
         self._batches: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by slice
 
     def turns(self, step: int) -> Iterator[Turn]:
         self._batches = {}
         for _ in range(self.settings.fake_updates):
-            yield ("fake",), self.fake_loss
+            yield self.followers, self.fake_loss
         yield ("student",), self.student_loss
 
     def fake_loss(self, draws: Draws) -> Tensor:

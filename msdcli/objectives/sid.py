@@ -13,8 +13,6 @@ r = p_t / q.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -23,11 +21,8 @@ from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.divergences import SECOND, WEIGHTS
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import drawn
-from msdcli.objectives.base import Turn
 from msdcli.objectives.dm import DistributionMatching
 from msdcli.recipe.stages import SidSettings
-
-FLOOR = 1e-5  # of w, as published
 
 
 class ScoreIdentity(DistributionMatching):
@@ -37,12 +32,6 @@ class ScoreIdentity(DistributionMatching):
         super().__init__(settings, student, teacher)
         self.settings: SidSettings = settings
         self.taps = (settings.taps or self.fake.taps[-1:]) if settings.gan_weight > 0 else []
-
-    def turns(self, step: int) -> Iterator[Turn]:
-        self._batches = {}
-        for _ in range(self.settings.fake_updates):
-            yield ("fake",), self.fake_loss
-        yield ("student",), self.student_loss
 
     def fake_loss(self, draws: Draws) -> Tensor:
         """The fake network's denoising loss, and, with a GAN, its encoder's: real against generated, at one noise."""
@@ -67,7 +56,7 @@ class ScoreIdentity(DistributionMatching):
         logit = self.logits(x, sigma, c) if self.settings.gan_weight > 0 else None
         loss = identity_loss(y, D_t, D_f, self.settings, logit)
         if logit is not None:
-            w = distance_to_teacher(y, D_t)
+            w = d.distance_to_teacher(y, D_t)
             loss = loss + self.settings.gan_weight * d.image_mean(softplus(-logit)) / w
         return self.with_pairs(loss, draws)
 
@@ -75,11 +64,6 @@ class ScoreIdentity(DistributionMatching):
         """Return the discriminator's logits [batch, places]: the channels' mean of the fake network's features."""
         (features,) = self.fake.features(x, sigma, c, self.taps)
         return features.float().mean(1, keepdim=True).flatten(1)
-
-
-def distance_to_teacher(y: Tensor, D_t: Tensor) -> Tensor:
-    """w = mean|y - D_t| of every image, without gradient [batch]."""
-    return d.image_mean((y - D_t).abs()).detach().clamp(min=FLOOR)
 
 
 def identity_loss(y: Tensor, D_t: Tensor, D_f: Tensor, settings: SidSettings, logit: Tensor | None = None) -> Tensor:
@@ -90,7 +74,7 @@ def identity_loss(y: Tensor, D_t: Tensor, D_f: Tensor, settings: SidSettings, lo
         norm = (e.square().flatten(1).sum(1) + settings.huber_c**2).sqrt()
         loss = first * y[0].numel() / norm
     else:
-        loss = (first + (1 - settings.alpha) * d.image_mean(e.square())) / distance_to_teacher(y, D_t)
+        loss = (first + (1 - settings.alpha) * d.image_mean(e.square())) / d.distance_to_teacher(y, D_t)
     if settings.divergence == "rkl" and not settings.through_ratio:
         return loss
     assert logit is not None, "a divergence looks at the discriminator"
@@ -100,4 +84,4 @@ def identity_loss(y: Tensor, D_t: Tensor, D_f: Tensor, settings: SidSettings, lo
         return loss * WEIGHTS[settings.divergence](ratio.detach())
     # Half the gradient of E_q[h |e|^2]: h e.(D_f - y) + A |e|^2 / 2, everything differentiated through x.
     second = SECOND[settings.divergence](ratio) * d.image_mean(e.square()) / 2
-    return (WEIGHTS[settings.divergence](ratio) * first + second) / distance_to_teacher(y, D_t)
+    return (WEIGHTS[settings.divergence](ratio) * first + second) / d.distance_to_teacher(y, D_t)

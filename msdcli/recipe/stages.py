@@ -20,8 +20,6 @@ from msdcli.recipe.section import (
     Weight,
 )
 
-# The stages: `objective` is a file in objectives/.
-
 
 class StageSettings(Section):
     """One stage of training: what every objective has in common."""
@@ -49,6 +47,11 @@ class StageSettings(Section):
     def needs_images(self) -> bool:
         """Whether the stage looks at images of the data, beside their conditions."""
         return True
+
+    @property
+    def evaluations(self) -> int:
+        """How often the stage's network is evaluated for one image."""
+        return 1
 
 
 class EdmSettings(StageSettings):
@@ -86,6 +89,9 @@ class SelectSettings(Section):
 
 
 Divergence = Literal["rkl", "kl", "js", "hellinger", "jeffreys", "softened_rkl", "neyman"]
+FakeWeight = Literal["dmd2", "epsilon", "edm", "none"]
+FakeSigma = Literal["span", "lognormal"]
+PairsOf = Literal["shared", "filtered", "none"]
 ClipRange = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
 
@@ -116,6 +122,10 @@ class GeneratorSettings(StageSettings):
             raise ValueError(f"`sigmas` {self.sigmas} must fall from level to level")
         object.__setattr__(self, "sigma_init", self.sigmas[0])
         return self
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.sigmas)
 
     @model_validator(mode="after")
     def _there_is_something_to_choose(self) -> Self:
@@ -148,17 +158,17 @@ class DmSettings(GeneratorSettings):
     weight: Literal["dmd", "none"] = Field(
         "dmd", description="weight of the score difference: 1 / mean|y - D_teacher| (DMD), or none (Diff-Instruct, VSD)"
     )
-    fake_weight: Literal["dmd2", "epsilon", "edm", "none"] = Field(
+    fake_weight: FakeWeight = Field(
         "dmd2",
         description="weight of the fake network's loss: sigma^-2 + sigma_data^-2 (DMD2), sigma^-2, which is the error "
         "of the predicted noise (DMD2 on SD 1.5), EDM's own (SiD, Diff-Instruct; the same as dmd2), or none (FastGen)",
     )
-    fake_sigma: Literal["span", "lognormal"] = Field(
+    fake_sigma: FakeSigma = Field(
         "span",
         description="noise levels of the fake network's loss: those of `sigma_span`, or EDM's lognormal(-1.2, 1.2)",
     )
     labels: Literal["uniform", "data"] = Field("uniform", description="how the student's conditions are drawn")
-    pairs: Literal["shared", "filtered", "none"] = Field(
+    pairs: PairsOf = Field(
         "shared",
         description="regression on the teacher's pairs: on all of them, on those of the student's part, or none",
     )
@@ -172,7 +182,7 @@ class DmSettings(GeneratorSettings):
 
     @property
     def needs_images(self) -> bool:
-        return self.student_input == "data" and len(self.sigmas) > 1
+        return self.student_input == "data" and self.evaluations > 1
 
 
 class AdmSettings(DmSettings):
@@ -255,40 +265,32 @@ class SidSettings(DmSettings):
         False, description="the divergence's exact gradient, through the density ratio at x, instead of the paper's"
     )
     ratio_clip: ClipRange = Field([0.1, 20.0], description="bounds of the density ratio")
-    gan_weight: float = Field(
-        0.0, ge=0, le=1e6, description="weight of the student's GAN loss (SiDA); 0: no real images"
-    )
-    head_weight: float = Field(
-        1.0, ge=0, le=1e6, description="weight of the discriminator's loss in the fake network's"
-    )
+    gan_weight: Weight = Field(0.0, description="weight of the student's GAN loss (SiDA); 0: no real images")
+    head_weight: Weight = Field(1.0, description="weight of the discriminator's loss in the fake network's")
     taps: list[str] | None = Field(
         None, min_length=1, max_length=1, description="encoder block of the fake network that is the discriminator"
     )
     fake_updates: int = Field(1, ge=1, le=1000, description="updates of the fake network per update of the student")
-    fake_weight: Literal["dmd2", "epsilon", "edm", "none"] = Field(
-        "edm", description="weight of the fake network's loss, as in `dm`"
-    )
-    fake_sigma: Literal["span", "lognormal"] = Field(
-        "lognormal", description="noise levels of the fake network's loss, as in `dm`"
-    )
+    fake_weight: FakeWeight = Field("edm", description="weight of the fake network's loss, as in `dm`")
+    fake_sigma: FakeSigma = Field("lognormal", description="noise levels of the fake network's loss, as in `dm`")
     sigma_span: Span = Field(
         [0.0, 0.8],
         min_length=2,
         max_length=2,
         description="noise levels of the loss, as a part of the schedule",
     )
-    pairs: Literal["shared", "filtered", "none"] = Field(
-        "none", description="regression on the teacher's pairs, as in `dm`"
-    )
+    pairs: PairsOf = Field("none", description="regression on the teacher's pairs, as in `dm`")
 
     @property
     def needs_images(self) -> bool:
-        return self.gan_weight > 0 or (self.student_input == "data" and len(self.sigmas) > 1)
+        return self.gan_weight > 0 or super().needs_images
 
     @model_validator(mode="after")
     def _a_divergence_has_a_discriminator(self) -> Self:
         if self.divergence != "rkl" and self.gan_weight == 0:
             raise ValueError(f"`divergence` {self.divergence} needs a discriminator: `gan_weight` above 0")
+        if self.through_ratio and self.gan_weight == 0:
+            raise ValueError("`through_ratio` needs a discriminator: `gan_weight` above 0")
         return self
 
 

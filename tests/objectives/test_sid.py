@@ -156,6 +156,8 @@ def test_the_schedule_is_sids() -> None:
 
 
 def test_a_divergence_without_a_discriminator_is_refused() -> None:
+    with pytest.raises(ValueError, match="through_ratio"):
+        SidSettings(through_ratio=True)
     with pytest.raises(ValueError, match="gan_weight"):
         SidSettings(divergence="kl")
     assert not SidSettings().needs_images and SidSettings(gan_weight=1e-4).needs_images

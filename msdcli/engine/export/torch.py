@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from msdcli.diffusion.denoiser import Denoiser, few_step
+from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.generator import Generator
 from msdcli.engine.export.format import with_router
 from msdcli.errors import UserError
@@ -33,7 +33,7 @@ class Unrolled(nn.Module):
         self.net, self.sigmas = net, sigmas
 
     def forward(self, z: Tensor, labels: Tensor, noise: Tensor | None = None) -> Tensor:
-        return few_step(self.net, z, self.sigmas, labels, noise).float()
+        return Generator(self.net, self.sigmas)(z, labels, noise)
 
 
 def program(generator: Generator) -> ExportedProgram:

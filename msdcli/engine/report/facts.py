@@ -16,7 +16,6 @@ from msdcli.errors import UserError
 from msdcli.foreign import visible
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import GeneratorSettings
 from msdcli.rundir import RunDir
 
 
@@ -47,8 +46,7 @@ class RunFacts:
     @property
     def steps(self) -> int:
         """Network evaluations of a student for one image."""
-        last = self.recipe.stages[-1]
-        return len(last.sigmas) if isinstance(last, GeneratorSettings) else 1
+        return self.recipe.stages[-1].evaluations
 
     @property
     def planar(self) -> bool:
