@@ -235,7 +235,7 @@ class Recipe(Section):
     @property
     def needs_pairs(self) -> bool:
         """Whether a stage is trained on the teacher's pairs of noise and image."""
-        return any(getattr(stage, "pairs", "none") != "none" for stage in self.stages)
+        return any(stage.pairs_used != "none" for stage in self.stages)
 
     @property
     def has_prompts(self) -> bool:

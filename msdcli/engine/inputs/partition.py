@@ -93,7 +93,7 @@ def _needed(stage: StageSettings, recipe: Recipe, data: Dataset, labels: Tensor)
         return "pictures", set(labels.unique().tolist())
     if getattr(stage, "labels", None) == "data":
         return "pictures (labels: data)", set(labels.unique().tolist())
-    if getattr(stage, "pairs", None) == "filtered":
+    if stage.pairs_used == "filtered":
         drawn = data.labels(in_turn(data, range(recipe.pairs.count)))
         return f"pairs of its own (pairs: filtered; pairs.count {recipe.pairs.count:,})", set(drawn.unique().tolist())
     return None
