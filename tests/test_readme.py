@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import typer.main
+from PIL import Image
 
 from msdcli.cli import app
+from msdcli.cli.docs import pages
 from tests.conftest import ROOT, environment
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,7 +21,7 @@ def test_ci_runs_the_readmes_test_command() -> None:
 
 def test_every_command_in_the_readme_exists() -> None:
     verbs = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    named = set(re.findall(r"^(?:\.venv/bin/)?msd ([a-z]+)", README, re.MULTILINE))
+    named = set(re.findall(r"(?:^\.venv/bin/|`|; )msd ([a-z]+)", README, re.MULTILINE))
     assert named
     assert named <= verbs
 
@@ -45,3 +47,16 @@ def test_lint_and_types_are_clean() -> None:
     for words in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]):
         done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_links_of_the_readme_lead_somewhere_and_its_picture_is_a_grid_of_samples() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert all((ROOT / link).is_file() for link in links), links
+    (picture,) = (link for link in links if link.endswith(".png"))
+    with Image.open(ROOT / picture) as image:
+        assert image.format == "PNG" and min(image.size) >= 200, "large enough for a person to see"
+
+
+def test_the_readme_is_short_and_names_every_page_of_the_manual() -> None:
+    assert len(README.splitlines()) <= 100
+    assert {f"msdcli/docs/{path.name}" for path in pages().values()} <= set(re.findall(r"\]\(([^)]+)\)", README))
