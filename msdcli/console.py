@@ -66,9 +66,21 @@ def fail(message: str, hint: str | None) -> None:
 
 
 def print_json(value: Any, *, compact: bool = False) -> None:
-    """Print a value as JSON on stdout; `compact` is one line, of many that follow each other."""
-    sys.stdout.write(json.dumps(value, indent=None if compact else 1) + "\n")
+    """Print a value as JSON on stdout; `compact` is one line, of many that follow each other.
+
+    JSON has no word for what is not finite: that is null.
+    """
+    sys.stdout.write(json.dumps(_finite(value), indent=None if compact else 1, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def _finite(value: Any) -> Any:
+    """Return plain data with None in the place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def outcome(text: str, value: Any, *, json_: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +23,7 @@ MAX_DEPTH = 32
 MAX_VALUES = 50_000  # keys, values and lists: PyYAML reads some ten thousand in a second
 MAX_DIGITS = 400  # more than any float has
 MAX_SHOWN = 20  # mistakes
+UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of letters that steer instead of being shown
 
 Path_ = tuple[str | int, ...]
 
@@ -189,6 +191,18 @@ def _check_tag(node: Node, name: str) -> None:
         raise UserError(f"{name}:{line}: not valid YAML: {_shown(node.value)} is no {tag}, as the tag !!{tag} says")
     if tag in ("int", "float") and len(node.value) > MAX_DIGITS:
         raise UserError(f"{name}:{line}: not valid YAML: a number has at most {MAX_DIGITS} digits")
+
+
+def dump(tree: dict[str, Any]) -> str:
+    """Return plain data as YAML. Letters that would steer a terminal instead of being shown are written as escapes, and
+    then all that are not ASCII.
+    """
+    text = ""
+    for unicode in (True, False):
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=unicode, width=120)
+        if not any(unicodedata.category(ch) in UNSEEN and ch != "\n" for ch in text):
+            break
+    return text
 
 
 def explain_all(document: Document, model: type[BaseModel], errors: Sequence[Any], what: str) -> str:

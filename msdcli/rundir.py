@@ -234,6 +234,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in parsed_lines(path) if line is not None]
 
 
+def last_lines(path: Path, most: int = 1 << 16) -> list[dict[str, Any]]:
+    """Return the lines at the end of a .jsonl, of at most so many bytes: what a run said last, however long it is."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - most))
+            content = file.read()
+    except OSError:
+        return []
+    return [line for line in lines_of(content) if line is not None]  # the first may be cut: then it is no JSON
+
+
 def parsed_lines(path: Path) -> list[dict[str, Any] | None]:
     """Return the lines of a .jsonl, None for one that is damaged."""
     return lines_of(path.read_bytes() if path.is_file() else b"")

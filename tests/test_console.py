@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 
-from msdcli import console
+from msdcli import console, recipe_yaml
 from msdcli.engine.export.card import _plain
 from msdcli.foreign import visible
 
@@ -28,6 +31,18 @@ def test_nothing_steers_the_terminal(show: str, capsys: pytest.CaptureFixture[st
 def test_letters_of_every_script_stay() -> None:
     text = "naïve 猫 кот \t قط\nनमस्ते 👩\u200d🔬"
     assert console.plain(text) == text
+
+
+def test_json_has_null_for_what_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_json({"a": [math.nan, (math.inf, 1.5)], "b": "nan", "c": None})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, [None, 1.5]], "b": "nan", "c": None}
+
+
+def test_a_recipe_is_printed_without_what_steers() -> None:
+    tree = {"name": "a\u202eb\x1b", "note": "é"}
+    text = recipe_yaml.dump(tree)
+    assert not set(text) & {"\u202e", "\x1b"} and recipe_yaml.Document.parse(text, "x").tree == tree
+    assert "é" in recipe_yaml.dump({"note": "é"})
 
 
 def test_names_are_text_in_cards_and_pages() -> None:

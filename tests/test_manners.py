@@ -17,15 +17,17 @@ import msdcli
 from msdcli import console, errors
 from msdcli.cli.docs import find
 from msdcli.data import digits
+from msdcli.engine import estimate, pipeline
 from msdcli.engine.measure import fid_files
 from msdcli.engine.measure.rows import Measurement, Row
 from msdcli.engine.pictures import as_pil, save_grid
 from msdcli.engine.report.words import closing
 from msdcli.engine.tracking.events import Progress
+from msdcli.engine.train import counting
 from msdcli.engine.train.counting import FlopCounter
 from msdcli.nets.meta import on_meta
 from msdcli.recipe import load
-from msdcli.rundir import RunDir, lock
+from msdcli.rundir import RunDir, last_lines, lock
 from tests.conftest import ROOT, Msd, command, environment
 
 # A number, for a pipe.
@@ -209,10 +211,10 @@ def test_digits_are_those_of_scikit_learn() -> None:
         assert mine.dtype == theirs.dtype and np.array_equal(mine, theirs)
 
 
-def test_checking_a_recipe_imports_no_compiler_and_no_scikit_learn() -> None:
+def test_planning_digits_imports_no_compiler_and_no_scikit_learn() -> None:
     code = (
-        "import sys; from msdcli.recipe import load; from msdcli.engine import pipeline; "
-        "pipeline.check(load('digits'), planning=True); print('torch._dynamo' in sys.modules, 'sklearn' in sys.modules)"
+        "import sys; from msdcli.recipe import load; from msdcli.engine.plan import plan; plan(load('digits')); "
+        "print('torch._dynamo' in sys.modules, 'sklearn' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["False", "False"], done.stderr
@@ -231,6 +233,28 @@ def test_operations_are_counted_as_torch_counts_them() -> None:
                 net(x).square().mean().backward()
             counts.append(counter.total if isinstance(counter, FlopCounter) else counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("name", ["toy", "digits-adm"])
+def test_small_networks_are_counted_on_the_cpu_as_on_the_meta_device(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load(name)
+    data = pipeline.check(recipe, planning=True)
+    nets = pipeline.networks_on_meta(recipe, data)
+    assert counting.for_counting(nets[1], 64) is not nets[1]
+    found = [estimate.estimate(recipe, data, *nets)]
+    monkeypatch.setattr(counting, "COUNTED_ON_CPU", 0)
+    assert counting.for_counting(nets[1], 64) is nets[1]
+    assert [estimate.estimate(recipe, data, *nets)] == found
+
+
+def test_the_last_lines_of_a_long_file_are_read_alone(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(f'{{"step": {i}, "losses": {{"a": 1}}}}\n' for i in range(100)))
+    assert [line["step"] for line in last_lines(file)] == list(range(100))
+    assert [line["step"] for line in last_lines(file, 100)] == [97, 98, 99], "a line that is cut is none"
+    assert last_lines(tmp_path / "none.jsonl") == []
 
 
 # In Python.

@@ -1,4 +1,4 @@
-"""What a run will cost before it starts: the stages' own losses, run without memory on the meta device, and counted."""
+"""What a run will cost before it starts: the stages' own losses, run once without weights, and counted."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import Guided
 from msdcli.diffusion.sampler import evaluated_levels
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
-from msdcli.engine.train.counting import FlopCounter, MetaDraws, forward_flops, num_parameters, saved_bytes
-from msdcli.nets.meta import on_meta
+from msdcli.engine.train.counting import (
+    FlopCounter,
+    MetaDraws,
+    for_counting,
+    forward_flops,
+    num_parameters,
+    saved_bytes,
+)
+from msdcli.nets.meta import without_first_weights
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
 from msdcli.recipe.solver import SolverSettings
@@ -58,9 +65,14 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser) -> Estimate:
-    """Count what a run will cost. `teacher` and `student` are on the meta device; their weights do not matter."""
-    forward_student, sampling = forward_flops(student), sampling_flops(recipe.teacher.solver, teacher)
+    """Count what a run will cost. `teacher` and `student` are on the meta device."""
     training = recipe.teacher.training
+    largest = max(stage.batch for stage in (training, *recipe.stages))
+    if (small := for_counting(student, largest)) is not student and (
+        other := for_counting(teacher, largest)
+    ) is not teacher:
+        student, teacher = small, other
+    forward_student, sampling = forward_flops(student), sampling_flops(recipe.teacher.solver, teacher)
     samples = recipe.evaluation.samples
     more = max(0, samples - (recipe.pairs.count if recipe.needs_pairs else 0))
     return Estimate(
@@ -108,13 +120,14 @@ def _measured(stage: StageSettings) -> int:
 def stage_cost(
     stage: StageSettings, student: Denoiser, teacher: Denoiser | None, micro_batch: int | None = None
 ) -> StageCost:
-    """Run a stage's turns on the meta device, in passes of at most `micro_batch` images, and count them.
+    """Run a stage's turns where the networks are, in passes of at most `micro_batch` images, and count them.
 
     That is one step, or the few after which the same operations come again.
     """
     passes = len(slices(stage.batch, getattr(stage, "pair_batch", None), SINGLE_PROCESS, micro_batch))
-    draws, peak = MetaDraws(student.shape, stage.batch, passes), 0
-    with on_meta():
+    device = next(student.parameters()).device.type
+    draws, peak = MetaDraws(student.shape, stage.batch, passes, device), 0
+    with without_first_weights(device):
         objective = objective_class(stage.objective)(stage, student, teacher)
     counted: dict[tuple[Any, ...], list[int]] = {}
     for step in range(objective.cycle):
@@ -126,7 +139,7 @@ def stage_cost(
                 continue
             for name, net in objective.nets.items():
                 net.requires_grad_(name in names)
-            with torch.device("meta"), FlopCounter() as counter:
+            with torch.device(device), FlopCounter() as counter:
                 with saved_bytes() as saved:
                     value = loss(draws)
                 value.mean().backward()

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -81,6 +80,8 @@ def _labelled(
     step: int,
 ) -> Image.Image:
     """Return a grid with the names of its rows, which are `step` apart, before it, and captions above it."""
+    import matplotlib  # its fonts; a plan, which draws nothing, starts without it
+
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 15)
     short = [visible(name) if len(name) <= LONGEST_NAME else f"{visible(name[:LONGEST_NAME])}..." for name in names]
     left = 28 + int(max((font.getlength(name) for name in short), default=0))

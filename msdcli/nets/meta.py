@@ -16,7 +16,14 @@ def on_meta() -> Iterator[None]:
 
     Drawing them there would make torch import its compiler, which takes more than a second of every process.
     """
-    with torch.device("meta"), _WithoutFirstWeights():
+    with without_first_weights("meta"):
+        yield
+
+
+@contextmanager
+def without_first_weights(device: torch.device | str) -> Iterator[None]:
+    """Build what is built in the block on a device, with whatever stands in its memory for weights."""
+    with torch.device(device), _WithoutFirstWeights():
         yield
 
 

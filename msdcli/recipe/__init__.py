@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from msdcli import recipe_yaml
@@ -253,8 +252,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Return the complete recipe as YAML."""
-        text: str = yaml.safe_dump(self.dump(), sort_keys=False, allow_unicode=True, width=120)
-        return text
+        return recipe_yaml.dump(self.dump())
 
 
 # Keys that may change when a run resumes: nothing that is trained depends on them.

@@ -59,7 +59,7 @@ def load_runs(roots: Sequence[Path]) -> list[RunFacts]:
     if twice := [str(root) for root, path in zip(roots, resolved, strict=True) if resolved.count(path) > 1]:
         raise UserError(f"{twice[0]} is named twice")
     names = [path.name for path in resolved]
-    labels = [name if names.count(name) == 1 else str(root) for root, name in zip(roots, names, strict=True)]
+    labels = [visible(name if names.count(name) == 1 else str(root)) for root, name in zip(roots, names, strict=True)]
     return [_read(RunDir(root), label) for root, label in zip(roots, labels, strict=True)]
 
 

@@ -15,7 +15,7 @@ from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.tracking.history import METRICS, teacher_folder
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
-from msdcli.rundir import RunDir, holder_of, read_lines
+from msdcli.rundir import RunDir, holder_of, last_lines
 
 FRESH = 120.0  # seconds since its last line in which a part counts as running where another host may hold it
 OVER = 60.0  # seconds without a change after which a run that nobody measures has ended
@@ -133,7 +133,7 @@ def _stage(folder: Path, student: Path, stage: StageSettings, holder: str | None
 
 
 def _last_line(folder: Path) -> dict[str, Any]:
-    lines = reversed(read_lines(folder / METRICS))
+    lines = reversed(last_lines(folder / METRICS))
     return next((line for line in lines if isinstance(line.get("step"), int)), {})
 
 
