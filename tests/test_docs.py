@@ -34,12 +34,12 @@ def test_the_example_objective_trains(tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("objective")
     shutil.copytree(ROOT / "msdcli", folder / "msdcli")
     objective, keys = re.findall(r"```python\n(.*?)```", pages()["objective"].read_text(encoding="utf-8"), re.DOTALL)
-    (folder / "msdcli" / "objectives" / "regress.py").write_text(objective)
+    (folder / "msdcli" / "objectives" / "energy.py").write_text(objective)
     recipe = folder / "msdcli" / "recipe" / "stages.py"
     before, union, after = recipe.read_text().partition("\nStage = Annotated[")
     assert union
-    recipe.write_text(before + "\n" + keys + union + "RegressSettings | " + after)
-    stage = "stages:\n  - {objective: regress, steps: 40, batch: 32, lr: 1e-3, log_every: 10}\n"
+    recipe.write_text(before + "\n" + keys + union + "EnergySettings | " + after)
+    stage = "stages:\n  - {objective: energy, steps: 40, batch: 32, lr: 1e-3, log_every: 10}\n"
     (folder / "my.yaml").write_text(TINY.partition("stages:")[0] + stage + "evaluation: {samples: 200}\n")
     done = subprocess.run(
         command("distill", "my.yaml"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,18 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
 def image_mean(values: Tensor) -> Tensor:
     """Average `values` [batch, ...] over everything but the batch: one number per image."""
     return values.flatten(1).mean(1)
+
+
+def distance(error: Tensor, kind: Literal["l2", "huber"]) -> Tensor:
+    """Return one number per image of `error` [batch, ...]: the mean square, or a pseudo-Huber distance.
+
+    That is (sqrt(|e|^2 + c^2) - c) / d of images of d numbers, c = 0.00054 d (2-RF++, arXiv 2405.20320).
+    """
+    if kind == "l2":
+        return image_mean(error.square())
+    size = error[0].numel()
+    c = 0.00054 * size
+    return ((error.square().flatten(1).sum(1) + c**2).sqrt() - c) / size
 
 
 class Denoiser(nn.Module):

@@ -6,10 +6,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from msdcli.recipe.pair_stages import FlowSettings, RegressSettings
 from msdcli.recipe.section import Batch, Fraction, Levels, LogLevel, Positive, Span, Weight
 from msdcli.recipe.stage_base import GeneratorSettings, PairsOf, SelectSettings, StageSettings
 
-__all__ = ["GeneratorSettings", "SelectSettings", "Stage", "StageSettings"]  # and the settings of every objective
+__all__ = ["FlowSettings", "GeneratorSettings", "RegressSettings", "SelectSettings", "Stage", "StageSettings"]
 
 
 class EdmSettings(StageSettings):
@@ -221,5 +222,6 @@ class CdSettings(GeneratorSettings):
 
 
 Stage = Annotated[
-    EdmSettings | TsmSettings | DmSettings | AdmSettings | SidSettings | CdSettings, Field(discriminator="objective")
+    EdmSettings | TsmSettings | RegressSettings | FlowSettings | DmSettings | AdmSettings | SidSettings | CdSettings,
+    Field(discriminator="objective"),
 ]

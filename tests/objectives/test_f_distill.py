@@ -21,6 +21,8 @@ from msdcli.recipe.stages import (
     AdmSettings,
     CdSettings,
     DmSettings,
+    FlowSettings,
+    RegressSettings,
     SidSettings,
     StageSettings,
     TsmSettings,
@@ -122,6 +124,8 @@ SETTINGS: Sequence[StageSettings] = [
     SidSettings(gan_weight=0.1, divergence="kl"),
     SidSettings(gan_weight=0.1, divergence="jeffreys", through_ratio=True),
     CdSettings(),
+    RegressSettings(),
+    FlowSettings(anneal=1.0),
 ]
 
 
