@@ -28,6 +28,9 @@ class Objective:
     leaves sums over its images in `tally`; the loop adds them over slices and processes and hands the sums to `settle`
     after the turn, for the turns that follow. What is remembered of them is in `statistics`, whose buffers are saved,
     inherited and resumed with the networks.
+
+    `frozen` names attributes that are networks of the student's kind which do not learn: the loop fills them with what
+    the stage before made (its average), also when it resumes, and treats them as it does the teacher.
     """
 
     product: ClassVar[str] = "student"
@@ -37,6 +40,7 @@ class Objective:
     health: Mapping[str, Callable[[], Tensor]] = MappingProxyType({})
     tally: Mapping[str, Tensor] = MappingProxyType({})
     statistics: nn.Module | None = None
+    frozen: tuple[str, ...] = ()
 
     def __init__(self, settings: Any, student: Any, teacher: Any) -> None:
         raise NotImplementedError

@@ -22,7 +22,7 @@ from msdcli.recipe.data import Data, PromptsSettings
 from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
 from msdcli.recipe.section import Batch, FilePath, NoiseLevel, Scale, Section, Seed, ascending
 from msdcli.recipe.solver import STOCHASTIC, SolverSettings
-from msdcli.recipe.stages import EdmSettings, Stage
+from msdcli.recipe.stages import EdmSettings, Stages
 
 NAME = r"^[\w][\w.-]*$"  # of a run: a folder's name everywhere, and no option of a command
 
@@ -218,7 +218,7 @@ class Recipe(Section):
     partition: PartitionSettings = Field(default_factory=PartitionSettings, description="who owns which condition")
     pairs: PairSettings = Field(default_factory=PairSettings, description="the teacher's noise and image pairs")
     student: StudentSettings = Field(default_factory=StudentSettings, description="the students' network")
-    stages: list[Stage] = Field(min_length=1, max_length=16, description="the stages, one after the other")
+    stages: Stages = Field(min_length=1, max_length=16, description="the stages, one after the other")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="what is measured")
 
     @model_validator(mode="after")

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from msdcli.recipe.section import Fraction, Levels
-from msdcli.recipe.stage_base import GeneratorSettings, PairsOf
+from msdcli.recipe.section import Fraction, Levels, Weight
+from msdcli.recipe.stage_base import GeneratorSettings, PairsOf, StageSettings
 
 Distance = Literal["l2", "huber"]
 
@@ -34,6 +34,15 @@ class RegressSettings(PairedSettings):
     distance: Distance = Field(
         "l2", description="of images: squared, or pseudo-Huber with c = 0.00054 times the numbers of an image"
     )
+    flow_weight: Weight = Field(
+        0.0,
+        description="weight of a second loss, to agree with the `flow` that the stage before made, where that looks "
+        "again at new samples (SlimFlow: 1)",
+    )
+
+    def check_after(self, before: StageSettings | None) -> None:
+        if self.flow_weight and (before is None or before.objective != "flow"):
+            raise ValueError("`flow_weight` asks the flow that the stage before made: put a stage `flow` before it")
 
 
 class FlowSettings(PairedSettings):

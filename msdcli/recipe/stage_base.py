@@ -44,6 +44,9 @@ class StageSettings(Section):
         """Which of the teacher's pairs of noise and image the stage is trained on."""
         return "none"
 
+    def check_after(self, before: StageSettings | None) -> None:
+        """Raise ValueError where the stage cannot come after `before` (None: it is the first)."""
+
     @property
     def evaluations(self) -> int:
         """How often the stage's network is evaluated for one image."""

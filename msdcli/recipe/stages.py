@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from msdcli.recipe.pair_stages import FlowSettings, RegressSettings
 from msdcli.recipe.section import Batch, Fraction, Levels, LogLevel, Positive, Span, Weight
 from msdcli.recipe.stage_base import GeneratorSettings, PairsOf, SelectSettings, StageSettings
 
-__all__ = ["FlowSettings", "GeneratorSettings", "RegressSettings", "SelectSettings", "Stage", "StageSettings"]
+__all__ = ["FlowSettings", "GeneratorSettings", "RegressSettings", "SelectSettings", "Stage", "StageSettings", "Stages"]
 
 
 class EdmSettings(StageSettings):
@@ -225,3 +225,16 @@ Stage = Annotated[
     EdmSettings | TsmSettings | RegressSettings | FlowSettings | DmSettings | AdmSettings | SidSettings | CdSettings,
     Field(discriminator="objective"),
 ]
+
+
+def in_order(stages: list[Stage]) -> list[Stage]:
+    """Return stages each of which can come after the one before. ValueError else."""
+    for number, stage in enumerate(stages):
+        try:
+            stage.check_after(stages[number - 1] if number else None)
+        except ValueError as error:
+            raise ValueError(f"stage {number}, {stage.objective}: {error}") from None
+    return stages
+
+
+Stages = Annotated[list[Stage], AfterValidator(in_order)]

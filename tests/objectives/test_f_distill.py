@@ -125,6 +125,7 @@ SETTINGS: Sequence[StageSettings] = [
     SidSettings(gan_weight=0.1, divergence="jeffreys", through_ratio=True),
     CdSettings(),
     RegressSettings(),
+    RegressSettings(flow_weight=1.0),
     FlowSettings(anneal=1.0),
 ]
 

@@ -136,3 +136,33 @@ def test_pseudo_huber_is_the_square_of_small_errors_and_the_norm_of_large_ones()
     small, large = distance(error, "huber").tolist()
     assert small == pytest.approx(25e-12 / (2 * 0.00108) / 2, rel=1e-4)
     assert large == pytest.approx(250.0, rel=1e-5)
+
+
+class Made(nn.Module):
+    """A generator that is off by `shift`, and as a denoiser the straight flow."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(shift, dtype=torch.float64))
+
+    def forward(self, x: Tensor, sigma: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.shift + Gain(0.0)(x, sigma) if (sigma < 100).all() else self.shift + REAL + VAR.sqrt() * x / 200
+
+
+def test_a_flow_looks_again_at_what_the_student_makes() -> None:
+    """A student that is off by e meets a target that is off by e s / (s + sigma); e sigma / (s + sigma) is left."""
+    draws = Draws(gaussian_source(512), 512, ("test", 0), 0)
+    for shift in (0.0, 0.1):
+        student = Made(shift)
+        objective = Regression(RegressSettings(sigma_init=200.0, flow_weight=3.0), student, GaussianDenoiser(REAL, VAR))
+        assert objective.frozen == ("flow",)
+        objective.flow.shift.data.zero_()
+        loss = objective.loss(draws)
+        sigma = objective.sigma
+        assert sigma is not None and sigma.min() > 0.2 / 0.8 and sigma.max() < 0.8 / 0.2
+        left = (
+            (shift * per_image(sigma, VAR[None]) / (VAR.double().sqrt() + per_image(sigma, VAR[None]))).square().mean(1)
+        )
+        torch.testing.assert_close(loss, shift**2 + 3.0 * left, rtol=1e-4, atol=1e-9)
+        loss.mean().backward()
+        assert objective.flow.shift.grad is None, "the flow does not learn"

@@ -17,7 +17,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws, Source
 from msdcli.engine.checkpoints import storage
 from msdcli.engine.checkpoints.files import DamagedError
-from msdcli.engine.checkpoints.model import MODEL, is_complete, save_model
+from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, save_model
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup, slices
 from msdcli.engine.distributed.sharding import shard
 from msdcli.engine.tracking.events import Report
@@ -103,9 +103,10 @@ def train_stage(student: Student, number: int, report: Report) -> None:
         objective.statistics.to(student.device)
     if number > 0:
         inherit(objective, student, number, report)
+    frozen = fill_frozen(objective, student, number)
     accelerate(objective, stage, student, options, report)
-    if options.fsdp:
-        shard(teacher, student.group)
+    for net in [teacher, *frozen] if options.fsdp else []:
+        shard(net, student.group)
     key, what = (recipe.seed, student.number, number), f"student {student.number} {stage.objective}"
     chosen = selection(student, stage, folder, what, report)
     state = train(
@@ -141,6 +142,19 @@ def inherit(objective: Objective, student: Student, number: int, report: Report)
     except DamagedError:
         train_stage(student, number - 1, report)  # goes on from an earlier checkpoint, and says so
         storage.inherit(nets, before, student.group)
+
+
+def fill_frozen(objective: Objective, student: Student, number: int) -> list[Denoiser]:
+    """Give the networks that an objective holds frozen the weights of what the stage before made; return them."""
+    if not objective.frozen:
+        return []
+    assert number > 0, "the recipe's check lets no such stage come first"
+    made, _ = load_model(student.folders[number - 1])
+    nets: list[Denoiser] = [getattr(objective, name) for name in objective.frozen]
+    for net in nets:
+        net.load_state_dict(made.state_dict())
+        net.requires_grad_(False).eval().to(student.device)
+    return nets
 
 
 def accelerate(
