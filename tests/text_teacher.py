@@ -1,4 +1,4 @@
-"""A tiny random text-to-image pipeline, built and saved by the libraries themselves: SD 1.5's kind, and SD3's."""
+"""A tiny random text-to-image pipeline, built and saved by the libraries themselves: of SD 1.5, SDXL or SD3."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ SD3 = {
     "caption_projection_dim": 8,
     "pooled_projection_dim": 24,
     "pos_embed_max_size": 8,
+}
+SDXL = {
+    "cross_attention_dim": 32,
+    "transformer_layers_per_block": [2, 1],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 12,
 }
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ("red", "blue", "fox", "house", "sea", "sun")
@@ -110,10 +117,23 @@ def sd3_pipeline(folder: Path) -> dict[str, Any]:
     return _save(folder, parts)
 
 
-def _save(folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
+def sdxl_pipeline(folder: Path, **save: Any) -> dict[str, Any]:
+    """Save a pipeline of SDXL's kind; return its parts. `save`: how the network is written, max_shard_size for one."""
+    torch.manual_seed(0)
+    parts = {
+        "unet": diffusers.UNet2DConditionModel(**(UNET | SDXL)).eval().requires_grad_(False),
+        "scheduler": diffusers.EulerDiscreteScheduler(1000, 0.00085, 0.012, "scaled_linear"),
+    }
+    for number, projected in (("", None), ("_2", 12)):
+        words = tokenizer(folder / f"tokenizer{number}")
+        parts |= {f"text_encoder{number}": clip(words, 16, projected=projected), f"tokenizer{number}": words}
+    return _save(folder, parts, **save)
+
+
+def _save(folder: Path, parts: dict[str, Any], **of_the_network: Any) -> dict[str, Any]:
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
     for name, part in parts.items():
-        part.save_pretrained(folder / name)
+        part.save_pretrained(folder / name, **(of_the_network if name == "unet" else {}))
         library = "transformers" if name.startswith("t") and name != "transformer" else "diffusers"
         index[name] = [library, type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -66,6 +66,9 @@ class EdmNetworkSettings(Section):
         return self.model_copy(update={"arguments": self.arguments | changed})
 
 
+TextForm = Literal["sd", "sdxl", "sd3"]
+
+
 class DiffusersNetworkSettings(Section):
     """A network of the diffusers library, by its own configuration."""
 
@@ -86,9 +89,16 @@ class DiffusersNetworkSettings(Section):
         return self.class_name in ("UNet2DConditionModel", "SD3Transformer2DModel")
 
     @property
+    def text_form(self) -> TextForm:
+        """How it is told its prompts: as Stable Diffusion 1.5, SDXL or SD3."""
+        if self.class_name == "SD3Transformer2DModel":
+            return "sd3"
+        return "sdxl" if self.config.get("addition_embed_type") == "text_time" else "sd"
+
+    @property
     def prompt_shape(self) -> tuple[int, int]:
         """Text: vectors per prompt and their width."""
-        sd3 = self.class_name == "SD3Transformer2DModel"
+        sd3 = self.text_form == "sd3"
         width = self.config.get("joint_attention_dim", 4096) if sd3 else self.config.get("cross_attention_dim", 1280)
         return self.tokens or (333 if sd3 else 77), int(width)
 
@@ -129,7 +139,10 @@ def _scaled_text_unet(config: dict[str, Any], width: float, depth: float) -> dic
     changed["block_out_channels"] = [max(1, round(c * width / u)) * u for c, u in zip(channels, units, strict=True)]
     layers = config.get("layers_per_block", 2)
     fewer_layers = [max(1, round(n * depth)) for n in (layers if isinstance(layers, list) else [layers])]
-    return changed | {"layers_per_block": fewer_layers if isinstance(layers, list) else fewer_layers[0]}
+    changed["layers_per_block"] = fewer_layers if isinstance(layers, list) else fewer_layers[0]
+    if isinstance(deep := config.get("transformer_layers_per_block"), list):  # SDXL
+        changed["transformer_layers_per_block"] = [max(1, round(n * depth)) for n in deep]
+    return changed
 
 
 def _scaled(channels: int, width: float, blocks: int, depth: float) -> dict[str, int]:

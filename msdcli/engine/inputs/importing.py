@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from msdcli import records
 from msdcli.diffusion.denoiser import Denoiser
@@ -152,9 +155,17 @@ def _finite(difference: float | None) -> float | None:
 def _read_pipeline(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
     section, weights = read_section(folder)
     denoiser = build_diffusers(section)
-    tensors, _ = load_tensors(weights)
-    load_weights(denoiser.net, tensors, weights)
-    return denoiser.requires_grad_(False).eval(), {"file": folder.name, "sha256": file_hash(weights)}
+    tensors: dict[str, Tensor] = {}
+    for file in weights:
+        tensors |= load_tensors(file)[0]
+    load_weights(denoiser.net, tensors, weights[0])
+    return denoiser.requires_grad_(False).eval(), {"file": folder.name, "sha256": _hash_of(weights)}
+
+
+def _hash_of(files: list[Path]) -> str:
+    """Name weights by their bytes: a single file by its hash, several by those of all."""
+    hashes = [file_hash(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def is_foreign(path: Path) -> bool:
@@ -171,7 +182,7 @@ def identity(path: Path) -> str:
     if path.is_file():
         return key("imported", file_hash(path))
     section, weights = read_section(path)
-    parts = [section.model_dump(mode="json"), file_hash(weights)]
+    parts = [section.model_dump(mode="json"), _hash_of(weights)]
     autoencoder = find_autoencoder(path)
     text = [text_identity(path, section.config)] if section.reads_text else []
     return key("imported", *parts, *([] if autoencoder is None else [autoencoders.identity(autoencoder)]), *text)

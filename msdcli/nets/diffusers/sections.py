@@ -20,15 +20,16 @@ FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
-def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, Path]:
-    """Return the network section of a saved pipeline and its file of weights. UserError for what is not supported."""
+def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, list[Path]]:
+    """Return the network section of a saved pipeline and its files of weights, mostly one. UserError for what is not
+    supported.
+    """
     index = read_index(folder)
     if "vqvae" in index:
         raise UserError(f"{folder} has a VQ autoencoder, msd knows AutoencoderKL")
     found = [(part, name) for part, names in PARTS.items() for name in names if index.get(part, [None])[1:] == [name]]
     if not found:
-        known = ", ".join(f"{part}: {' or '.join(names)}" for part, names in PARTS.items())
-        raise UserError(f"{folder} holds no network msd knows; it knows {known}")
+        raise UserError(_unknown(folder, index))
     part, class_name = found[0]
     scheduler = read_object(folder / "scheduler" / "scheduler_config.json")
     flow = scheduler.get("_class_name") == FLOW_SCHEDULER
@@ -47,7 +48,32 @@ def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, Path]:
         )
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
-    return section, folder / part / WEIGHTS
+    return section, weight_files(folder / part)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a network's files of weights: one, or the shards that its index lists. UserError for a damaged index."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return [folder / WEIGHTS]
+    places = read_object(index).get("weight_map")
+    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise UserError(f"{index} lists no safetensors beside it")
+    return [folder / name for name in names]
+
+
+def _unknown(folder: Path, index: dict[str, Any]) -> str:
+    """Say which pipeline was found, and what msd reads."""
+    known = ", ".join(f"{part}: {' or '.join(names)}" for part, names in PARTS.items())
+    held = [f"{part}: {index[part][1]}" for part in (*PARTS, "prior") if _is_part(index.get(part))]
+    name = index.get("_class_name")
+    found = f"{name if isinstance(name, str) else 'a pipeline'} ({', '.join(held) or 'no network'})"
+    return f"{folder} is {found}, which msd does not read; it reads {known}"
+
+
+def _is_part(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
 
 
 def text_part(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

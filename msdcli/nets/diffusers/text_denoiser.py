@@ -1,11 +1,11 @@
-"""Text-conditioned networks of the diffusers library: SD 1.5's U-Net and SD3's transformer, as denoisers.
+"""Text-conditioned networks of the diffusers library as denoisers: the U-Nets of SD 1.5 and SDXL, SD3's transformer.
 
 A condition is a prompt's number; what the network sees of it is looked up in the store of prompts that it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from msdcli.errors import UserError
 from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
 from msdcli.recipe.networks import DiffusersNetworkSettings
 
-# Keys of a configuration that ask for more than prompts (SDXL, image prompts, class labels).
-MORE = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
+# Keys of a configuration that ask for more than prompts (image prompts, class labels).
+MORE = ("class_embed_type", "encoder_hid_dim_type", "num_class_embeds")
+PIXELS_PER_LATENT = 8  # of SDXL's autoencoder
+SIZES = 6  # numbers that SDXL is told of a picture: size as it was, corner of the cut, size as it is
 
 
 class TextDenoiser(DiffusersDenoiser):
@@ -28,12 +30,18 @@ class TextDenoiser(DiffusersDenoiser):
     def __init__(self, net: nn.Module, settings: DiffusersNetworkSettings, log_sigmas: Tensor) -> None:
         super().__init__(net, settings, log_sigmas)
         self.num_classes = 0  # whatever the configuration says
-        self.sd3 = settings.class_name == "SD3Transformer2DModel"
+        self.form = settings.text_form
+        side = PIXELS_PER_LATENT * settings.config["sample_size"]
+        self.sizes = (side, side, 0, 0, side, side)  # of a picture that was neither scaled nor cut
 
     @property
     def embedding_shapes(self) -> tuple[tuple[int, int], tuple[int]]:
         """The shapes of a prompt's vectors and of its pooled embedding."""
-        pooled = self.settings.config.get("pooled_projection_dim", 2048) if self.sd3 else 1
+        config, pooled = self.settings.config, 1
+        if self.form == "sd3":
+            pooled = config.get("pooled_projection_dim", 2048)
+        elif self.form == "sdxl":
+            pooled = pooled_width(config)
         return self.settings.prompt_shape, (pooled,)
 
     def look_up(self, condition: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -56,7 +64,12 @@ class TextDenoiser(DiffusersDenoiser):
         tokens, pooled = self.look_up(condition)
         dtype = next(self.net.parameters()).dtype
         x_t, tokens = x_t.to(dtype), tokens.to(dtype)
-        more = {"pooled_projections": pooled.to(dtype)} if self.sd3 else {}
+        more: dict[str, Any] = {}
+        if self.form == "sd3":
+            more["pooled_projections"] = pooled.to(dtype)
+        elif self.form == "sdxl":
+            sizes = torch.tensor([self.sizes], device=x_t.device, dtype=dtype).expand(len(x_t), -1)
+            more["added_cond_kwargs"] = {"text_embeds": pooled.to(dtype), "time_ids": sizes}
         with self._computing():
             y: Tensor = self.net(x_t, timestep=t, encoder_hidden_states=tokens, return_dict=False, **more)[0]
         return y[:, : x_t.shape[1]].to(torch.float32)
@@ -64,7 +77,7 @@ class TextDenoiser(DiffusersDenoiser):
     @property
     def blocks(self) -> dict[str, nn.Module]:
         """The encoder's blocks by name: of the U-Net down to the middle, of the transformer all."""
-        if self.sd3:
+        if self.form == "sd3":
             return {
                 f"block{i}": block for i, block in enumerate(self.net.get_submodule("transformer_blocks").children())
             }
@@ -91,7 +104,7 @@ class TextDenoiser(DiffusersDenoiser):
 
     def _as_map(self, output: Any, x: Tensor) -> Tensor:
         """A block's output as a map of channels: U-Nets give it (with their skips), transformers give patches."""
-        if not self.sd3:
+        if self.form != "sd3":
             feature: Tensor = output[0] if isinstance(output, tuple) else output
             return feature.float()
         patch = self.settings.config.get("patch_size", 2)
@@ -133,6 +146,29 @@ def check_section(settings: DiffusersNetworkSettings) -> None:
     """Raise UserError for configurations that want more than prompts."""
     config = settings.config
     if more := [key for key in MORE if config.get(key) not in (None, 0)]:
-        raise UserError(f"network kind 'diffusers': {more[0]} is {config[more[0]]!r}: msd knows SD 1.5's kind of U-Net")
+        raise UserError(
+            f"network kind 'diffusers': {more[0]} is {config[more[0]]!r}: msd knows the U-Nets of SD 1.5 and SDXL"
+        )
+    if config.get("addition_embed_type") not in (None, "text_time"):
+        raise UserError(
+            f"network kind 'diffusers': addition_embed_type is {config['addition_embed_type']!r}: msd knows SDXL's "
+            "text_time"
+        )
     if not isinstance(config.get("cross_attention_dim", 0), int) or not isinstance(config["sample_size"], int):
         raise UserError("network kind 'diffusers': cross_attention_dim and sample_size must be single numbers")
+    if settings.text_form == "sdxl" and pooled_width(config) < 1:
+        raise UserError(
+            "network kind 'diffusers': projection_class_embeddings_input_dim must be above "
+            f"{SIZES} addition_time_embed_dim: the rest of it is the pooled embedding"
+        )
+
+
+def pooled_width(config: Mapping[str, Any]) -> int:
+    """Return the width of the pooled embedding that SDXL's U-Net is given, beside what it is told of sizes."""
+    wanted, of_a_size = (config.get(k) for k in ("projection_class_embeddings_input_dim", "addition_time_embed_dim"))
+    if not isinstance(wanted, int) or not isinstance(of_a_size, int):
+        raise UserError(
+            "network kind 'diffusers': text_time needs projection_class_embeddings_input_dim and "
+            "addition_time_embed_dim, whole numbers"
+        )
+    return wanted - SIZES * of_a_size

@@ -31,11 +31,14 @@ T5_LENGTH = 256  # vectors of T5 in SD3's prompts, as its pipeline asks for
 
 
 class TextEncoder:
-    """Prompts to what the denoiser sees of them: SD 1.5's form (one CLIP) or SD3's (two CLIPs, with or without T5)."""
+    """Prompts to what the denoiser sees of them: SD 1.5's form (one CLIP), SDXL's (two), or SD3's (two, with or
+    without T5).
+    """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         library, record = _library(), read_record(folder)
-        self.sd3 = record["kind"] == "sd3"
+        self.form = record["kind"]
+        self.empty_is_zero = record.get("empty") == "zeros"
         self.length, self.width = record["tokens"], record["width"]
         self.device = torch.device(device)
         self._encoders: list[tuple[Any, Any, int]] = []
@@ -60,8 +63,14 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, int]:
         """Return tokens [n, length, width] and pooled [n, pooled width], float32, and how many prompts were cut off."""
         found, cut = [self._run(i, prompts) for i in range(len(self._encoders))], self._too_long(prompts)
-        if not self.sd3:
+        if self.form == "sd":
             return (*found[0], cut)
+        if self.form == "sdxl":
+            tokens, pooled = torch.cat([tokens for tokens, _ in found], dim=2), found[1][1]
+            if self.empty_is_zero:  # what the pipeline takes for no prompt
+                said = torch.tensor([bool(prompt) for prompt in prompts], device=tokens.device)
+                tokens, pooled = tokens * said[:, None, None], pooled * said[:, None]
+            return tokens, pooled, cut
         clips = torch.cat([tokens for tokens, _ in found[:2]], dim=2)
         clips = torch.nn.functional.pad(clips, (0, self.width - clips.shape[2]))
         pooled = torch.cat([pooled for _, pooled in found[:2]], dim=1)
@@ -73,14 +82,15 @@ class TextEncoder:
         ids = words(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids.to(self.device)
-        if not self.sd3:
+        if self.form == "sd":
             out = net(ids)
             return out.last_hidden_state, out.pooler_output
         if number == 2:
             tokens = net(ids)[0].float()
             return tokens, tokens[:, 0]
         out = net(ids, output_hidden_states=True)
-        return out.hidden_states[-2], out.text_embeds
+        # SDXL's first encoder has no projection; only what the second one pools is used.
+        return out.hidden_states[-2], out.text_embeds if "text_embeds" in out else out.pooler_output
 
     def _too_long(self, prompts: Sequence[str]) -> int:
         """Prompts that the tokenizer with the most room cuts off."""
@@ -93,7 +103,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Read text.json. UserError where there is none, or a damaged one."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        assert record["kind"] in ("sd", "sd3") and all(part["class_name"] in ENCODERS for part in record["parts"])
+        assert record["kind"] in ("sd", "sdxl", "sd3") and all(
+            part["class_name"] in ENCODERS for part in record["parts"]
+        )
         assert all(Path(part[k]).name == part[k] for part in record["parts"] for k in ("encoder", "tokenizer"))
     except FileNotFoundError:
         raise UserError(f"{folder.parent} has no text encoder: {folder / RECORD} is missing") from None
@@ -124,9 +136,23 @@ def describe(pipeline: Path, index: dict[str, Any], width: int) -> dict[str, Any
                 f"{pipeline}: its text encoder gives {config['hidden_size']} numbers, its network wants {width}"
             )
         return {"kind": "sd", "tokens": parts[0]["length"], "width": width, "parts": parts}
+    if kinds == ["sd", "sd3"]:
+        widths = [read_object(pipeline / part["encoder"] / "config.json").get("hidden_size") for part in parts]
+        given = sum(w for w in widths if isinstance(w, int))
+        if given != width:
+            raise UserError(f"{pipeline}: its text encoders give {given} numbers, its network wants {width}")
+        empty = {"empty": "zeros"} if index.get("force_zeros_for_empty_prompt", True) else {}
+        return {"kind": "sdxl", "tokens": parts[0]["length"], "width": width, "parts": parts} | empty
+    if kinds == ["sd3"]:
+        raise UserError(
+            f"{pipeline}: one text encoder with a projection is SDXL's refiner, which goes on from another model's "
+            "images: msd distils the base model"
+        )
     if kinds in (["sd3", "sd3"], ["sd3", "sd3", "t5"]):
         return {"kind": "sd3", "tokens": parts[0]["length"] + T5_LENGTH, "width": width, "parts": parts}
-    raise UserError(f"{pipeline}: text encoders {kinds or 'missing'}; msd knows SD 1.5's one and SD3's two or three")
+    raise UserError(
+        f"{pipeline}: text encoders {kinds or 'missing'}; msd knows SD 1.5's one, SDXL's two and SD3's two or three"
+    )
 
 
 def files_of(pipeline: Path, record: dict[str, Any]) -> list[Path]:

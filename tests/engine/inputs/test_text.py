@@ -27,7 +27,7 @@ from msdcli.recipe import load
 from msdcli.rundir import RunDir
 from tests.conftest import Msd
 from tests.latent_teacher import VAE
-from tests.text_teacher import diffusers, prompts, sd3_pipeline, sd_pipeline
+from tests.text_teacher import diffusers, prompts, sd3_pipeline, sd_pipeline, sdxl_pipeline
 
 pytestmark = pytest.mark.filterwarnings("default")
 RECIPE = """
@@ -189,6 +189,18 @@ def test_adm_sees_the_pictures_that_captions_name(place: Path, msd: Msd) -> None
     assert (refused.returncode, "1 pictures that the rows name are not there: 3.png" in refused.stderr) == (2, True)
     done = msd("partition", "text.yaml", *keys, "data.images=pictures", "data.on_bad=skip", "name=other")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_an_sdxl_teacher_is_distilled_and_its_bundle_reads_prompts(place: Path, msd: Msd) -> None:
+    sdxl_pipeline(place / "sdxl", max_shard_size="40KB")
+    done = msd("distill", "text.yaml", "teacher.path=sdxl", "student.depth=0.5", "stages.0.sigmas=[14.6, 1.6]")
+    assert done.returncode == 0, done.stderr
+    done = msd("export", "runs/text", "--out", "given")
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(place / "sdxl")
+    made = [msdcli.load(place / folder).sample(prompts=["the sun"]) for folder in ("runs/text", "given")]
+    assert made[0].shape == (1, 3, 8, 8) and torch.equal(*made)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from msdcli.nets.diffusers.prompt_store import PromptStore
 from msdcli.nets.diffusers.text_encoder import TextEncoder
 from msdcli.recipe import StudentSettings
 from tests.conftest import Msd
-from tests.text_teacher import diffusers, sd3_pipeline, sd_pipeline
+from tests.text_teacher import diffusers, sd3_pipeline, sd_pipeline, sdxl_pipeline
 
 pytestmark = pytest.mark.filterwarnings("default")
 PROMPTS = ["a red fox", "the sea", "blue sun blue sun house"]
@@ -54,6 +55,56 @@ def test_embeddings_are_the_sd3_pipelines_own(tmp_path: Path) -> None:
     torch.testing.assert_close(ours[1], pooled, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_embeddings_are_the_sdxl_pipelines_own(tmp_path: Path, zeros: bool) -> None:
+    parts = sdxl_pipeline(tmp_path / "p")
+    index = tmp_path / "p/model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": zeros}))
+    pipe = diffusers.StableDiffusionXLPipeline(**parts, vae=None, force_zeros_for_empty_prompt=zeros)
+    theirs, empty, pooled, empty_pooled = pipe.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=True)
+    denoiser = teacher(tmp_path / "t", tmp_path / "p")
+    ours = denoiser.look_up(torch.tensor([0, 1, 2, NO_CLASS]))
+    torch.testing.assert_close(ours[0], torch.cat([theirs, empty[:1]]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[1], torch.cat([pooled, empty_pooled[:1]]), rtol=1e-5, atol=1e-6)
+    assert (ours[0][3].abs().max() == 0) == zeros
+    assert denoiser.embedding_shapes == (tuple(ours[0].shape[1:]), tuple(ours[1].shape[1:]))
+
+
+def test_sdxls_network_is_told_the_size_of_its_pictures(tmp_path: Path) -> None:
+    net = sdxl_pipeline(tmp_path / "p")["unet"]
+    denoiser = teacher(tmp_path / "t", tmp_path / "p")
+    alpha_bar = diffusers.DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear").alphas_cumprod[250].double()
+    sigma, c, x_t = ((1 - alpha_bar) / alpha_bar).sqrt().float(), torch.tensor([2, 0]), torch.randn(2, 3, 8, 8)
+    tokens, pooled = denoiser.look_up(c)
+    told = {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(2, -1)}
+    noise = net(x_t, torch.tensor([250]), tokens, added_cond_kwargs=told).sample
+    x = x_t / alpha_bar.sqrt().float()
+    torch.testing.assert_close(denoiser(x, sigma.expand(2), c), x - sigma * noise, atol=1e-5, rtol=0)
+    told["time_ids"] = torch.zeros(2, 6)
+    other = net(x_t, torch.tensor([250]), tokens, added_cond_kwargs=told).sample
+    assert not torch.allclose(other, noise), "the sizes matter"
+
+
+def test_weights_in_several_files_are_one_network(tmp_path: Path) -> None:
+    parts = sdxl_pipeline(tmp_path / "p", max_shard_size="40KB")
+    shards = sorted((tmp_path / "p/unet").glob("*-of-*.safetensors"))
+    assert len(shards) > 1
+    read = importing.read(tmp_path / "p")
+    for name, tensor in parts["unet"].state_dict().items():
+        assert torch.equal(read.denoiser.net.state_dict()[name], tensor)
+    before = importing.identity(tmp_path / "p")
+    index = tmp_path / "p/unet/diffusion_pytorch_model.safetensors.index.json"
+    listed = index.read_text()
+    index.write_text(listed.replace(shards[0].name, f"../{shards[0].name}"))
+    with pytest.raises(UserError, match="lists no safetensors beside it"):
+        importing.read(tmp_path / "p")
+    index.write_text(listed)
+    assert importing.identity(tmp_path / "p") == before
+    shards[1].unlink()
+    with pytest.raises(UserError, match=f"{shards[1].name} is missing"):
+        importing.read(tmp_path / "p")
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_one_call_agrees_with_unet_and_scheduler(tmp_path: Path, prediction: str) -> None:
     scheduler = diffusers.DDPMScheduler(
@@ -84,7 +135,7 @@ def test_one_call_agrees_with_a_flow(tmp_path: Path) -> None:
     torch.testing.assert_close(denoiser(x_t / (1 - t_), t / (1 - t), c), x_t - t_ * v, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [sd_pipeline, sd3_pipeline])
+@pytest.mark.parametrize("make", [sd_pipeline, sdxl_pipeline, sd3_pipeline])
 def test_features_are_the_blocks_outputs_and_nothing_later_runs(tmp_path: Path, make: Any) -> None:
     make(tmp_path / "p")
     denoiser = teacher(tmp_path / "t", tmp_path / "p")
@@ -93,14 +144,14 @@ def test_features_are_the_blocks_outputs_and_nothing_later_runs(tmp_path: Path, 
     for name, block in denoiser.blocks.items():
         block.register_forward_hook(lambda m, i, o, name=name: seen.setdefault(name, o))
     denoiser(x, sigma, c)
-    later = denoiser.net.proj_out if denoiser.sd3 else denoiser.net.up_blocks[0]
+    later = denoiser.net.proj_out if denoiser.form == "sd3" else denoiser.net.up_blocks[0]
     later.register_forward_hook(lambda m, i, o: pytest.fail("the decoder ran"))
     found = denoiser.features(x, sigma, c, denoiser.taps)
     for name, feature in zip(denoiser.taps, found, strict=True):
-        theirs = seen[name][1].transpose(1, 2) if denoiser.sd3 else seen[name]
+        theirs = seen[name][1].transpose(1, 2) if denoiser.form == "sd3" else seen[name]
         theirs = theirs[0] if isinstance(theirs, tuple) else theirs
         torch.testing.assert_close(feature.reshape(theirs.shape), theirs)
-    assert denoiser.taps == (["block0", "block1"] if denoiser.sd3 else ["down0", "down1", "mid"])
+    assert denoiser.taps == (["block0", "block1"] if denoiser.form == "sd3" else ["down0", "down1", "mid"])
     with pytest.raises(UserError, match="this network has"):
         denoiser.features(x, sigma, c, ["up0"])
 
@@ -124,7 +175,11 @@ def test_guidance_moves_away_from_the_empty_prompt(tmp_path: Path) -> None:
 
 
 def test_students_are_scaled(tmp_path: Path) -> None:
-    for make, key in ((sd_pipeline, "block_out_channels"), (sd3_pipeline, "num_attention_heads")):
+    for make, key in (
+        (sd_pipeline, "block_out_channels"),
+        (sdxl_pipeline, "block_out_channels"),
+        (sd3_pipeline, "num_attention_heads"),
+    ):
         make(tmp_path / make.__name__)
         settings = importing.inspect(tmp_path / make.__name__).settings
         student = StudentSettings(width=0.5, depth=0.5).network_for(settings)
@@ -133,7 +188,8 @@ def test_students_are_scaled(tmp_path: Path) -> None:
         shape = (settings.config["in_channels"], 8, 8)
         net = nets.build(student, shape=shape, num_classes=0, sigma_data=1.0)
         assert student.config[key] == ([4, 8] if key == "block_out_channels" else 1)
-        net.prompts = PromptStore(torch.randn(2, *settings.prompt_shape), torch.randn(2, 24))
+        tokens, pooled = net.embedding_shapes
+        net.prompts = PromptStore(torch.randn(2, *tokens), torch.randn(2, *pooled))
         assert net(torch.randn(1, *shape), torch.ones(1), torch.zeros(1, dtype=torch.int64)).shape == (1, *shape)
 
 
@@ -150,6 +206,17 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
     sd_pipeline(tmp_path / "xl", addition_embed_type="text")
     with pytest.raises(UserError, match="addition_embed_type"):
         importing.read(tmp_path / "xl")
+    index = json.loads((tmp_path / "xl/model_index.json").read_text())
+    index |= {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "xl/model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "unet"}))
+    with pytest.raises(UserError, match=r"FluxPipeline \(transformer: FluxTransformer2DModel\).*it reads unet"):
+        importing.read(tmp_path / "xl")
+    sdxl_pipeline(tmp_path / "refiner")
+    index = json.loads((tmp_path / "refiner/model_index.json").read_text())
+    index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
+    (tmp_path / "refiner/model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="refiner"):
+        importing.read(tmp_path / "refiner")
 
 
 def test_import_brings_the_text_encoder_and_nothing_else(msd: Msd, tmp_path: Path) -> None:
