@@ -1,29 +1,38 @@
-"""Guidance of the teacher: away from a worse prediction, its own without the class or a weaker network's (classifier-
-free guidance, Ho and Salimans 2022, arXiv 2207.12598; autoguidance, Karras et al. 2024, arXiv 2406.02507).
+"""Guidance of the teacher: away from a worse prediction, which is its own without the class (classifier-free guidance,
+Ho and Salimans 2022, arXiv 2207.12598), a weaker network's (autoguidance, Karras et al. 2024, arXiv 2406.02507), or its
+own without attention in some layers (perturbed-attention guidance, Ahn et al. 2024, arXiv 2403.17377).
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from msdcli.diffusion.denoiser import Denoiser, per_image
+from msdcli.diffusion.perturbed_attention import attention_layers, perturbed
 
 NO_CLASS = -1  # a class number that stands for no class
 
 DenoiserCall = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # D(x, sigma, condition)
 
 
+Schedule = Literal["constant", "cfg++"]
+
+
 class Guided(Denoiser):
     """D_worse + scale (D - D_worse) for noise levels in the half-open interval (low, high], else D (arXiv 2404.07724).
 
     `scale` is a number, or the ends of a range: then every image has one of its own, and `drawn` says which before the
-    teacher is asked.
-    The worse prediction is `guide`'s for the same class, or, without a guide, the teacher's own for no class, both
+    teacher is asked. With the `schedule` cfg++ it is lambda, and a sampler's step from sigma to sigma' has the scale
+    lambda / (1 - sigma'/sigma): under DDIM that is CFG++ (Chung et al. 2024, arXiv 2406.08070), x' = D_lambda + sigma'
+    eps_worse. The sampler tells sigma' by way of `at_level`; who asks without it is answered as for a step to 0.
+
+    The worse prediction is `guide`'s for the same class; or, with `layers`, the teacher's own where these layers'
+    attention maps are the identity (no names: the layers in its middle); or the teacher's own for no class, both
     branches in one call. Features and everything else are the teacher's. A deep copy is one of the plain teacher:
     students and fake networks start from the network, not from its guidance.
     """
@@ -34,11 +43,20 @@ class Guided(Denoiser):
         *,
         scale: float | Sequence[float],
         interval: Sequence[float],
+        schedule: Schedule = "constant",
         guide: Denoiser | None = None,
+        layers: Sequence[str] | None = None,
     ) -> None:
         super().__init__(teacher, shape=teacher.shape, num_classes=teacher.num_classes, sigma_data=teacher.sigma_data)
         self.scale, self.interval, self.guide = scale, (interval[0], interval[1]), guide
+        self.schedule, self.layers = schedule, layers
+        self._attention = [] if layers is None else [*attention_layers(teacher.net, layers).values()]
         self.settings, self.reads_text, self.prompts = teacher.settings, teacher.reads_text, teacher.prompts
+
+    def over(self, teacher: Denoiser, guide: Denoiser | None) -> Guided:
+        """Return the same guidance of other networks."""
+        options: dict[str, Any] = {"scale": self.scale, "interval": self.interval, "schedule": self.schedule}
+        return Guided(teacher, guide=guide, layers=self.layers, **options)
 
     @property
     def plain(self) -> Denoiser:
@@ -77,14 +95,22 @@ class Guided(Denoiser):
             scale: float | Tensor = self.scale
         else:
             scale = per_image(scales.to(x), x)
-        if self.guide is not None:
-            D, D_worse = self.net(x, sigma, condition), self.guide(x, sigma, condition)
-        else:
-            assert condition is not None and not condition.is_floating_point(), "guidance needs class numbers"
-            both = torch.cat([condition, torch.full_like(condition, NO_CLASS)])
-            D, D_worse = self.net(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        D, D_worse = self._branches(x, sigma, condition)
         guided = D_worse + scale * (D - D_worse)
         return guided if inside else torch.where(per_image(self.inside(sigma), x), guided, D)
+
+    def _branches(self, x: Tensor, sigma: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return D and D_worse."""
+        if self.guide is not None:
+            return self.net(x, sigma, condition), self.guide(x, sigma, condition)
+        if self.layers is not None:
+            D = self.net(x, sigma, condition)
+            with perturbed(self._attention):
+                return D, self.net(x, sigma, condition)
+        assert condition is not None and not condition.is_floating_point(), "guidance needs class numbers"
+        both = torch.cat([condition, torch.full_like(condition, NO_CLASS)])
+        D, D_worse = self.net(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return D, D_worse
 
     def features(self, x: Tensor, sigma: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
         return self.plain.features(x, sigma, condition, taps)
@@ -97,8 +123,7 @@ def copied(teacher: Denoiser) -> Denoiser:
     """Return a copy of a teacher with its guidance, if it has any."""
     if not isinstance(teacher, Guided):
         return copy.deepcopy(teacher)
-    plain, guide = copy.deepcopy(teacher.plain), copy.deepcopy(teacher.guide)
-    return Guided(plain, scale=teacher.scale, interval=teacher.interval, guide=guide)
+    return teacher.over(copy.deepcopy(teacher.plain), copy.deepcopy(teacher.guide))
 
 
 class GuidedCall:
@@ -110,6 +135,17 @@ class GuidedCall:
     def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
         D: Tensor = self.teacher(x, sigma, condition, self.scales, inside=self.inside)
         return D
+
+    def at_level(self, sigma: Tensor, following: float) -> GuidedCall:
+        """Return the call for images at one noise level, from which a sampler goes on to `following`."""
+        teacher, scales, inside = self.teacher, self.scales, bool(self.teacher.inside(sigma))
+        if teacher.schedule == "cfg++" and inside:
+            assert following < sigma, f"cfg++ is of steps down, not from {sigma} to {following}"
+            if scales is None:
+                assert isinstance(teacher.scale, int | float), "a range of scales: ask by way of `drawn`"
+                scales = torch.tensor([teacher.scale], dtype=torch.float64)
+            scales = scales / (1 - following / float(sigma))
+        return GuidedCall(teacher, scales, inside=inside)
 
 
 def drawn(teacher: Any, uniform: Callable[[str], Tensor]) -> DenoiserCall:
@@ -123,13 +159,12 @@ def drawn(teacher: Any, uniform: Callable[[str], Tensor]) -> DenoiserCall:
     return GuidedCall(teacher, teacher.scales(uniform("guidance")))
 
 
-def at_level(ask: DenoiserCall, sigma: Tensor) -> DenoiserCall:
+def at_level(ask: DenoiserCall, sigma: Tensor, following: float) -> DenoiserCall:
     """Return the call for images that all have the noise level `sigma` (a number on the CPU: nothing waits for it).
 
-    Guidance then evaluates no branch that its interval leaves out.
+    `following` is the noise level that the sampler's step leads to. Guidance then evaluates no branch that its interval
+    leaves out, and has the scale of its schedule.
     """
     if isinstance(ask, Guided):
         ask = GuidedCall(ask, None)
-    if not isinstance(ask, GuidedCall):
-        return ask
-    return GuidedCall(ask.teacher, ask.scales, inside=bool(ask.teacher.inside(sigma)))
+    return ask.at_level(sigma, following) if isinstance(ask, GuidedCall) else ask

@@ -13,6 +13,7 @@ steps by the noise form. Every solver ends with D at the last level, Euler's ste
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 from typing import TYPE_CHECKING
@@ -80,12 +81,13 @@ class Path:
         self._like = z
         self.sigmas = sigmas.to(z.device)
         self.levels = [*sigmas.tolist(), 0.0]  # known here, so that no step waits for the device
+        self._following = dict(itertools.pairwise(self.levels))  # of levels between two, as stages have, nothing
         self.past: list[tuple[float, Tensor]] = []  # (sigma, value), the newest first
 
     def D(self, x: Tensor, sigma: float) -> Tensor:
         """Ask the network: D(x, sigma), float64."""
         z = self._like
-        ask = at_level(self._denoise, torch.tensor(sigma, dtype=z.dtype))
+        ask = at_level(self._denoise, torch.tensor(sigma, dtype=z.dtype), self._following.get(sigma, sigma))
         level = torch.full((len(x),), sigma, dtype=z.dtype, device=z.device)
         return ask(x.to(z.dtype), level, self._condition).to(torch.float64)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msdcli.diffusion.perturbed_attention import attention
 from msdcli.nets.embedding import Embedding, tap_number, zeroed
 from msdcli.nets.layers import Conv2d, GroupNorm, Linear, computing_in
 
@@ -71,6 +72,8 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention over positions, in heads of about 64 channels."""
 
+    has_attention, perturbed = True, False
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.heads = largest_divisor(channels, max(1, channels // 64))
@@ -82,7 +85,7 @@ class Attention(nn.Module):
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, height * width)
         q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # each [batch, heads, positions, channels of a head]
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
+        h = attention(self, q, k, v).transpose(-1, -2).reshape(x.shape)
         return (x + self.out(h)) * math.sqrt(0.5)
 
 

@@ -14,75 +14,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from msdcli import recipe_yaml
 from msdcli.errors import MissingFileError, UserError, WrongValueError
 from msdcli.recipe.data import Data, PromptsSettings
-from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
-from msdcli.recipe.section import Batch, FilePath, NoiseLevel, Scale, Section, Seed, ascending
-from msdcli.recipe.solver import STOCHASTIC, SolverSettings
-from msdcli.recipe.stages import EdmSettings, Stages
+from msdcli.recipe.networks import Network, NetworkSettings
+from msdcli.recipe.section import Batch, FilePath, Section, Seed
+from msdcli.recipe.solver import STOCHASTIC
+from msdcli.recipe.stages import Stages
+from msdcli.recipe.teacher import TeacherSettings
 
 NAME = r"^[\w][\w.-]*$"  # of a run: a folder's name everywhere, and no option of a command
-
-
-class GuidanceSettings(Section):
-    """Guidance of the teacher wherever it is asked: in pairs, samples and losses."""
-
-    scale: Scale | list[Scale] = Field(
-        description="1 is no guidance; more moves away from the worse prediction; [low, high]: drawn for every image"
-    )
-    interval: Annotated[list[Annotated[float, Field(ge=0, le=10_000)]], AfterValidator(ascending)] = Field(
-        [0.0, 10_000.0], min_length=2, max_length=2, description="noise levels that are guided: above, and up to"
-    )
-    guide: FilePath | None = Field(
-        None, description="a weaker teacher (folder or pickle) to move away from; absent: the teacher without class"
-    )
-
-    @model_validator(mode="after")
-    def _a_range_ascends(self) -> GuidanceSettings:
-        if isinstance(self.scale, list) and (len(self.scale) != 2 or self.scale[0] > self.scale[1]):
-            raise ValueError(f"`scale` is a number or two, [low, high], not {self.scale}")
-        return self
-
-
-class LatentShapeSettings(Section):
-    """What the autoencoder of a latent teacher makes of pictures."""
-
-    channels: int = Field(4, ge=1, le=4096, description="channels of the latents")
-    factor: int = Field(8, ge=1, le=1024, description="pixels, in each direction, that become one position")
-
-
-class TeacherSettings(Section):
-    """The diffusion model to distil: trained here, or loaded."""
-
-    path: FilePath | None = Field(
-        None,
-        description="folder with model.safetensors and model.json, EDM or EDM2 pickle, folder of diffusers, or "
-        "hub:owner/name[@revision]; absent: train one",
-    )
-    source: str | None = Field(None, description="where `path` can be downloaded: for whoever reads or plans the run")
-    network: Network = Field(
-        default_factory=UNetSettings,
-        description="the network to train; with `path`: what is expected there (kind edm is checked)",
-    )
-    latent: LatentShapeSettings | None = Field(
-        None,
-        description="of a latent teacher at `path`: what its autoencoder is expected to make of pictures; a run can "
-        "then be planned before the teacher is here",
-    )
-    sigma_data: NoiseLevel = Field(0.5, description="standard deviation of the data (EDM)")
-    seed: Seed = Field(0, description="seed of the teacher's training")
-    training: EdmSettings = Field(default_factory=EdmSettings, description="how it is trained: objective `edm`")
-    solver: SolverSettings = Field(default_factory=SolverSettings, description="how it is sampled")
-    guidance: GuidanceSettings | None = Field(None, description="how it is guided; absent: not at all")
-
-    @model_validator(mode="after")
-    def _latents_come_with_a_teacher(self) -> TeacherSettings:
-        if self.latent is not None and self.path is None:
-            raise ValueError("`latent` describes a teacher at `path`; the teachers trained here work on pictures")
-        return self
 
 
 class LatentSettings(Section):
@@ -228,6 +171,17 @@ class Recipe(Section):
                 f"`teacher.solver.name` {self.teacher.solver.name} adds noise in every step, so its samples are no "
                 "function of the noise they begin with, and a stage here regresses on pairs of both: take a solver of "
                 f"the ODE (not {', '.join(STOCHASTIC)}), or `pairs: none` in the stages"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cfgpp_is_of_samplers(self) -> Recipe:
+        guidance = self.teacher.guidance
+        asking = [stage.objective for stage in self.stages if stage.asks_teacher]
+        if asking and guidance is not None and guidance.schedule == "cfg++":
+            raise ValueError(
+                f"`teacher.guidance.schedule` cfg++ is of a sampler's steps, and the stage {asking[0]} asks the "
+                "teacher at single noise levels: take `constant`, or stages on pairs alone (regress, flow)"
             )
         return self
 

@@ -26,6 +26,10 @@ class PairedSettings(GeneratorSettings):
     def pairs_used(self) -> PairsOf:
         return self.pairs
 
+    @property
+    def asks_teacher(self) -> bool:
+        return False
+
 
 class RegressSettings(PairedSettings):
     """Regression of one step on the teacher's pairs (Luhman and Luhman 2021, arXiv 2101.02388)."""

@@ -48,6 +48,11 @@ class StageSettings(Section):
         """Raise ValueError where the stage cannot come after `before` (None: it is the first)."""
 
     @property
+    def asks_teacher(self) -> bool:
+        """Whether the loss asks the teacher, and not only for its samples."""
+        return True
+
+    @property
     def evaluations(self) -> int:
         """How often the stage's network is evaluated for one image."""
         return 1

@@ -231,7 +231,7 @@ def build(described: Denoiser, on: torch.device) -> Denoiser:
     """Return a network like one without memory, with random weights on the device."""
     if isinstance(described, Guided):
         guide = None if described.guide is None else build(described.guide, on)
-        return Guided(build(described.plain, on), scale=described.scale, interval=described.interval, guide=guide)
+        return described.over(build(described.plain, on), guide)
     shape, classes, sigma_data = described.shape, described.num_classes, described.sigma_data
     with torch.device(on):
         net = nets.build(described.settings, shape=shape, num_classes=classes, sigma_data=sigma_data)

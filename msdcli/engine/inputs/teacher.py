@@ -26,9 +26,10 @@ from msdcli.errors import MissingFileError, UserError
 from msdcli.nets.diffusers.autoencoder import Geometry
 from msdcli.nets.meta import on_meta as on_meta_device
 from msdcli.objectives.edm import DenoisingScoreMatching
-from msdcli.recipe import LatentShapeSettings, Recipe, TeacherSettings
+from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings
+from msdcli.recipe.teacher import LatentShapeSettings, TeacherSettings
 from msdcli.rundir import RunDir, key, link, lock, read_json
 from msdcli.seeds import generator
 
@@ -70,21 +71,21 @@ def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
     """Return the run's teacher, guided as the recipe says, and the hash of all that its predictions depend on.
 
     Those are, of the teacher and of its guide: weights, and the network and units that they are put into; the
-    autoencoder; the text encoder, and how its embeddings are rounded; scale and interval of guidance. The solver is for
+    autoencoder; the text encoder, and how its embeddings are rounded; what guidance is. The solver is for
     whoever draws samples to add.
     """
     teacher, description = load_model(run.teacher)
     store = prompts.open_store(run.prompts) if teacher.reads_text else None
     prompts.attach_prompts(teacher, store)
     guidance, guide, weaker = recipe.teacher.guidance, None, None
-    if guidance is not None and guidance.guide is not None:
-        guide, weaker = load_model(located(run, hub.resolve(guidance.guide), silent))
+    if guidance is not None and guidance.weaker is not None:
+        guide, weaker = load_model(located(run, hub.resolve(guidance.weaker), silent))
         prompts.attach_prompts(guide, store)
     said = [
         _predicts(description),
         _autoencoder(run, description),
         [description["text_sha256"], getattr(recipe.data, "embeddings", None)] if teacher.reads_text else None,
-        None if guidance is None else [guidance.scale, guidance.interval],
+        None if guidance is None else guidance.record(),
         None if weaker is None else _predicts(weaker),
     ]
     sha256 = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -111,7 +112,7 @@ def hash_of_version_1(run: RunDir, recipe: Recipe) -> str:
         sha256 = key(sha256, description["text_sha256"])
     if guidance is None:
         return sha256
-    guides = [] if guidance.guide is None else [located(run, hub.resolve(guidance.guide), silent)]
+    guides = [] if guidance.weaker is None else [located(run, hub.resolve(guidance.weaker), silent)]
     said = [[sha256, *(read_json(guide / MODEL)["sha256"] for guide in guides)], guidance.scale, guidance.interval]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -134,7 +135,7 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
         _check_fit(teacher, recipe, data, importing.find_autoencoder(path))
     if settings.guidance is None:
         return teacher
-    guide = settings.guidance.guide
+    guide = settings.guidance.weaker
     return _guided(teacher, recipe, None if guide is None else _given_on_meta(hub.resolve(guide), None))
 
 
@@ -149,15 +150,25 @@ def _guided(teacher: Denoiser, recipe: Recipe, guide: Denoiser | None) -> Denois
     guidance = recipe.teacher.guidance
     assert guidance is not None
     if guide is not None and _makes(guide) != _makes(teacher):
-        raise UserError(f"the guide at {guidance.guide} makes other images or classes than the teacher")
-    if guide is None and teacher.num_classes == 0 and not teacher.reads_text:
-        raise UserError("teacher.guidance: this teacher knows no classes", hint="guidance.guide names a weaker teacher")
-    if guide is None and _label_dropout(teacher, recipe) == 0:
+        raise UserError(f"the guide at {guidance.weaker} makes other images or classes than the teacher")
+    if guide is None and not guidance.perturbs:
+        _check_without_class(teacher, recipe)
+    options: dict[str, Any] = {"scale": guidance.scale, "interval": guidance.interval, "schedule": guidance.schedule}
+    return Guided(teacher, guide=guide, layers=(guidance.layers or []) if guidance.perturbs else None, **options)
+
+
+def _check_without_class(teacher: Denoiser, recipe: Recipe) -> None:
+    """Raise UserError for a teacher that cannot be asked for no class."""
+    if teacher.num_classes == 0 and not teacher.reads_text:
+        raise UserError(
+            "teacher.guidance: this teacher knows no classes",
+            hint="guidance.guide names a weaker teacher; guidance.guide=perturbed needs only attention",
+        )
+    if _label_dropout(teacher, recipe) == 0:
         raise UserError(
             "teacher.guidance: this teacher never trained without a class (its label_dropout is 0)",
             hint="guidance.guide names a weaker teacher; teacher.training.label_dropout=0.1 trains one that can",
         )
-    return Guided(teacher, scale=guidance.scale, interval=guidance.interval, guide=guide)
 
 
 def _makes(net: Denoiser) -> tuple[tuple[int, ...], int, bool]:

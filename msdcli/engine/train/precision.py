@@ -166,7 +166,7 @@ def held(net: Denoiser, low: torch.dtype) -> Denoiser:
 
 def _guided(net: Guided, low: torch.dtype) -> Guided:
     guide = None if net.guide is None else held(net.guide, low)
-    return Guided(held(net.plain, low), scale=net.scale, interval=net.interval, guide=guide)
+    return net.over(held(net.plain, low), guide)
 
 
 def _plain(net: Denoiser, low: torch.dtype) -> Denoiser:

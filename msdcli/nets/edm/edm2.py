@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msdcli.diffusion.perturbed_attention import attention
 from msdcli.nets.edm.preconditioning import Preconditioned
 from msdcli.nets.edm.unet_taps import (
     Cell,
@@ -115,6 +116,8 @@ class MPConv(nn.Module):
 class Block(nn.Module):
     """An encoder or decoder block with optional self-attention (Fig. 21)."""
 
+    perturbed = False
+
     def __init__(
         self,
         cell: Cell,
@@ -162,13 +165,18 @@ class Block(nn.Module):
         f = None if is_box(self.resample_filter) else fir(self.resample_filter).to(x.device)
         return resample(x, f, self.mode)
 
+    @property
+    def has_attention(self) -> bool:
+        """Whether the block has self-attention."""
+        return bool(self.num_heads)
+
     def attend(self, qkv: Tensor) -> Tensor:
         """Cosine attention: queries, keys and values have unit magnitude. `qkv` [n, 3 channels, h, w]."""
         n, width, h, w = qkv.shape
         # The published weights interleave query, key and value inside each head. Contiguous: else no kernel is fused.
         qkv = normalize(qkv.reshape(n, self.num_heads, width // 3 // self.num_heads, 3, h * w), 2)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # each [n, heads, pixels, channels per head]
-        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(n, width // 3, h, w)
+        return attention(self, q, k, v).transpose(2, 3).reshape(n, width // 3, h, w)
 
 
 class EDM2UNet(TappedUNet):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from msdcli.diffusion.perturbed_attention import attention
 from msdcli.nets.edm.unet_taps import (
     Cell,
     ExactBuffers,
@@ -85,6 +86,8 @@ class Block(nn.Module):
     convolution on every resampled skip; sums are multiplied by `skip_scale`.
     """
 
+    perturbed = False
+
     def __init__(
         self,
         cell: Cell,
@@ -129,12 +132,17 @@ class Block(nn.Module):
         x = (self.skip(x) + h) * self.skip_scale
         return (x + self.proj(self.attend(x))) * self.skip_scale if self.num_heads else x
 
+    @property
+    def has_attention(self) -> bool:
+        """Whether the block has self-attention."""
+        return bool(self.num_heads)
+
     def attend(self, x: Tensor) -> Tensor:
         n, channels, height, width = x.shape
         # The published weights interleave query, key and value inside each head. Contiguous: else no kernel is fused.
         qkv = self.qkv(self.norm2(x)).reshape(n, self.num_heads, channels // self.num_heads, 3, height * width)
         q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous()  # each [n, heads, pixels, channels per head]
-        return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
+        return attention(self, q, k, v).transpose(2, 3).reshape(x.shape)
 
 
 class PositionalEmbedding(nn.Module):

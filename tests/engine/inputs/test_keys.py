@@ -68,8 +68,11 @@ def test_a_teacher_depends_on_every_picture_and_on_its_section(tmp_path: Path) -
     assert teachers.teacher_key(same, data) == teachers.teacher_key(other, data), "these come after training"
 
 
+PAIRS_ALONE = "stages=[{objective: regress, steps: 2}]"
+
+
 def make_teacher(folder: Path, *, sigma_data: float = 0.5) -> None:
-    settings = UNetSettings(channels=8, multipliers=[1], blocks=1)
+    settings = UNetSettings(channels=8, multipliers=[1], blocks=1, attention=[8])
     torch.manual_seed(0)
     save_model(folder, nets.build(settings, shape=(1, 8, 8), num_classes=10, sigma_data=sigma_data), {"steps": 1})
 
@@ -83,6 +86,10 @@ def test_equal_weights_in_other_units_or_under_other_guidance_are_another_teache
         [],
         *([dropout, f"teacher.guidance.scale={scale}"] for scale in (2, 3)),
         [dropout, "teacher.guidance={scale: 2, interval: [0.1, 2.0]}"],
+        [PAIRS_ALONE, dropout, "teacher.solver.name=ddim", "teacher.guidance={scale: 1, schedule: cfg++}"],
+        [dropout, "teacher.guidance={scale: 1}"],
+        ["teacher.guidance={scale: 2, guide: perturbed}"],
+        ["teacher.guidance={scale: 2, guide: perturbed, layers: [encoder]}"],
         [f"teacher.guidance={{scale: 2, guide: {tmp_path / 'guide'}}}"],
     ]
     hashes = [teachers.load(run, recipe(tmp_path, *more))[1] for more in words]
