@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -136,6 +136,11 @@ class GuidedCall:
         D: Tensor = self.teacher(x, sigma, condition, self.scales, inside=self.inside)
         return D
 
+    def of_rows(self, rows: Tensor) -> GuidedCall:
+        """Return the call for some of the images."""
+        scales = self.scales
+        return GuidedCall(self.teacher, None if scales is None else scales[rows.to(scales.device)], inside=self.inside)
+
     def at_level(self, sigma: Tensor, following: float) -> GuidedCall:
         """Return the call for images at one noise level, from which a sampler goes on to `following`."""
         teacher, scales, inside = self.teacher, self.scales, bool(self.teacher.inside(sigma))
@@ -159,12 +164,24 @@ def drawn(teacher: Any, uniform: Callable[[str], Tensor]) -> DenoiserCall:
     return GuidedCall(teacher, teacher.scales(uniform("guidance")))
 
 
+def of_rows(ask: DenoiserCall, rows: Tensor | None) -> DenoiserCall:
+    """Return the call for some of the images that `ask` is for; None: for all."""
+    return ask.of_rows(rows) if isinstance(ask, GuidedCall) and rows is not None else ask
+
+
+@runtime_checkable
+class LevelledCall(Protocol):
+    """What is asked otherwise where all images have one noise level, which is known."""
+
+    def at_level(self, sigma: Tensor, following: float) -> DenoiserCall: ...
+
+
 def at_level(ask: DenoiserCall, sigma: Tensor, following: float) -> DenoiserCall:
     """Return the call for images that all have the noise level `sigma` (a number on the CPU: nothing waits for it).
 
     `following` is the noise level that the sampler's step leads to. Guidance then evaluates no branch that its interval
-    leaves out, and has the scale of its schedule.
+    leaves out, and has the scale of its schedule; a stitched teacher asks its small network where that is its turn.
     """
     if isinstance(ask, Guided):
         ask = GuidedCall(ask, None)
-    return ask.at_level(sigma, following) if isinstance(ask, GuidedCall) else ask
+    return ask.at_level(sigma, following) if isinstance(ask, LevelledCall) else ask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import Guided
 from msdcli.diffusion.sampler import evaluated_levels
+from msdcli.diffusion.stitch import Stitch
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
 from msdcli.engine.train.counting import (
     FlopCounter,
@@ -64,15 +66,17 @@ class Estimate:
         return sum(stage.flops for stage in self.stages) + self.selection_flops
 
 
-def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser) -> Estimate:
-    """Count what a run will cost. `teacher` and `student` are on the meta device."""
+def estimate(
+    recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser, stitch: Stitch | None = None
+) -> Estimate:
+    """Count what a run will cost. All networks are on the meta device."""
     training = recipe.teacher.training
     largest = max(stage.batch for stage in (training, *recipe.stages))
     if (small := for_counting(student, largest)) is not student and (
         other := for_counting(teacher, largest)
     ) is not teacher:
         student, teacher = small, other
-    forward_student, sampling = forward_flops(student), sampling_flops(recipe.teacher.solver, teacher)
+    forward_student, sampling = forward_flops(student), sampling_flops(recipe.teacher.solver, teacher, stitch)
     samples = recipe.evaluation.samples
     more = max(0, samples - (recipe.pairs.count if recipe.needs_pairs else 0))
     return Estimate(
@@ -87,27 +91,41 @@ def estimate(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser
     )
 
 
-def sampling_flops(solver: SolverSettings, teacher: Denoiser) -> int:
-    """Operations of one of the teacher's samples: of both branches at guided noise levels, of one at others."""
-    if not isinstance(teacher, Guided):
-        return solver.evaluations * forward_flops(teacher)
-    guided = guided_evaluations(solver, teacher)
-    return guided * forward_flops(teacher) + (solver.evaluations - guided) * forward_flops(teacher.plain)
+def sampling_flops(solver: SolverSettings, teacher: Denoiser, stitch: Stitch | None = None) -> float:
+    """Operations of one of the teacher's samples: of both branches at guided noise levels, of one at others; of small
+    networks where they are stitched to it, on average over the conditions.
+    """
+    high, low = _split(solver, stitch)
+    above = [] if stitch is None else stitch.shares(teacher)
+    return _flops_at(teacher, low) + sum(share * _flops_at(net, high) for net, share in above)
 
 
-def guided_evaluations(solver: SolverSettings, teacher: Guided) -> int:
-    """How many of a solver's evaluations are at noise levels that are guided."""
-    return int(teacher.inside(torch.tensor(evaluated_levels(**solver.record()))).sum())
+def _split(solver: SolverSettings, stitch: Stitch | None) -> tuple[list[float], list[float]]:
+    """Return the noise levels of a solver's evaluations that are the small networks', and the teacher's."""
+    levels = evaluated_levels(**solver.record())
+    above = math.inf if stitch is None else stitch.above
+    return [s for s in levels if s > above], [s for s in levels if not s > above]
 
 
-def solver_line(solver: SolverSettings, teacher: Denoiser) -> str:
+def _flops_at(net: Denoiser, levels: list[float]) -> float:
+    if not isinstance(net, Guided):
+        return float(len(levels) * forward_flops(net)) if levels else 0.0
+    guided = int(net.inside(torch.tensor(levels)).sum())
+    return float(guided * forward_flops(net) + (len(levels) - guided) * forward_flops(net.plain))
+
+
+def solver_line(solver: SolverSettings, teacher: Denoiser, stitch: Stitch | None = None) -> str:
     """Return what a plan says of the solver."""
     order = solver.record().get("order")
     text = f"{solver.name}{f' of order {order}' if order else ''}, {solver.steps} noise levels from "
     text += f"{solver.sigma_max:g} to {solver.sigma_min:g}, {solver.evaluations} evaluations"
+    high, low = _split(solver, stitch)
+    if stitch is not None:
+        text += f", {len(high)} of them (above {stitch.above:g}) by small networks"
     if not isinstance(teacher, Guided):
         return text
-    return f"{text}, {guided_evaluations(solver, teacher)} of them guided: of both branches"
+    guided = int(teacher.inside(torch.tensor(low)).sum())
+    return f"{text}, {guided} of {'them' if stitch is None else 'the rest'} guided: of both branches"
 
 
 def _measured(stage: StageSettings) -> int:

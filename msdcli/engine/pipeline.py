@@ -23,7 +23,7 @@ from msdcli.engine.distributed import device, workers
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.interrupt import preemptible
-from msdcli.engine.inputs import autoencoder, dataset, latents, partition, teacher
+from msdcli.engine.inputs import autoencoder, dataset, latents, partition, stitches, teacher
 from msdcli.engine.inputs.pairs import Pairs
 from msdcli.engine.measure import fid
 from msdcli.engine.measure import part_evaluator as examine
@@ -72,6 +72,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
         )
     examine.check(recipe, data, group, planning=planning)
     frozen, student = networks_on_meta(recipe, data, planning=planning)
+    stitches.on_meta(recipe, frozen)
     with on_meta():
         objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:

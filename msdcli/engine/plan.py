@@ -13,7 +13,7 @@ from msdcli.data.base import Dataset, has_images
 from msdcli.data.opening import is_there
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import estimate
-from msdcli.engine.inputs import hub
+from msdcli.engine.inputs import hub, stitches
 from msdcli.engine.pipeline import check, networks_on_meta
 from msdcli.engine.train.counting import num_parameters
 from msdcli.recipe import Recipe
@@ -90,6 +90,7 @@ def plan(recipe: Recipe) -> Plan:
     if run.recipe_file.exists():
         run.check(recipe)
     frozen, student = networks_on_meta(recipe, data, planning=True)
+    stitch = stitches.on_meta(recipe, frozen)
     return Plan(
         recipe=recipe,
         images=len(data),
@@ -98,9 +99,9 @@ def plan(recipe: Recipe) -> Plan:
         conditions=len(data.class_names),
         latent_shape=None if frozen.shape == tuple(data.shape) else frozen.shape,
         parameters=(num_parameters(frozen), num_parameters(student)),
-        solver=estimate.solver_line(recipe.teacher.solver, frozen),
+        solver=estimate.solver_line(recipe.teacher.solver, frozen, stitch),
         embedding_bytes=_embedding_bytes(recipe, frozen, data) if recipe.has_prompts else 0,
-        cost=estimate.estimate(recipe, data, frozen, student),
+        cost=estimate.estimate(recipe, data, frozen, student, stitch),
         resumes=run.recipe_file.exists(),
         missing=missing(recipe),
     )

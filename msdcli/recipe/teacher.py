@@ -75,6 +75,19 @@ class GuidanceSettings(Section):
         return found
 
 
+class StitchSettings(Section):
+    """A small network in the teacher's place at high noise levels, in its samples (T-Stitch, arXiv 2402.14167)."""
+
+    path: FilePath = Field(
+        description="a smaller teacher (folder or pickle), or a run directory whose students began with tsm: each is "
+        "such a network for its own classes"
+    )
+    part: int | None = Field(
+        None, ge=0, lt=100_000, description="of a run directory: this student alone; other classes are the teacher's"
+    )
+    above: NoiseLevel = Field(description="noise levels above this one are the small network's")
+
+
 class LatentShapeSettings(Section):
     """What the autoencoder of a latent teacher makes of pictures."""
 
@@ -105,6 +118,9 @@ class TeacherSettings(Section):
     training: EdmSettings = Field(default_factory=EdmSettings, description="how it is trained: objective `edm`")
     solver: SolverSettings = Field(default_factory=SolverSettings, description="how it is sampled")
     guidance: GuidanceSettings | None = Field(None, description="how it is guided; absent: not at all")
+    stitch: StitchSettings | None = Field(
+        None, description="a small network that pairs and samples ask at high noise levels; absent: none"
+    )
 
     @model_validator(mode="after")
     def _cfgpp_is_of_ddim(self) -> TeacherSettings:

@@ -62,6 +62,11 @@ def load_model(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
     return net.requires_grad_(False).eval(), description | {"sha256": sha256}
 
 
+def predicts(description: dict[str, Any]) -> list[Any]:
+    """What a model.json says that its predictions depend on: equal weights in another network are another teacher."""
+    return [description.get(name) for name in ("network", "shape", "num_classes", "sigma_data", "sha256")]
+
+
 def _built(description: Mapping[str, Any], path: Path) -> Denoiser:
     """Build the network of a description that may come from anywhere."""
     try:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from msdcli import records
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine.checkpoints.model import MODEL, WEIGHTS, save_model
+from msdcli.engine.checkpoints.model import MODEL, WEIGHTS, is_complete, save_model
 from msdcli.engine.checkpoints.tensors import load_tensors, load_weights
 from msdcli.engine.inputs import autoencoder as autoencoders
+from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import UserError
 from msdcli.nets.diffusers import text_encoder
 from msdcli.nets.diffusers.building import build_diffusers
@@ -22,7 +23,7 @@ from msdcli.nets.diffusers.files import autoencoder_folder, is_pipeline
 from msdcli.nets.diffusers.sections import read_section, text_part
 from msdcli.nets.edm.importing import check_against, complete_arguments, import_edm, open_edm
 from msdcli.recipe.networks import EdmNetworkSettings
-from msdcli.rundir import file_hash, key, read_json
+from msdcli.rundir import RunDir, file_hash, key, lock, read_json
 
 TEXT = "text"  # the folder of a teacher's text encoder
 TOLERANCE = 1e-5  # relative, float32, on the CPU
@@ -206,3 +207,15 @@ def shape_of(path: Path) -> tuple[int, ...]:
         f"the data are prompts, and the teacher at {path} reads none",
         hint="teacher.path names a diffusers pipeline with a text encoder, or its import",
     )
+
+
+def located(run: RunDir, path: Path, report: Report = silent) -> Path:
+    """Return the folder of a given teacher; one from elsewhere is imported once, next to the runs that share it."""
+    if not is_foreign(path):
+        return path
+    folder = run.shared / f"teacher-{identity(path)}"
+    with lock(folder, "the teacher", wait=report):
+        if not is_complete(folder):
+            report(f"teacher: importing {path}")
+            write(read(path), folder)
+    return folder

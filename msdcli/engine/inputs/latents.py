@@ -192,7 +192,7 @@ def encode(recipe: Recipe, report: Report) -> dict[str, Any]:
     source = _latent_teacher(recipe)
     teachers.on_meta(recipe, open_data(recipe.data))  # does it fit?
     data = dataset.provide(run, recipe, report)
-    folder = source if find(source) else teachers.located(run, source, report)
+    folder = source if find(source) else importing.located(run, source, report)
     found = provide(run, recipe, data, folder, on, report, always=True)
     autoencoder = find(folder)
     assert isinstance(found, Latents) and autoencoder is not None

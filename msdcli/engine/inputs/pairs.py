@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import solve
+from msdcli.diffusion.stitch import Stitch
 from msdcli.engine.checkpoints.tensors import load_tensors, save_tensors
+from msdcli.engine.inputs import stitches
 from msdcli.engine.inputs.dataset import version_of
 from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import LockedError
@@ -44,11 +48,13 @@ def sample_teacher(
     memory: DeviceBatch | None = None,
     numbers: Sequence[int] | None = None,
     seed: int = 0,
+    stitch: Stitch | None = None,
 ) -> Tensor:
     """Return the teacher's samples from unit noise `z`, on the CPU, `batch` (or what fits into memory) at once.
 
     `u`, a number in [0, 1) per sample, says where in a range of guidance scales each one lies; 1/2 if absent. What a
     stochastic solver adds depends on `seed`, the sample's number (its place, if `numbers` is absent) and the step.
+    `stitch`: small networks that are asked in the teacher's place.
     """
     device = next(teacher.parameters()).device
     u = torch.full((len(z),), 0.5) if u is None else u
@@ -57,8 +63,9 @@ def sample_teacher(
 
     def some(*chunk: Tensor) -> Tensor:
         z_, c_, u_ = (t.to(device) for t in chunk[:3])
-        noise = solver_noise(seed, chunk[3].tolist(), tuple(z.shape[1:]))
-        return solve(drawn(teacher, lambda purpose: u_), z_, c_, noise=noise, **options).cpu()
+        noise, uniform = solver_noise(seed, chunk[3].tolist(), tuple(z.shape[1:])), lambda purpose: u_
+        ask = drawn(teacher, uniform) if stitch is None else stitch.to(device).call(teacher, c_, uniform)
+        return solve(ask, z_, c_, noise=noise, **options).cpu()
 
     return (memory or DeviceBatch()).map(some, z, classes, u, at, batch=batch)
 
@@ -73,8 +80,10 @@ class Pairs:
 
     def __init__(self, run: RunDir, recipe: Recipe, data: Dataset, teacher_hash: str) -> None:
         self.settings, self.solver, self.data = recipe.pairs, recipe.teacher.solver, data
+        self._load_stitch = partial(stitches.load, run, recipe)
+        self._stitch: Stitch | None = None
         self.batch, self.memory = recipe.evaluation.batch, DeviceBatch()
-        # A pair depends on the teacher (its weights, network, autoencoder, text and guidance are in its hash), the
+        # A pair depends on the teacher (its weights, network, autoencoder, text, guidance, stitch are in its hash), the
         # solver, the seed and its number, its class (the data's in turn, whose order and classes the fingerprint has)
         # and the code (FORMAT); a shard on its length. How many are solved at once moves their last bits alone.
         parts = (teacher_hash, fingerprint(data), self.solver.record(), recipe.pairs.seed, recipe.pairs.shard)
@@ -151,9 +160,14 @@ class Pairs:
     ) -> Tensor:
         """Return the teacher's samples as pairs have them, `batch` at once (as many as the recipe measures)."""
         batch, memory = batch or self.batch, memory or self.memory
-        return sample_teacher(
-            teacher, z, classes, self.solver, batch=batch, u=u, memory=memory, numbers=numbers, seed=self.seed
-        )
+        options: dict[str, Any] = {"u": u, "numbers": numbers, "seed": self.seed, "stitch": self._stitched(teacher)}
+        return sample_teacher(teacher, z, classes, self.solver, batch=batch, memory=memory, **options)
+
+    def _stitched(self, teacher: Denoiser) -> Stitch | None:
+        """The small networks of the recipe, read when they are first needed."""
+        if self._stitch is None:
+            self._stitch = self._load_stitch(teacher)
+        return self._stitch
 
     @property
     def seed(self) -> int:

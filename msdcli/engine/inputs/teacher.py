@@ -14,11 +14,11 @@ from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.diffusion.guidance import Guided
-from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, save_model
+from msdcli.engine.checkpoints.model import MODEL, load_model, predicts, save_model
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.sharding import whole_state
 from msdcli.engine.inputs import autoencoder as autoencoders
-from msdcli.engine.inputs import hub, importing, prompts
+from msdcli.engine.inputs import hub, importing, prompts, stitches
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train.loop import TrainOptions, train
 from msdcli.engine.train.student import is_finished, peak_memory
@@ -50,7 +50,7 @@ def provide(
     """
     if recipe.teacher.path is not None:
         path = hub.resolve(recipe.teacher.path)
-        folder = group.leader_first(lambda: located(run, path, report))
+        folder = group.leader_first(lambda: importing.located(run, path, report))
     else:
         folder = group.broadcast(_own(run, recipe)) or run.shared / f"teacher-{teacher_key(recipe, data)}"
         with group.while_leader_holds(lambda: lock(folder, "the teacher", wait=report)):
@@ -79,22 +79,19 @@ def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
     prompts.attach_prompts(teacher, store)
     guidance, guide, weaker = recipe.teacher.guidance, None, None
     if guidance is not None and guidance.weaker is not None:
-        guide, weaker = load_model(located(run, hub.resolve(guidance.weaker), silent))
+        guide, weaker = load_model(importing.located(run, hub.resolve(guidance.weaker), silent))
         prompts.attach_prompts(guide, store)
     said = [
-        _predicts(description),
+        predicts(description),
         _autoencoder(run, description),
         [description["text_sha256"], getattr(recipe.data, "embeddings", None)] if teacher.reads_text else None,
         None if guidance is None else guidance.record(),
-        None if weaker is None else _predicts(weaker),
+        None if weaker is None else predicts(weaker),
     ]
+    if recipe.teacher.stitch is not None:
+        said.append(stitches.identity(run, recipe))
     sha256 = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
     return teacher if guidance is None else _guided(teacher, recipe, guide), sha256
-
-
-def _predicts(description: dict[str, Any]) -> list[Any]:
-    """What a model.json says that its predictions depend on: equal weights in another network are another teacher."""
-    return [description.get(name) for name in ("network", "shape", "num_classes", "sigma_data", "sha256")]
 
 
 def _autoencoder(run: RunDir, description: dict[str, Any]) -> str | None:
@@ -112,7 +109,7 @@ def hash_of_version_1(run: RunDir, recipe: Recipe) -> str:
         sha256 = key(sha256, description["text_sha256"])
     if guidance is None:
         return sha256
-    guides = [] if guidance.weaker is None else [located(run, hub.resolve(guidance.weaker), silent)]
+    guides = [] if guidance.weaker is None else [importing.located(run, hub.resolve(guidance.weaker), silent)]
     said = [[sha256, *(read_json(guide / MODEL)["sha256"] for guide in guides)], guidance.scale, guidance.interval]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -184,18 +181,6 @@ def _label_dropout(teacher: Denoiser, recipe: Recipe) -> float | None:
     return getattr(teacher.settings, "arguments", {}).get("label_dropout")
 
 
-def located(run: RunDir, path: Path, report: Report) -> Path:
-    """Return the folder of a given teacher; one from elsewhere is imported once, next to the runs that share it."""
-    if not importing.is_foreign(path):
-        return path
-    folder = run.shared / f"teacher-{importing.identity(path)}"
-    with lock(folder, "the teacher", wait=report):
-        if not is_complete(folder):
-            report(f"teacher: importing {path}")
-            importing.write(importing.read(path), folder)
-    return folder
-
-
 def _own(run: RunDir, recipe: Recipe) -> Path | None:
     """Return the teacher that the run was begun with, whatever it is called elsewhere; None where it has none yet, or
     where its files are damaged.
@@ -215,10 +200,12 @@ def teacher_key(recipe: Recipe, data: Dataset) -> str:
     and the threads, which move the last bits that training amplifies.
 
     Device, precision of matrix products and processes move such bits too; they are no part of what a recipe asks for,
-    and a teacher that another machine trained is as good. The path, source, latents, solver and guidance come after
-    training, or instead of it.
+    and a teacher that another machine trained is as good. The path, source, latents, solver, guidance and stitch come
+    after training, or instead of it.
     """
-    section = recipe.teacher.model_dump(mode="json", exclude={"path", "source", "latent", "solver", "guidance"})
+    section = recipe.teacher.model_dump(
+        mode="json", exclude={"path", "source", "latent", "solver", "guidance", "stitch"}
+    )
     return key("teacher", FORMAT, fingerprint(data), section, recipe.threads)
 
 

@@ -20,7 +20,7 @@ from msdcli.diffusion.generator import Generator
 from msdcli.engine import pictures, sample
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.distributed import device
-from msdcli.engine.inputs import dataset, pairs
+from msdcli.engine.inputs import dataset, pairs, stitches
 from msdcli.engine.inputs import teacher as teachers
 from msdcli.engine.measure import watch
 from msdcli.engine.report.facts import RunFacts
@@ -273,7 +273,8 @@ class SampleRenderer:
     def _teacher_samples(self, z: Tensor, classes: Tensor) -> Tensor:
         assert self.teacher is not None
         solver, batch = self.recipe.teacher.solver, self.recipe.evaluation.batch
-        return pairs.sample_teacher(self.teacher, z, classes, solver, batch=batch)
+        stitch = stitches.load(self.run, self.recipe, self.teacher)
+        return pairs.sample_teacher(self.teacher, z, classes, solver, batch=batch, stitch=stitch)
 
     def _affordable(self, images: int) -> bool:
         assert self.teacher is not None
