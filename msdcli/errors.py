@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import re
+import sys
 from collections.abc import Iterator
 
 
@@ -84,9 +85,14 @@ _LESS_MEMORY = (
     "less at once: micro_batch=... for training, evaluation.batch=... for sampling and measuring, "
     "workers=1 for fewer students on a device"
 )
+# What torch, CUDA and its libraries (cuBLAS, cuDNN, cuSOLVER, NCCL) say; a handle of cuBLAS that could not be made had
+# no memory, and so had cuDNN where it finds no engine for a convolution that it otherwise computes.
 _OUT_OF_MEMORY = re.compile(
-    r"out of memory|ALLOC_FAILED|ALLOCATION_FAILED|can't allocate memory|not enough memory|bad_alloc", re.IGNORECASE
+    r"out of memory|OutOfMemory|ALLOC_FAILED|ALLOCATION_FAILED|can't allocate memory|not enough memory|bad_alloc"
+    r"|CUBLAS_STATUS_NOT_INITIALIZED|unable to find an engine to execute",
+    re.IGNORECASE,
 )
+_CUDA_ALLOCATION = 2  # cudaErrorMemoryAllocation
 _AMOUNT = r"([\d.]+ ?(?:[KMGT]i?B|bytes))"
 
 
@@ -96,22 +102,43 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+    if not isinstance(error, RuntimeError):
+        return False
+    codes = (getattr(error, "error_code", None), *error.args[1:2])  # of torch.AcceleratorError
+    coded = type(error).__name__ == "AcceleratorError" and _CUDA_ALLOCATION in codes
+    return coded or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _memory(error: BaseException) -> str:
-    """Say what was asked for, and what is free, where the error tells."""
+    """Say what was asked for, and what is free: as the error tells, or else as the device does."""
     text = str(error)
     asked = re.search(rf"(?:tried to allocate|unable to allocate) {_AMOUNT}", text, re.IGNORECASE)
-    free = re.search(rf"capacity of {_AMOUNT} of which {_AMOUNT} is free", text)
+    told = re.search(rf"capacity of {_AMOUNT} of which {_AMOUNT} is free", text)
+    free = (told[2], told[1]) if told else _free_on_gpu() if isinstance(error, RuntimeError) else None
     said = [f"{_readable(asked[1])} more were asked for"] if asked else []
-    said += [f"{free[2]} of {free[1]} are free"] if free else []
+    said += [f"{free[0]} of {free[1]} are free"] if free else []
     return f"out of memory: {', '.join(said)}" if said else "out of memory"
+
+
+def _free_on_gpu() -> tuple[str, str] | None:
+    """Return what is free and all there is of the GPU that this process computes on; None without one."""
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)
+    if cuda is None or not cuda.is_initialized():
+        return None
+    try:
+        free, whole = cuda.mem_get_info()
+    except RuntimeError:  # a device that failed may answer nothing any more
+        return None
+    return _gib(free), _gib(whole)
 
 
 def _readable(amount: str) -> str:
     count = amount.removesuffix("bytes").strip()
-    return f"{int(count) / 2**30:,.2f} GiB" if amount.endswith("bytes") and count.isdecimal() else amount
+    return _gib(int(count)) if amount.endswith("bytes") and count.isdecimal() else amount
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.2f} GiB"
 
 
 def explain(error: BaseException) -> tuple[int, str, str | None]:

@@ -16,6 +16,12 @@ def to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def release() -> None:
+    """Give back what torch keeps of the device's memory for later: blocks of other sizes may fit into it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class DeviceBatch:
     """Calls a network piece by piece; where the device's memory is too small, with half as many images from then on.
 
@@ -48,8 +54,7 @@ class DeviceBatch:
                 raise
         # Not inside `except`: while the error lives, so does all that the failed call had allocated.
         self.largest = size // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        release()
         if not self._said:
             self._said = True
             self.say(f"too little memory for {size:,} images at once: going on with {self.largest:,} or fewer")

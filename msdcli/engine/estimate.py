@@ -17,6 +17,9 @@ from msdcli.diffusion.sampler import evaluated_levels
 from msdcli.diffusion.stitch import Stitch
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
 from msdcli.engine.train.counting import (
+    DEVICE,
+    PEAK_FLOPS,
+    UTILISATION,
     FlopCounter,
     MetaDraws,
     for_counting,
@@ -30,8 +33,6 @@ from msdcli.recipe import Recipe
 from msdcli.recipe.solver import SolverSettings
 from msdcli.recipe.stages import GeneratorSettings, StageSettings
 
-# What hours are stated at: a third of what an A100 multiplies in TF32, as convolutions of U-Nets reach.
-DEVICE, PEAK_FLOPS, UTILISATION = "A100, TF32", 156e12, 0.3
 # Of every number that learns: weight, gradient and Adam's two moments.
 LEARNING_BYTES, FROZEN_BYTES = 16, 4
 

@@ -15,7 +15,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import estimate
 from msdcli.engine.inputs import hub, stitches
 from msdcli.engine.pipeline import check, networks_on_meta
-from msdcli.engine.train.counting import num_parameters
+from msdcli.engine.train.counting import DEVICE, num_parameters
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import PromptsSettings
 from msdcli.rundir import RunDir
@@ -76,7 +76,7 @@ class Plan:
             "student": {"parameters": self.parameters[1], "stages": [asdict(stage) for stage in cost.stages]},
             "flops": flops,
             "device_hours": {name: estimate.device_hours(value) for name, value in flops.items()},
-            "hours_of": estimate.DEVICE,
+            "hours_of": DEVICE,
             "embedding_bytes": self.embedding_bytes,
             "missing": self.missing,
             "recipe": recipe.dump(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from msdcli import nets
 from msdcli.diffusion.divergences import WEIGHTS
 from msdcli.diffusion.draws import Draws, Source
-from msdcli.engine.distributed.group import SINGLE_PROCESS
 from msdcli.engine.train.loop import gradients
+from msdcli.engine.train.passes import Passes
 from msdcli.objectives import Objective, objective_class
 from msdcli.objectives.adm import AdversarialDistributionMatching, RatioStatistics
 from msdcli.recipe.networks import UNetSettings
@@ -21,6 +22,7 @@ from msdcli.recipe.stages import (
     AdmSettings,
     CdSettings,
     DmSettings,
+    EdmSettings,
     FlowSettings,
     RegressSettings,
     SidSettings,
@@ -95,6 +97,9 @@ def pairs() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 8), torch.arange(16) % 2 + 3
 
 
+EIGHT = EdmSettings(batch=8)
+
+
 def learned(settings: StageSettings, passes: int, steps: int = 3) -> tuple[list[Tensor], Objective]:
     """The gradients of every turn of some steps, in so many slices; nothing is updated."""
     objective, found = made(settings), list[Tensor]()
@@ -104,8 +109,8 @@ def learned(settings: StageSettings, passes: int, steps: int = 3) -> tuple[list[
             for name, net in objective.nets.items():
                 net.requires_grad_(name in names)
                 net.zero_grad()
-            draws = [Draws(source, 8, (0, 0, 0, step), turn, (i, passes)) for i in range(passes)]
-            gradients(objective, names, loss, draws, SINGLE_PROCESS, Quiet())  # type: ignore[arg-type]
+            draws, cut = partial(Draws, source, 8, (0, 0, 0, step), turn), Passes(EIGHT, micro_batch=8 // passes)
+            gradients(objective, names, loss, draws, cut, source.device, Quiet())  # type: ignore[arg-type]
             params = [p.grad for name in names for p in objective.nets[name].parameters()]
             found.append(torch.cat([g.flatten() for g in params if g is not None]))
     return found, objective

@@ -59,10 +59,13 @@ def size(path: Path) -> int:
 
 
 def numbers(path: Path) -> dict[str, float]:
-    """Return the step and the cost of a checkpoint, without reading its tensors. DamagedError where it does not say."""
+    """Return the step and the cost of a checkpoint, without reading its tensors, and what passes were cut to, if they
+    were. DamagedError where it does not say.
+    """
     try:
         said = record(path) if path.is_dir() else _metadata(path)
-        return {name: float(said[name]) for name in ("step", "seconds", "images", "flops")}
+        names = ("step", "seconds", "images", "flops", *(["cut_to"] if "cut_to" in said else []))
+        return {name: float(said[name]) for name in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(path, error) from None
 

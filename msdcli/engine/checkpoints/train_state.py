@@ -17,7 +17,8 @@ from msdcli.errors import UserError
 class TrainState:
     """All that a stage must remember: networks, optimizers, the average, statistics, the step, and the cost so far.
 
-    Nothing else is saved, because nothing else is needed: draws derive from the step.
+    Nothing else is saved, because nothing else is needed: draws derive from the step. Where memory was too small for a
+    pass, the size that all later ones were cut to is remembered, so that a resumed run rounds as it would have.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class TrainState:
         self.ema = ema
         self.step = 0
         self.cost = {"seconds": 0.0, "images": 0.0, "flops": 0.0}
+        self.cut_to: int | None = None  # images of a pass, where memory was too small for more
 
     @property
     def is_sharded(self) -> bool:
@@ -55,8 +57,8 @@ class TrainState:
         return None
 
     def numbers(self) -> dict[str, float]:
-        """Return the step and the cost, as a checkpoint holds them."""
-        return {"step": self.step} | self.cost
+        """Return the step, the cost and the size that passes were cut to, as a checkpoint holds them."""
+        return {"step": self.step} | self.cost | ({} if self.cut_to is None else {"cut_to": self.cut_to})
 
     def load(self, stored: StoredCheckpoint) -> None:
         """Take up a checkpoint. DamagedError, or UserError if it is another network's; then nothing changes."""
@@ -69,6 +71,7 @@ class TrainState:
         stored.read(dict(self.tensors()))
         self.step = int(numbers["step"])
         self.cost = {name: numbers[name] for name in self.cost}
+        self.cut_to = int(numbers["cut_to"]) if "cut_to" in numbers else None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield all tensors by name; of an optimizer's, the number is that of the parameter in its network."""

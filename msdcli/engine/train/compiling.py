@@ -16,59 +16,81 @@ from torch import Tensor, nn
 
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.tracking.events import Report
+from msdcli.engine.train.counting import PEAK_FLOPS, UTILISATION, evaluation_cost
+from msdcli.engine.train.passes import Passes
 from msdcli.engine.train.precision import parts, timed
-from msdcli.errors import UserError
+from msdcli.errors import UserError, is_out_of_memory
 from msdcli.objectives import Objective
 from msdcli.objectives.base import Turn
 
 # A stage that will take less than this on a GPU is not compiled: compiling takes minutes for a large network.
 PAYS_SECONDS = 1200.0
-# Networks up to this size wait for launches more than for arithmetic: CUDA graphs launch all of one at once.
-SMALL_PARAMETERS = 16e6
+# What the host needs to launch one of a network's kernels; a GPU that is done sooner with one waits for the next.
+LAUNCH_SECONDS = 8e-6
+# Variants of one network's code that may be compiled: each network that shares it (student, fake, teacher, guide), in
+# each size of a batch, each type, and each set of what learns, is one. torch's own limit is 8; what goes beyond it runs
+# eagerly.
+VARIANTS = 128
 
 Trial = Callable[[], None]
 
 
 def prepare(
-    objective: Objective, trial: Trial, *, wanted: str | bool, steps: int, device: torch.device, report: Report
+    objective: Objective,
+    trial: Trial,
+    *,
+    wanted: str | bool,
+    steps: int,
+    passes: Passes,
+    device: torch.device,
+    report: Report,
 ) -> bool:
     """Compile what the objective evaluates if `wanted` (auto, true, false) and the device make it pay; say so.
 
-    `trial` runs every turn of a step, forward and backward, and leaves no trace. UserError if it was asked for and
+    `trial` runs every turn of a step, forward and backward, for one of the `passes`, and leaves no trace. The processes
+    of a group do alike: the leader decides, and where one of them cannot, none does. UserError if it was asked for and
     cannot be had here; under `auto` the networks then stay as they are.
     """
-    if wanted is False or (wanted == "auto" and not _pays(trial, steps, device)):
+    if wanted is False or (wanted == "auto" and not _pays(trial, steps, passes, device)):
         return False
-    compile_networks(objective)
-    begun = time.monotonic()
+    compile_networks(objective, images=passes.images)
+    begun, reason = time.monotonic(), None
     try:
         trial()
     except Exception as error:  # whatever a compiler can raise
-        undo(objective)
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        if wanted is True:
-            raise UserError(
-                f"compile: the networks cannot be compiled here ({reason})", hint="compile=false"
-            ) from error
-        report(f"not compiled, goes on without ({reason})")
-        return False
-    report(f"compiled in {time.monotonic() - begun:.0f} s")
-    return True
+    reasons = [why for why in passes.group.gather(reason) if why is not None]
+    if not reasons:
+        report(f"compiled in {time.monotonic() - begun:.0f} s")
+        return True
+    undo(objective)
+    if wanted is True:
+        raise UserError(f"compile: the networks cannot be compiled here ({reasons[0]})", hint="compile=false")
+    report(f"not compiled, goes on without ({reasons[0]})")
+    return False
 
 
-def _pays(trial: Trial, steps: int, device: torch.device) -> bool:
+def _pays(trial: Trial, steps: int, passes: Passes, device: torch.device) -> bool:
+    """Whether the stage takes so long that compiling pays: every step makes all passes. The leader says so."""
     if device.type != "cuda":  # measured on CPUs: nothing gained
         return False
     trial()  # warms up
-    return timed(trial, device) * steps > PAYS_SECONDS
+    return passes.group.broadcast(timed(trial, device) * len(passes.parts) * steps > PAYS_SECONDS)
 
 
-def compile_networks(objective: Objective, *, backend: str = "inductor") -> None:
-    """Compile the raw networks in place. Every batch size and every set of what learns becomes its own code."""
-    for net in raw_networks(objective):
-        small = sum(p.numel() for p in net.parameters()) < SMALL_PARAMETERS
-        graphs = backend == "inductor" and small and next(net.parameters()).is_cuda
-        net.compile(backend=backend, dynamic=False, mode="reduce-overhead" if graphs else None)
+def compile_networks(objective: Objective, *, images: int = 1, backend: str = "inductor") -> None:
+    """Compile the raw networks in place, to be asked for `images` at once. Every batch size and every set of what
+    learns becomes its own code.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    for net in denoisers(objective):
+        on_gpu = backend == "inductor" and next(net.parameters()).is_cuda
+        graphs = on_gpu and waits_for_launches(net, images)
+        net.net.compile(backend=backend, dynamic=False, mode="reduce-overhead" if graphs else None)
     turns = objective.turns
 
     def marked(step: int) -> Iterator[Turn]:
@@ -77,6 +99,15 @@ def compile_networks(objective: Objective, *, backend: str = "inductor") -> None
             yield names, loss
 
     objective.turns = marked  # type: ignore[method-assign]
+
+
+def waits_for_launches(net: Denoiser, images: int) -> bool:
+    """Whether a GPU multiplies faster than the host launches, for so many images at once: then CUDA graphs, which
+    launch all of a network's kernels at once, are worth their memory.
+    """
+    kernels, flops = evaluation_cost(net)
+    rate = PEAK_FLOPS * UTILISATION * (2 if getattr(net.net, "compute", None) is torch.bfloat16 else 1)
+    return kernels * LAUNCH_SECONDS > images * flops / rate
 
 
 def undo(objective: Objective) -> None:
@@ -94,15 +125,22 @@ def eagerly() -> AbstractContextManager[object]:
     return stance
 
 
+def denoisers(objective: Objective) -> list[Denoiser]:
+    """Return all plain denoisers that the objective evaluates, one for each raw network."""
+    plain = [part for net in vars(objective).values() if isinstance(net, Denoiser) for part in parts(net)]
+    return list({id(net.net): net for net in plain}.values())
+
+
 def raw_networks(objective: Objective) -> list[nn.Module]:
     """Return the raw networks of all denoisers that the objective evaluates, each once."""
-    plain = [part for net in vars(objective).values() if isinstance(net, Denoiser) for part in parts(net)]
-    return list({id(net): net.net for net in plain}.values())
+    return [net.net for net in denoisers(objective)]
 
 
 def run_turns(objective: Objective, draws: Callable[[int], object]) -> None:
     """Run every turn of a first step, forward and backward, without learning anything."""
     for turn, (names, loss) in enumerate(objective.turns(0)):
+        for net in objective.nets.values():  # an attempt that failed may have left gradients
+            net.zero_grad(set_to_none=True)
         learn(objective, names)
         per_image: Tensor = loss(draws(turn))  # type: ignore[arg-type]
         per_image.mean().backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from msdcli.diffusion.draws import Draws, Source
 from msdcli.diffusion.ema import EMA
 from msdcli.engine.checkpoints.manager import CheckpointManager
 from msdcli.engine.checkpoints.train_state import TrainState
-from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup, slices
+from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.interrupt import interruptible
 from msdcli.engine.distributed.sharded_tensors import norm_of, split
 from msdcli.engine.distributed.sharding import shard
@@ -23,6 +24,7 @@ from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import compiling
 from msdcli.engine.train.counting import FlopCounter
 from msdcli.engine.train.log import METRICS, TrainLog
+from msdcli.engine.train.passes import Part, Passes
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection
 from msdcli.errors import WHOLE, resumable
 from msdcli.objectives import Objective
@@ -49,6 +51,11 @@ class TrainOptions:
         fsdp = recipe.fsdp and group.size > 1
         return cls(recipe.checkpoint_seconds, recipe.keep, recipe.max_skipped, recipe.micro_batch, fsdp, group)
 
+    def passes(self, stage: StageSettings, report: Report) -> Passes:
+        """Return how a stage's batch goes through the networks."""
+        how: dict[str, Any] = {"group": self.group, "micro_batch": self.micro_batch, "retries": not self.fsdp}
+        return Passes(stage, **how, report=report)
+
 
 def train(
     objective: Objective,
@@ -61,21 +68,23 @@ def train(
     options: TrainOptions,
     report: Report = silent,
     selection: AverageSelection = LAST_AVERAGE,
+    passes: Passes | None = None,
 ) -> TrainState:
     """Run `objective` for `stage.steps` steps, from the checkpoint in `folder` if there is one; return the final state.
 
     `key` (seed, student, stage) and the step are all that the random draws depend on, so an interrupted run, resumed,
     ends with the same bits, and several processes see the images that one would. Raises Interrupted after a checkpoint,
-    UserError when too many updates in a row are not finite.
+    UserError when too many updates in a row are not finite. `passes` are the stage's, if it has tried some already.
     """
-    group = options.group
-    parts = slices(stage.batch, getattr(stage, "pair_batch", None), group, options.micro_batch)
+    group, passes = options.group, passes or options.passes(stage, report)
     ema = EMA(objective.nets[objective.product], stage.ema)
     for net in [*objective.nets.values(), ema.net] if options.fsdp else []:
         shard(net, group)
     state = TrainState(objective.nets, optimizers(objective.nets, stage), ema, objective.statistics)
     checkpoints = CheckpointManager(state, folder, options.keep, group)
     checkpoints.load(report)
+    passes.resume(state.cut_to)
+    first = state.step
     told: dict[str, Any] = {"group": group, "max_skipped": options.max_skipped, "cycle": objective.cycle}
     log = TrainLog(folder / METRICS, state, stage, what, report, **told)
     selection.begin(state.step)
@@ -83,15 +92,18 @@ def train(
         while state.step < stage.steps:
             torch.manual_seed(layers_seed(key, state.step, group))
             set_learning_rates(state, stage)
-            with counting_flops(wanted=state.step < objective.cycle) as count:
+            with counting_flops(wanted=state.step < objective.cycle) as counter:
                 for turn, (names, loss) in enumerate(objective.turns(state.step)):
                     for name, net in objective.nets.items():
                         net.requires_grad_(name in names)
-                    draws = [Draws(source, stage.batch, (*key, state.step), turn, part) for part in parts]
-                    update(state, names, gradients(objective, names, loss, draws, group, log), stage.clip, log)
+                    draws = partial(Draws, source, stage.batch, (*key, state.step), turn)
+                    mean = gradients(objective, names, loss, draws, passes, source.device, log, counter)
+                    update(state, names, mean, stage.clip, log)
+            state.cut_to = passes.cut_to
             state.ema.update(objective.nets[objective.product], state.step)
             state.step += 1
-            log.tick(count, objective, selection.after_step(state))
+            passes.agreeing &= state.step <= first + objective.cycle  # by now optimizers have their memory too
+            log.tick([] if counter is None else [counter.total], objective, selection.after_step(state))
             wish = STOP if stop.requested else SAVE if checkpoints.seconds() > options.checkpoint_seconds else GO_ON
             agreed = group.vote(wish, last=state.step == stage.steps)
             if (agreed == STOP or (agreed == SAVE and state.step < stage.steps)) and log.sound():
@@ -108,29 +120,49 @@ def gradients(
     objective: Objective,
     names: tuple[str, ...],
     loss: Callable[[Draws], Tensor],
-    draws: Sequence[Draws],
-    group: ProcessGroup,
+    draws: Callable[[Part], Draws],
+    passes: Passes,
+    device: torch.device,
     log: TrainLog,
+    counter: FlopCounter | None = None,
 ) -> Tensor:
     """Leave the gradient of the mean loss in the named networks, one pass per slice of the batch; return that mean.
 
-    Both are of the whole batch, that of all processes.
+    Both are of the whole batch, that of all processes. Where memory is too small for a pass the turn begins again with
+    smaller ones; only the attempt that fits is logged and counted.
     """
-    params = [p for name in names for p in objective.nets[name].parameters()]
-    means, tallies = list[Tensor](), list[Mapping[str, Tensor]]()
-    for own in draws:
-        objective.tally = {}
-        per_image = loss(own)
-        tallies.append(objective.tally)
-        mean = per_image.mean() / len(draws)
-        means.append(mean.detach())
-        log.images(names[0], per_image.detach(), objective.sigma)
-        if len(means) < len(draws):
-            mean.backward()
-    total = torch.stack(means).sum()
-    sums = {name: torch.stack([tally[name] for tally in tallies]).sum(0) for name in tallies[0]}
-    with group.averaging_gradients(params, [total, *sums.values()]):
-        mean.backward()
+    params, group = [p for name in names for p in objective.nets[name].parameters()], passes.group
+    apart = passes.agreeing  # nothing travels before everyone knows that it fits everywhere
+    before = 0 if counter is None else counter.total
+
+    def attempt(parts: Sequence[Part]) -> tuple[Tensor, dict[str, Tensor], list[tuple[Tensor, Tensor | None]]]:
+        for param in params:
+            param.grad = None
+        if counter is not None:
+            counter.total = before
+        means, tallies, seen = list[Tensor](), list[Mapping[str, Tensor]](), list[tuple[Tensor, Tensor | None]]()
+        for part in parts:
+            objective.tally = {}
+            per_image = loss(draws(part))
+            tallies.append(objective.tally)
+            mean = per_image.mean() / len(parts)
+            means.append(mean.detach())
+            seen.append((per_image.detach(), objective.sigma))
+            if apart or len(means) < len(parts):
+                mean.backward()
+        total = torch.stack(means).sum()
+        sums = {name: torch.stack([tally[name] for tally in tallies]).sum(0) for name in tallies[0]}
+        if not apart:
+            with group.averaging_gradients(params, [total, *sums.values()]):
+                mean.backward()
+        return total, sums, seen
+
+    total, sums, seen = passes.attempt(attempt, device)
+    if apart:
+        with group.averaging_gradients(params, [total, *sums.values()]):
+            pass
+    for per_image, sigma in seen:
+        log.images(names[0], per_image, sigma)
     if sums:
         objective.settle({name: value * group.size for name, value in sums.items()})
     return total
@@ -207,12 +239,10 @@ def set_learning_rates(state: TrainState, stage: StageSettings) -> None:
 
 
 @contextmanager
-def counting_flops(*, wanted: bool) -> Iterator[list[int]]:
+def counting_flops(*, wanted: bool) -> Iterator[FlopCounter | None]:
     """Count the floating-point operations of a step: of the stage's first ones, for later ones cost the same."""
-    count: list[int] = []
     if not wanted:
-        yield count
+        yield None
         return
     with compiling.eagerly(), FlopCounter() as counter:
-        yield count
-    count.append(counter.total)
+        yield counter

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from msdcli.diffusion.draws import Draws, Source
 from msdcli.engine.checkpoints import storage
 from msdcli.engine.checkpoints.files import DamagedError
 from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, save_model
-from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup, slices
+from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.sharding import shard
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train import compiling, precision
 from msdcli.engine.train.loop import TrainOptions, seeded_apart, train
+from msdcli.engine.train.passes import Part, Passes
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection, BestAverage, StudentEvaluator
 from msdcli.errors import UserError
 from msdcli.nets.prune import prune
@@ -104,14 +106,14 @@ def train_stage(student: Student, number: int, report: Report) -> None:
     if number > 0:
         inherit(objective, student, number, report)
     frozen = fill_frozen(objective, student, number)
-    accelerate(objective, stage, student, options, report)
+    passes = options.passes(stage, report)
+    accelerate(objective, stage, student.source, recipe, options, passes, report)
     for net in [teacher, *frozen] if options.fsdp else []:
         shard(net, student.group)
     key, what = (recipe.seed, student.number, number), f"student {student.number} {stage.objective}"
     chosen = selection(student, stage, folder, what, report)
-    state = train(
-        objective, stage, student.source, folder, key=key, what=what, options=options, report=report, selection=chosen
-    )
+    how: dict[str, Any] = {"key": key, "what": what, "options": options, "report": report, "passes": passes}
+    state = train(objective, stage, student.source, folder, **how, selection=chosen)
     product, choice = chosen.product(state, student.group)
     if student.group.is_leader:
         record = {
@@ -158,23 +160,32 @@ def fill_frozen(objective: Objective, student: Student, number: int) -> list[Den
 
 
 def accelerate(
-    objective: Objective, stage: StageSettings, student: Student, options: TrainOptions, report: Report
+    objective: Objective,
+    stage: StageSettings,
+    source: Source,
+    recipe: Recipe,
+    options: TrainOptions,
+    passes: Passes,
+    report: Report,
 ) -> None:
     """Let the stage's networks compute as the recipe says: in its precision, compiled where that pays.
 
     What is sharded is not compiled, and keeps its frozen weights in float32.
     """
-    recipe = student.recipe
     precision.lower(objective, recipe.precision, hold=not options.fsdp)
-    part = slices(stage.batch, getattr(stage, "pair_batch", None), student.group, options.micro_batch)[0]
+    if options.fsdp:
+        return
 
     def trial() -> None:
-        with seeded_apart(student.device):
-            compiling.run_turns(objective, lambda turn: Draws(student.source, stage.batch, ("trial", 0), turn, part))
+        def one_pass(parts: Sequence[Part]) -> None:
+            draws = partial(Draws, source, stage.batch, ("trial", 0), part=parts[0])
+            compiling.run_turns(objective, lambda turn: draws(turn))
 
-    if not options.fsdp:
-        wanted, device = recipe.compile, student.device
-        compiling.prepare(objective, trial, wanted=wanted, steps=stage.steps, device=device, report=report)
+        with seeded_apart(source.device):
+            passes.attempt(one_pass, source.device)
+
+    how: dict[str, Any] = {"wanted": recipe.compile, "steps": stage.steps, "passes": passes, "device": source.device}
+    compiling.prepare(objective, trial, **how, report=report)
 
 
 def is_finished(folder: Path, stage: StageSettings) -> bool:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from msdcli.engine.train import compiling, precision
+from msdcli.engine.train.passes import Passes
 from msdcli.errors import UserError
+from msdcli.recipe.stages import EdmSettings
 from tests.engine.train.test_precision import CPU, STAGES, build, cosine, losses_and_gradients, objective_of
 
 
@@ -58,7 +60,7 @@ def test_a_cpu_compiles_only_what_it_is_told_to() -> None:
     def never() -> None:
         raise AssertionError("a trial was run")
 
-    options = {"steps": 10**9, "device": CPU, "report": print}
+    options = {"steps": 10**9, "passes": Passes(EdmSettings()), "device": CPU, "report": print}
     assert not compiling.prepare(objective, never, wanted="auto", **options)  # type: ignore[arg-type]
     assert not compiling.prepare(objective, never, wanted=False, **options)  # type: ignore[arg-type]
 
@@ -73,7 +75,7 @@ def test_a_compiler_that_fails_stops_nobody_who_did_not_ask_for_it(
         raise RuntimeError("no C++ compiler\nand much more")
 
     monkeypatch.setattr(compiling, "_pays", lambda *_: True)
-    options = {"wanted": wanted, "steps": 1, "device": CPU, "report": told.append}
+    options = {"wanted": wanted, "steps": 1, "passes": Passes(EdmSettings()), "device": CPU, "report": told.append}
     if wanted is True:
         with pytest.raises(UserError, match="no C"):
             compiling.prepare(objective, broken, **options)  # type: ignore[arg-type]
