@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from msdcli import nets
+from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.train import compiling, precision
 from msdcli.engine.train.passes import Passes
 from msdcli.errors import UserError
+from msdcli.nets.meta import on_meta
+from msdcli.recipe.networks import EdmNetworkSettings, UNetSettings
 from msdcli.recipe.stages import EdmSettings
 from tests.engine.train.test_precision import CPU, STAGES, build, cosine, losses_and_gradients, objective_of
+
+
+@pytest.fixture(autouse=True)
+def limited() -> Iterator[None]:
+    """torch's own limit of variants at the beginning, and a failure where it is exceeded."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        yield
 
 
 # torch looks at .grad of the networks' inputs and hides its own warning, which our tests make an error.
@@ -42,6 +57,22 @@ def test_compiled_networks_agree_with_eager_ones_without_graph_breaks(name: str,
     assert counters["stats"]["unique_graphs"] == known, "compiled again without need"
 
 
+def test_every_variant_of_the_networks_code_is_compiled() -> None:
+    """Student, fake and teacher share their code; sizes of a batch, types and what learns make more of it than torch's
+    limit of eight, beyond which it would run eagerly and say so once in a log.
+    """
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    for kind in ("float32", "bf16"):
+        objective = objective_of(STAGES["dm"], build("mlp"))
+        precision.lower(objective, kind)
+        compiling.compile_networks(objective, backend="eager")
+        for batch in (8, 4, 2):
+            losses_and_gradients(objective, batch=batch)
+    assert counters["stats"]["unique_graphs"] > 8 and not counters["graph_break"]
+
+
 def test_copies_are_plain_and_undoing_leaves_nothing() -> None:
     objective = objective_of(STAGES["dm"], build("unet"))
     compiling.compile_networks(objective, backend="eager")
@@ -63,6 +94,43 @@ def test_a_cpu_compiles_only_what_it_is_told_to() -> None:
     options = {"steps": 10**9, "passes": Passes(EdmSettings()), "device": CPU, "report": print}
     assert not compiling.prepare(objective, never, wanted="auto", **options)  # type: ignore[arg-type]
     assert not compiling.prepare(objective, never, wanted=False, **options)  # type: ignore[arg-type]
+
+
+def test_compiling_pays_by_all_passes_and_the_leader_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a second: 1,000 of them do not pay, in two passes each they do, unless the leader was faster."""
+    monkeypatch.setattr(compiling, "timed", lambda trial, device: trial() or 1.0)
+    trials, gpu, stage = list[int](), torch.device("cuda"), EdmSettings(batch=8)
+
+    def pays(passes: Passes) -> bool:
+        return compiling._pays(lambda: trials.append(1), 1000, passes, gpu)
+
+    assert not pays(Passes(stage)) and pays(Passes(stage, micro_batch=4))
+    assert len(trials) == 4, "one warms up"
+    follower = ProcessGroup(1, 2)
+    monkeypatch.setattr(follower, "broadcast", lambda value: not value)
+    assert not pays(Passes(stage, group=follower, micro_batch=2))
+
+
+def test_a_neighbour_that_cannot_compile_leaves_all_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, told, group = objective_of(STAGES["dm"], build("mlp")), list[object](), ProcessGroup(0, 2)
+    monkeypatch.setattr(group, "gather", lambda value: [value, "RuntimeError: no compiler"])
+    monkeypatch.setattr(compiling, "_pays", lambda *_: True)
+    options = {"wanted": "auto", "steps": 1, "passes": Passes(EdmSettings(), group=group), "device": CPU}
+    assert not compiling.prepare(objective, lambda: None, report=told.append, **options)  # type: ignore[arg-type]
+    assert told == ["not compiled, goes on without (RuntimeError: no compiler)"]
+    assert all(net._compiled_call_impl is None for net in compiling.raw_networks(objective))
+
+
+def test_graphs_are_for_networks_that_wait_for_launches() -> None:
+    """A small network at any batch of a recipe, a large one at a batch of one or two: by kernels, not by parameters."""
+    small = nets.build(UNetSettings(), shape=(1, 8, 8), num_classes=10, sigma_data=0.5)
+    assert compiling.waits_for_launches(small, 1) and compiling.waits_for_launches(small, 512)
+    assert not compiling.waits_for_launches(small, 10**6)
+    arguments = {"model_type": "DhariwalUNet", "model_channels": 192, "channel_mult": [1, 2, 3, 4], "num_blocks": 3}
+    with on_meta():
+        large = nets.build(EdmNetworkSettings(arguments=arguments), shape=(3, 64, 64), num_classes=1000, sigma_data=0.5)
+    assert not compiling.waits_for_launches(large, 2)
+    assert compiling.waits_for_launches(large.compute_in(torch.bfloat16), 2), "half the time per image, as many kernels"
 
 
 @pytest.mark.parametrize("wanted", ["auto", True])
