@@ -18,8 +18,8 @@ from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import drawn
-from msdcli.recipe.networks import MLPSettings, UNetSettings
 from msdcli.nets.meta import on_meta
+from msdcli.recipe.networks import MLPSettings, UNetSettings
 
 # What a device multiplies where none is at hand to be measured: a third of what an A100 does in TF32, as convolutions
 # of U-Nets reach.
