@@ -49,6 +49,15 @@ class Selected(TypedDict):
 
 
 @with_config(_LOOSE)
+class Adapter(TypedDict):
+    """What adapters are and which network they belong to."""
+
+    rank: Size
+    alpha: float | None
+    base_sha256: str | None
+
+
+@with_config(_LOOSE)
 class Model(TypedDict):
     """model.json of a teacher or a student."""
 
@@ -58,6 +67,7 @@ class Model(TypedDict):
     sigma_data: Annotated[float, Field(gt=0, le=1e6)]
     parameters: NotRequired[Whole]
     sha256: NotRequired[str]
+    adapter: NotRequired[Adapter]
     anchor: NotRequired[Annotated[float, Field(ge=0, le=10_000)]]
     steps: NotRequired[Whole]
     stage: NotRequired[dict[str, Any]]

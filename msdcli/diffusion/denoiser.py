@@ -47,6 +47,7 @@ class Denoiser(nn.Module):
     settings: Any = None
     reads_text = False
     prompts: Any = None
+    read_from: str | None = None  # the hash of the file that its first weights were read from
     anchor = 0.0  # the noise level at which a consistency model gives back what it is given (`consistency`)
 
     def __init__(self, net: nn.Module, *, shape: tuple[int, ...], num_classes: int, sigma_data: float = 0.5) -> None:

@@ -51,12 +51,16 @@ class Plan:
             f"teacher:   {recipe.teacher.path or 'trained or reused'}, {self.parameters[0]:,} parameters",
             f"solver:    {self.solver}",
             f"partition: {recipe.partition.method}, {recipe.partition.students} students",
-            f"students:  {self.parameters[1]:,} parameters each; {steps}",
+            f"students:  {self.parameters[1]:,} parameters each{self._adapted()}; {steps}",
             *([embeddings] if recipe.has_prompts else []),
             *estimate.lines(self.cost),
             f"run:       {RunDir(recipe.run_dir).root}{' (exists: would resume)' if self.resumes else ''}",
             *(f"missing:   {line}" for line in self.missing),
         ]
+
+    def _adapted(self) -> str:
+        adapter = self.recipe.student.adapter
+        return "" if adapter is None else f", adapters of rank {adapter.rank} on the teacher's own weights"
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan for scripts; hours are of the device that `hours_of` names."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from msdcli import records
 from msdcli.data.prompts import read_lines
+from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.generator import Generator, levels_of
 from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model
@@ -36,7 +37,7 @@ from msdcli.outputs import check_file
 from msdcli.partition import Partition, class_numbers
 from msdcli.rundir import RunDir, key
 
-BUNDLE = "bundle.json"
+BUNDLE, BASE = "bundle.json", "base"
 LONGEST = 120  # letters of a file's name that say which classes it shows
 BATCH = 500  # images drawn at once by students that no recipe goes with
 SUFFIXES = {"grid": ".png", "png": "", "zip": ".zip", "npz": ".npz", "latents": ".npz"}  # of the formats of samples
@@ -48,7 +49,8 @@ class Students:
     `autoencoder` is the folder of what makes pictures of their samples, where those are latents. At most `max_resident`
     students stay in memory (all of them if None): the one that was asked least recently goes first. Where conditions
     are prompts, `prompt_router` gives new ones their number and their student. `batch` images are drawn at once unless
-    a call says otherwise, fewer where the device's memory is too small.
+    a call says otherwise, fewer where the device's memory is too small. Students that are adapters of one network have
+    it in common, from the folder `base`; of those only the adapters come and go.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Students:
         max_resident: int | None = None,
         prompt_router: PromptRouter | None = None,
         batch: int = BATCH,
+        base: Path | None = None,
     ) -> None:
         self.folders = list(folders)
         self.partition = partition
@@ -70,6 +73,8 @@ class Students:
         self.max_resident = max_resident
         self.prompt_router = prompt_router
         self.batch, self.memory = batch, DeviceBatch()
+        self.base = base
+        self._base: Denoiser | None = None
         self._decoder: Autoencoder | None = None
         self.steps: int | None = None  # of those that the students have; None: all
         self._loaded: dict[int, Generator] = {}
@@ -185,12 +190,20 @@ class Students:
     def student(self, number: int) -> Generator:
         """Return student `number`."""
         if number not in self._loaded:
-            net, description = load_model(self.folders[number])
+            net, description = load_model(self.folders[number], self._base_network)
             self.put(number, Generator(net, self._levels(number, description)))
         self._loaded[number] = self._loaded.pop(number)  # the last one asked is the last in line
         while self.max_resident is not None and len(self._loaded) > self.max_resident:
             del self._loaded[next(iter(self._loaded))]
         return self._loaded[number]
+
+    def _base_network(self) -> Denoiser:
+        """Return the network that the students are adapters of, read once."""
+        if self._base is None:
+            if self.base is None:
+                raise UserError("these students are adapters, and the network that they belong to is not here")
+            self._base = attach_prompts(load_model(self.base)[0].to(self.device), self.prompt_router)
+        return self._base
 
     def evaluations(self, number: int) -> int:
         """Return how often student `number` is evaluated per image. Its record says it: the weights may not be here."""
@@ -221,7 +234,8 @@ def load(source: Path | str, device: torch.device | str = "cpu", *, steps: int |
         if "embeddings" in record:
             prompt_router = PromptRouter(root / TEXT, partition, store=None, device=device, dtype=record["embeddings"])
         names = [] if prompt_router else records.class_names(root / BUNDLE, partition.num_conditions)
-        students = Students(folders, partition, names, device, find(root), prompt_router=prompt_router)
+        base = root / BASE
+        students = Students(folders, partition, names, device, find(root), prompt_router=prompt_router, base=base)
         students.steps = steps
         return students
     students = of_run(RunDir(root), device)
@@ -239,12 +253,13 @@ def of_run(run: RunDir, device: torch.device) -> Students:
     partition = Partition.load(run.partition)
     number, last = len(recipe.stages) - 1, recipe.stages[-1]
     folders = [run.stage(k, number, last.objective) for k in range(len(partition.parts))]
-    autoencoder, batch = find(run.teacher), recipe.evaluation.batch
+    autoencoder = find(run.teacher)
+    more: dict[str, Any] = {"batch": recipe.evaluation.batch, "base": run.teacher}
     if (prompt_router := prompt_router_of(run, partition, device)) is not None:
         names = read_prompts(run.prompts)
-        return Students(folders, partition, names, device, autoencoder, prompt_router=prompt_router, batch=batch)
+        return Students(folders, partition, names, device, autoencoder, prompt_router=prompt_router, **more)
     names = records.class_names(run.record_file, partition.num_conditions)
-    return Students(folders, partition, names, device, autoencoder, batch=batch)
+    return Students(folders, partition, names, device, autoencoder, **more)
 
 
 # What is asked for, and where it is written.

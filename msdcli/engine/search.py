@@ -22,8 +22,9 @@ from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.counting import FlopCounter
 from msdcli.errors import UserError
 from msdcli.nets.meta import on_meta
-from msdcli.recipe import Recipe, StudentSettings
+from msdcli.recipe import Recipe
 from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
+from msdcli.recipe.student import StudentSettings
 from msdcli.rundir import RunDir, lock, write_json
 
 WIDTHS = [w / 20 for w in range(20, 2, -1)]

@@ -19,10 +19,11 @@ from pydantic import Field, ValidationError, model_validator
 from msdcli import recipe_yaml
 from msdcli.errors import MissingFileError, UserError, WrongValueError
 from msdcli.recipe.data import Data, PromptsSettings
-from msdcli.recipe.networks import Network, NetworkSettings
+from msdcli.recipe.networks import Network
 from msdcli.recipe.section import Batch, FilePath, Section, Seed
 from msdcli.recipe.solver import STOCHASTIC
 from msdcli.recipe.stages import Stages
+from msdcli.recipe.student import StudentSettings
 from msdcli.recipe.teacher import TeacherSettings
 
 NAME = r"^[\w][\w.-]*$"  # of a run: a folder's name everywhere, and no option of a command
@@ -70,42 +71,6 @@ class PairSettings(Section):
     count: int = Field(2048, ge=1, le=10**9, description="number of pairs, made once per teacher")
     seed: Seed = Field(0, description="seed of the noise")
     shard: Batch = Field(1024, description="pairs per file: what an interruption can cost")
-
-
-class StudentSettings(Section):
-    """The students' network; the teacher's own unless told otherwise."""
-
-    width: float = Field(1.0, ge=1e-3, le=16, description="channels, as a multiple of the teacher's")
-    depth: float = Field(1.0, ge=1e-3, le=16, description="blocks, as a multiple of the teacher's (at least one stays)")
-    network: Network | None = Field(None, description="a full network section instead of `width` and `depth`")
-    parameters: float | None = Field(
-        None,
-        ge=1e-6,
-        lt=1,
-        description="a target instead: this share of the teacher's parameters, as fast as can be found",
-    )
-    latency: float | None = Field(
-        None, ge=1e-6, lt=1, description="a target instead: this share of the teacher's latency on this device"
-    )
-    init: Literal["auto", "teacher", "pruned", "random"] = Field(
-        "auto",
-        description="first weights: the teacher's, those of its leading channels (for a smaller network), or random; "
-        "auto: the teacher's where the networks are equal, else random",
-    )
-
-    @model_validator(mode="after")
-    def _one_way_only(self) -> StudentSettings:
-        scaled = (self.width, self.depth) != (1.0, 1.0)
-        ways = [scaled, self.network is not None, self.parameters is not None, self.latency is not None]
-        if sum(ways) > 1:
-            raise ValueError("give one of `width` and `depth`, `network`, `parameters`, `latency`")
-        return self
-
-    def network_for(self, teacher: NetworkSettings) -> NetworkSettings:
-        """Return the student's network, scaled from the teacher's."""
-        if self.network is not None:
-            return self.network
-        return teacher.scaled(self.width, self.depth)
 
 
 class EvaluationSettings(Section):
@@ -182,6 +147,14 @@ class Recipe(Section):
             raise ValueError(
                 f"`teacher.guidance.schedule` cfg++ is of a sampler's steps, and the stage {asking[0]} asks the "
                 "teacher at single noise levels: take `constant`, or stages on pairs alone (regress, flow)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_are_not_shared_out(self) -> Recipe:
+        if self.student.adapter is not None and self.fsdp:
+            raise ValueError(
+                "`student.adapter` keeps the base whole on every device, which `fsdp` shares out: take one of them"
             )
         return self
 

@@ -30,6 +30,7 @@ from msdcli.engine.tracking.events import Report
 from msdcli.engine.train import compiling, precision
 from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, saved_bytes
 from msdcli.engine.train.loop import optimizers
+from msdcli.nets.adapters import AdaptedDenoiser
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import GeneratorSettings, StageSettings
@@ -235,6 +236,8 @@ def build(described: Denoiser, on: torch.device) -> Denoiser:
     shape, classes, sigma_data = described.shape, described.num_classes, described.sigma_data
     with torch.device(on):
         net = nets.build(described.settings, shape=shape, num_classes=classes, sigma_data=sigma_data)
+    if isinstance(described, AdaptedDenoiser):
+        net = AdaptedDenoiser(net.to(on), described.adapter)
     net = net.to(on).requires_grad_(False).eval()
     return net if on.type == "meta" else precision.with_prompts(net)
 

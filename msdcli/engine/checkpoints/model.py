@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.checkpoints.tensors import check_fit, load_tensors, load_weights, save_tensors, tensor_shapes
 from msdcli.errors import MissingFileError, UserError
+from msdcli.nets.adapters import AdaptedDenoiser
 from msdcli.nets.meta import on_meta
 from msdcli.recipe.networks import Network, NetworkSettings
+from msdcli.recipe.student import AdapterSettings
 from msdcli.rundir import file_hash, write_json
 
 WEIGHTS, MODEL = "model.safetensors", "model.json"
@@ -38,14 +40,21 @@ def save_model(
         "parameters": sum(p.numel() for p in net.parameters()),
         "sha256": file_hash(folder / WEIGHTS),
         **({"anchor": net.anchor} if net.anchor else {}),
+        **({"adapter": _adapter_record(net)} if isinstance(net, AdaptedDenoiser) else {}),
     }
     write_json(folder / MODEL, description | record)
 
 
-def load_model(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
+def _adapter_record(net: AdaptedDenoiser) -> dict[str, Any]:
+    """What adapters need to be a network again: their settings, and which base they belong to."""
+    return net.adapter.model_dump(mode="json") | {"base_sha256": net.base_sha256}
+
+
+def load_model(folder: Path, base: Callable[[], Denoiser] | None = None) -> tuple[Denoiser, dict[str, Any]]:
     """Read a denoiser and its description. UserError if a file is missing, damaged, or another than was written.
 
-    A description may claim any size: the network has no memory until its file's shapes have been compared.
+    A description may claim any size: the network has no memory until its file's shapes have been compared. Of adapters
+    only they are read; `base` gives the network that they belong to, whose memory theirs then is.
     """
     if not (folder / MODEL).is_file():
         raise MissingFileError(f"no model at {folder}: {MODEL} is missing")
@@ -57,8 +66,9 @@ def load_model(folder: Path) -> tuple[Denoiser, dict[str, Any]]:
     _check_extent(description["network"], len(shapes), folder / MODEL)
     with on_meta():
         check_fit(_built(description, folder / MODEL), shapes, weights)
-    net = _built(description, folder / MODEL)
+    net = _built(description, folder / MODEL, _base(description, base, folder))
     load_weights(net, load_tensors(weights)[0], weights)
+    net.read_from = sha256
     return net.requires_grad_(False).eval(), description | {"sha256": sha256}
 
 
@@ -67,12 +77,27 @@ def predicts(description: dict[str, Any]) -> list[Any]:
     return [description.get(name) for name in ("network", "shape", "num_classes", "sigma_data", "sha256")]
 
 
-def _built(description: Mapping[str, Any], path: Path) -> Denoiser:
-    """Build the network of a description that may come from anywhere."""
+def _base(description: Mapping[str, Any], base: Callable[[], Denoiser] | None, folder: Path) -> Denoiser | None:
+    """Return the network that adapters belong to, None for a network of its own. UserError where it is another."""
+    if "adapter" not in description:
+        return None
+    if base is None:
+        raise UserError(f"{folder} holds adapters, which are no network without the one that they were trained on")
+    found, wanted = base(), description["adapter"].get("base_sha256")
+    if wanted != found.read_from:
+        raise UserError(f"{folder} holds adapters of another network: their base has the hash {str(wanted)[:16]}")
+    return found
+
+
+def _built(description: Mapping[str, Any], path: Path, base: Denoiser | None = None) -> Denoiser:
+    """Build the network of a description that may come from anywhere; adapters on `base`, if that is here."""
     try:
         network = TypeAdapter[NetworkSettings](Network).validate_python(description["network"])
         how = {"num_classes": description["num_classes"], "sigma_data": description["sigma_data"]}
-        net = nets.build(network, shape=tuple(description["shape"]), **how)
+        net = nets.build(network, shape=tuple(description["shape"]), **how) if base is None else base
+        if (adapter := description.get("adapter")) is not None:
+            settings = {name: adapter[name] for name in AdapterSettings.model_fields}
+            net = AdaptedDenoiser(net, AdapterSettings.model_validate(settings))
         net.anchor = float(description.get("anchor", 0.0))
         return net
     except UserError as error:

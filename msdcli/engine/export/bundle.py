@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from msdcli import records
 from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import MODEL, WEIGHTS
 from msdcli.engine.export.format import ExportResult, RunStudents, described
@@ -22,6 +23,8 @@ def write(source: ExportSource) -> ExportResult:
     """Copy every student's weights and card."""
     for k, trained in enumerate(source.students.folders):
         _copy(trained, source.folder / "students" / str(k))
+    if adapters := "adapter" in records.model(source.students.folders[0] / MODEL):
+        _copy(source.run.teacher, source.folder / sample.BASE)
     if source.students.autoencoder is not None:
         autoencoder.copy(source.students.autoencoder, source.folder / autoencoder.FOLDER)
     # What `load` needs; the whole record follows.
@@ -35,6 +38,8 @@ def write(source: ExportSource) -> ExportResult:
     def reopened(most: int | None, memory: int | None) -> RunStudents:
         students = sample.load(source.folder)
         sizes = [(folder / WEIGHTS).stat().st_size for folder in students.folders]
+        if adapters and memory is not None:  # the base stays
+            memory -= (source.folder / sample.BASE / WEIGHTS).stat().st_size
         fit = [len(sizes) if memory is None else max(1, memory // max(sizes)), *([] if most is None else [most])]
         students.max_resident = min(fit)
         return RunStudents(students)
@@ -49,7 +54,9 @@ def write(source: ExportSource) -> ExportResult:
         "print(images.shape, students.class_names)\n"
     )
     files = [source.folder / "students" / str(k) / WEIGHTS for k in range(len(source.students.folders))]
-    record = {"students": described(source, files)} | text
+    record: dict[str, Any] = {"students": described(source, files)} | text
+    if adapters:
+        record["base"] = described(source, [source.folder / sample.BASE / WEIGHTS])[0]
     return ExportResult(open=reopened, usage=usage, record=record, tolerance=0.0)
 
 

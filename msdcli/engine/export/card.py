@@ -49,7 +49,7 @@ def write(source: ExportSource, exported: ExportResult, record: dict[str, Any], 
         folder=folder.name,
         usage=exported.usage.replace("{folder}", folder.name),
         checked=_checked(record),
-        students=_students(source),
+        students=_base(record) + _students(source),
     )
     sections = [_results(measured), _distance(record), _speed(record)]
     header = yaml.safe_dump(_header(source, exported, record, measured), sort_keys=False, allow_unicode=True)
@@ -117,6 +117,17 @@ def _checked(record: dict[str, Any]) -> str:
     return (
         f"Compared with the run it comes from on {record['compared']} samples of all students: the largest difference "
         f"is {record['max_difference']:.3g} (allowed: {record['tolerance']:.3g})."
+    )
+
+
+def _base(record: dict[str, Any]) -> str:
+    """Say what the students have in common, if they are adapters."""
+    if "base" not in record:
+        return ""
+    each = max(student["bytes"] for student in record["students"])
+    return (
+        f"The students are adapters of one network, which they share in memory and on disk: `base` has "
+        f"{record['base']['bytes']:,} bytes, a student {each:,}.\n\n"
     )
 
 

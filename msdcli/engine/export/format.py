@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.export.given import students as router
 from msdcli.engine.tracking.events import Report
+from msdcli.nets.adapters import merged
 from msdcli.rundir import RunDir, file_hash, write_json
 
 EXPORT = "export.json"
@@ -58,10 +59,11 @@ class ExportSource:
         return self.students.student(0).steps
 
     def each(self) -> Iterator[Generator]:
-        """Give every student, one after the other."""
+        """Give every student, one after the other: of adapters and their base the network that they make together."""
         for k in range(len(self.students.folders)):
             self.report(f"student {k} of {len(self.students.folders)}")
-            yield self.students.student(k)
+            generator = self.students.student(k)
+            yield replace(generator, net=merged(generator.net))
 
 
 class RoutedModels(Protocol):

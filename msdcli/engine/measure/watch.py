@@ -91,7 +91,7 @@ def load_snapshot(
     assert isinstance(stage, GeneratorSettings), "only these have snapshots"
     sigmas = tuple(stage.sigmas)
     if is_finished(folder, stage):
-        net, description = load_model(folder)
+        net, description = load_model(folder, base=lambda: load_model(run.teacher)[0])
         return Generator(net, sigmas), replace(snapshot, step=description["steps"])
     teacher, _ = load_model(run.teacher)
     net = new_network(search.resolve(run, recipe, teacher, silent), teacher, number)

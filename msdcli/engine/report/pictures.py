@@ -232,7 +232,7 @@ class SampleRenderer:
             if not is_complete(folder):
                 break
             with self._noting(f"Student {number} after {stage.objective} is not drawn"):
-                net, description = load_model(folder)
+                net, description = load_model(folder, base=lambda: load_model(self.run.teacher)[0])
                 label = f"after {stage.objective}, {description['steps']:,} steps"
                 if isinstance(stage, GeneratorSettings):
                     yield label, Generator(net, tuple(stage.sigmas))

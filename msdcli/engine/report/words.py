@@ -64,6 +64,9 @@ def _sizes(facts: RunFacts) -> str:
     teacher = facts.teacher.get("parameters")
     if not sizes or not teacher:
         return ""
+    if (adapter := facts.recipe.student.adapter) is not None:
+        share = f"{short(sizes[-1])} parameters, {sizes[-1] / teacher:.0%} of what the network has"
+        return f" All share the teacher's own weights; each has adapters of rank {adapter.rank} on them: {share}."
     if sizes == [teacher]:
         return f" Each has the teacher's own network, {short(teacher)} parameters."
     largest = sizes[-1]

@@ -18,6 +18,7 @@ from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import drawn
+from msdcli.nets.adapters import AdaptedDenoiser
 from msdcli.nets.meta import on_meta
 from msdcli.recipe.networks import MLPSettings, UNetSettings
 
@@ -127,7 +128,7 @@ def for_counting(net: Denoiser, batch: int) -> Denoiser:
     On the meta device torch works out many shapes in Python, for which it imports its compiler: two seconds of every
     process. What is counted is the same.
     """
-    own = isinstance(net.settings, UNetSettings | MLPSettings)
+    own = isinstance(net.settings, UNetSettings | MLPSettings) and not isinstance(net, AdaptedDenoiser)
     if not own or num_parameters(net) * math.prod(net.shape[1:]) * batch > COUNTED_ON_CPU:
         return net
     copied = copy.deepcopy(net)

@@ -27,10 +27,12 @@ from msdcli.engine.train.loop import TrainOptions, seeded_apart, train
 from msdcli.engine.train.passes import Part, Passes
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection, BestAverage, StudentEvaluator
 from msdcli.errors import UserError
+from msdcli.nets.adapters import AdaptedDenoiser
 from msdcli.nets.prune import prune
 from msdcli.objectives import Objective, objective_class
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import GeneratorSettings, StageSettings
+from msdcli.recipe.student import AdapterSettings
 from msdcli.seeds import derive, generator
 
 
@@ -53,6 +55,8 @@ class Student:
 def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
     """Return a student as its first stage finds it, with the weights that `student.init` asks for."""
     settings, init = recipe.student.network_for(teacher.settings), recipe.student.init
+    if recipe.student.adapter is not None:
+        return _adapted(recipe, recipe.student.adapter, teacher, number)
     if init == "teacher" and settings != teacher.settings:
         raise UserError("student.init: teacher is for students with the teacher's network", hint="student.init=pruned")
     if settings == teacher.settings and init != "random":
@@ -66,6 +70,17 @@ def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
     if init == "pruned":
         prune(copy.deepcopy(teacher), student)  # a copy is plain, without guidance
     return student
+
+
+def _adapted(recipe: Recipe, adapter: AdapterSettings, teacher: Denoiser, number: int) -> Denoiser:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator("network", recipe.seed, number).initial_seed())
+        return AdaptedDenoiser(unguided(teacher), adapter)
+
+
+def unguided(teacher: Denoiser) -> Denoiser:
+    """Return a teacher without its guidance, in the same memory."""
+    return teacher.plain if isinstance(teacher, guidance.Guided) else teacher
 
 
 def check_stage(stage: StageSettings, student: Denoiser, teacher: Denoiser) -> Objective:
@@ -151,7 +166,7 @@ def fill_frozen(objective: Objective, student: Student, number: int) -> list[Den
     if not objective.frozen:
         return []
     assert number > 0, "the recipe's check lets no such stage come first"
-    made, _ = load_model(student.folders[number - 1])
+    made, _ = load_model(student.folders[number - 1], lambda: unguided(student.teacher))
     nets: list[Denoiser] = [getattr(objective, name) for name in objective.frozen]
     for net in nets:
         net.load_state_dict(made.state_dict())

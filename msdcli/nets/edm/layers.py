@@ -47,7 +47,7 @@ class Resample(nn.Module):
 
 class Conv(Conv2d):
     """A convolution after a change of resolution, or (`filter_last`) a convolution and then the halving, with zeros
-    around the input only. Like ADM, it starts as torch's layers do."""
+    around the input only. Like ADM, it starts as torch's layers do. It can be made as torch's `Conv2d` is, too."""
 
     resample_filter: Tensor | None
 
@@ -55,14 +55,20 @@ class Conv(Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel: int,
+        kernel: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
         *,
         mode: Mode = "keep",
         taps: Sequence[float] = (1, 1),
         filter_last: bool = False,
+        groups: int = 1,
+        bias: bool = True,
     ) -> None:
-        padding = kernel // 2 + ((len(taps) - 1) // 2 if filter_last else 0)
-        super().__init__(in_channels, out_channels, kernel, padding=padding)
+        if padding is None:
+            size = kernel if isinstance(kernel, int) else kernel[0]
+            padding = size // 2 + ((len(taps) - 1) // 2 if filter_last else 0)
+        super().__init__(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=bias)
         self.mode, self.box, self.filter_last = mode, is_box(taps), filter_last
         self.register_buffer("resample_filter", None if mode == "keep" else fir(taps)[None, None])
 
