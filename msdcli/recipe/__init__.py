@@ -19,7 +19,6 @@ from pydantic import Field, ValidationError, model_validator
 from msdcli import recipe_yaml
 from msdcli.errors import MissingFileError, UserError, WrongValueError
 from msdcli.recipe.data import Data, PromptsSettings
-from msdcli.recipe.networks import Network
 from msdcli.recipe.section import Batch, FilePath, Section, Seed
 from msdcli.recipe.solver import STOCHASTIC
 from msdcli.recipe.stages import Stages
