@@ -36,13 +36,14 @@ import copy
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import drawn
+from msdcli.nets import lora
 from msdcli.objectives.base import Objective, Turn
-from msdcli.recipe.stages import DmSettings
+from msdcli.recipe.stages import DmSettings, FakeSettings
 
 
 class DistributionMatching(Objective):
@@ -56,8 +57,8 @@ class DistributionMatching(Objective):
         self.settings = settings
         self.student = student
         self.teacher = teacher
-        self.fake = copy.deepcopy(teacher)
-        self.nets = {"student": student, "fake": self.fake}
+        self.fake, learns = fake_network(teacher, settings.fake)
+        self.nets = {"student": student, "fake": learns}
         self.followers: tuple[str, ...] = ("fake",)  # what learns from the student's samples, before it takes its turn
         self.cycle = len(settings.sigmas)
         self._batches: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by slice
@@ -168,3 +169,13 @@ class DistributionMatching(Objective):
         """Return x = y + sigma n and sigma, drawn from a span of the Karras schedule, `sigma_span` if None."""
         sigma = self.sigma = d.karras_draw(draws.uniform("sigma"), self.settings.sigma_span if span is None else span)
         return y + d.per_image(sigma, y) * draws.normal("noise"), sigma
+
+
+def fake_network(teacher: d.Denoiser, settings: FakeSettings) -> tuple[d.Denoiser, nn.Module]:
+    """Return a fake network that begins as the teacher, and what of it learns: all of a copy, or adapters on the
+    teacher's own weights (VSD, arXiv 2305.16213; SwiftBrush, arXiv 2312.05239).
+    """
+    if settings.kind == "lora":
+        return lora.adapted(teacher, settings.rank, settings.alpha)
+    fake = copy.deepcopy(teacher)
+    return fake, fake

@@ -157,6 +157,14 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_fsdp_shares_out(self) -> Recipe:
+        if self.fsdp and (whole := [stage.objective for stage in self.stages if not stage.can_be_sharded]):
+            raise ValueError(
+                f"`fsdp`: stage {whole[0]} with `fake.kind: lora` keeps its network whole on every device: take one"
+            )
+        return self
+
     @property
     def needs_pairs(self) -> bool:
         """Whether a stage is trained on the teacher's pairs of noise and image."""

@@ -53,6 +53,11 @@ class StageSettings(Section):
         return True
 
     @property
+    def can_be_sharded(self) -> bool:
+        """Whether its networks may be shared out over devices (FSDP)."""
+        return True
+
+    @property
     def evaluations(self) -> int:
         """How often the stage's network is evaluated for one image."""
         return 1

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from msdcli.recipe.pair_stages import FlowSettings, RegressSettings
-from msdcli.recipe.section import Batch, Fraction, Levels, LogLevel, Positive, Span, Weight
+from msdcli.recipe.section import Batch, Fraction, Levels, LogLevel, Positive, Section, Span, Weight
 from msdcli.recipe.stage_base import GeneratorSettings, PairsOf, SelectSettings, StageSettings
 
 __all__ = ["FlowSettings", "GeneratorSettings", "RegressSettings", "SelectSettings", "Stage", "StageSettings", "Stages"]
@@ -36,10 +36,23 @@ FakeSigma = Literal["span", "lognormal"]
 ClipRange = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
 
+class FakeSettings(Section):
+    """What the fake network is."""
+
+    kind: Literal["full", "lora"] = Field(
+        "full",
+        description="a copy of the teacher that learns whole, or low-rank adapters on the teacher's own weights "
+        "(VSD, SwiftBrush), which take a fraction of the memory; lora needs `pip install 'msdcli[lora]'`",
+    )
+    rank: int = Field(8, ge=1, le=4096, description="lora: rank of an adapter (SwiftBrush: 8)")
+    alpha: Positive = Field(32.0, description="lora: an adapter is multiplied by alpha / rank (SwiftBrush: 32)")
+
+
 class DmSettings(GeneratorSettings):
     """Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
 
     objective: Literal["dm"] = Field("dm", description="distribution matching")
+    fake: FakeSettings = Field(default_factory=FakeSettings, description="what the fake network is")
     fake_updates: int = Field(5, ge=1, le=1000, description="updates of the fake network per update of the student")
     fake_batch: Literal["fresh", "shared"] = Field(
         "fresh", description="new samples for every update, or one batch for all updates of a step (cheaper)"
@@ -81,6 +94,15 @@ class DmSettings(GeneratorSettings):
         description="what a student of several levels sees at a later one: what its earlier ones make of noise (DMD2's "
         "backward simulation), or noisy images of the data (FastGen)",
     )
+
+    def check_after(self, before: StageSettings | None) -> None:
+        super().check_after(before)
+        if isinstance(before, DmSettings) and before.fake != self.fake:
+            raise ValueError("`fake` differs from that of the stage before, whose fake network it inherits")
+
+    @property
+    def can_be_sharded(self) -> bool:
+        return self.fake.kind == "full"
 
     @property
     def needs_images(self) -> bool:

@@ -107,14 +107,11 @@ class StageTrainer:
         """Let the networks run in a mode from now on."""
         if mode.precision not in self._held:
             precision.lower(self.objective, mode.precision)
-            self._held[mode.precision] = {
-                n: net for n, net in vars(self.objective).items() if isinstance(net, Denoiser)
-            }
+            self._held[mode.precision] = precision.denoisers(self.objective)
         for name, net in self._held[mode.precision].items():
             setattr(self.objective, name, net)
-        for learning in self.objective.nets.values():
-            if isinstance(learning, Denoiser):
-                learning.compute_in(precision.dtype(mode.precision))
+        for learning in precision.learning(self.objective).values():
+            learning.compute_in(precision.dtype(mode.precision))
         if mode.compiled:
             compiling.compile_networks(self.objective)
         else:

@@ -133,15 +133,24 @@ def lower(objective: Objective, precision: str, *, hold: bool = True) -> None:
     low = dtype(precision)
     if low is None:
         return
-    learning = [id(net) for net in objective.nets.values()]
-    for name, net in list(vars(objective).items()):
-        if not isinstance(net, Denoiser):
-            continue
-        if id(net) in learning or not hold:
+    learns = learning(objective)
+    for name, net in denoisers(objective).items():
+        if name in learns or not hold:
             for plain in parts(net):
                 plain.compute_in(low)
         else:
             setattr(objective, name, held(net, low))
+
+
+def denoisers(objective: Objective) -> dict[str, Denoiser]:
+    """Return the denoisers that the objective asks, by the names of its attributes."""
+    return {name: net for name, net in vars(objective).items() if isinstance(net, Denoiser)}
+
+
+def learning(objective: Objective) -> dict[str, Denoiser]:
+    """Return those of its denoisers that learn, whole or in part: a network with adapters holds them among others."""
+    learnt = {id(p) for net in objective.nets.values() for p in net.parameters()}
+    return {n: net for n, net in denoisers(objective).items() if any(id(p) in learnt for p in net.parameters())}
 
 
 def parts(net: Denoiser) -> list[Denoiser]:
