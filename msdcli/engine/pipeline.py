@@ -73,6 +73,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     examine.check(recipe, data, group, planning=planning)
     frozen, student = networks_on_meta(recipe, data, planning=planning)
     stitches.on_meta(recipe, frozen)
+    teacher.check_fake_guidance(recipe, frozen)
     with on_meta():
         objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:

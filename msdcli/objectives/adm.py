@@ -79,7 +79,7 @@ class AdversarialDistributionMatching(DistributionMatching):
         """DM's loss of the fake network, and the heads' on as many real as generated images, in one call."""
         y, c = self.fake_batch(draws)
         x, sigma = self.diffuse_for_fake(y, draws)
-        loss = d.image_mean(y) * 0 if self.adversarial_alone else self.denoising_loss(x, sigma, c, y)
+        loss = d.image_mean(y) * 0 if self.adversarial_alone else self.denoising_loss(x, sigma, c, y, draws)
         y_real, c_real = draws.real()
         x_real, sigma_real = self.see(y_real, draws, "real")
         if self.settings.gan_noise == "own":

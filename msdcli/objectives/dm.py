@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
-from msdcli.diffusion.guidance import drawn
+from msdcli.diffusion.guidance import NO_CLASS, DenoiserCall, Guided, drawn
 from msdcli.nets import lora
 from msdcli.objectives.base import Objective, Turn
 from msdcli.recipe.stages import DmSettings, FakeSettings
@@ -72,11 +72,14 @@ class DistributionMatching(Objective):
     def fake_loss(self, draws: Draws) -> Tensor:
         y, c = self.fake_batch(draws)
         x, sigma = self.diffuse_for_fake(y, draws)
-        return self.denoising_loss(x, sigma, c, y)
+        return self.denoising_loss(x, sigma, c, y, draws)
 
-    def denoising_loss(self, x: Tensor, sigma: Tensor, c: Tensor, y: Tensor) -> Tensor:
+    def denoising_loss(self, x: Tensor, sigma: Tensor, c: Tensor, y: Tensor, draws: Draws) -> Tensor:
         """The fake network's denoising score matching on the student's samples y."""
-        error = d.image_mean((self.fake(x, sigma, c) - y).square())
+        if self.settings.fake_label_dropout:
+            c = c.masked_fill(draws.uniform("fake label dropout") < self.settings.fake_label_dropout, NO_CLASS)
+        fake = self.guided_fake(draws) if self.settings.fake_guidance_trained else self.fake
+        error = d.image_mean((fake(x, sigma, c) - y).square())
         if self.settings.fake_weight == "none":
             return error
         if self.settings.fake_weight == "epsilon":
@@ -93,11 +96,24 @@ class DistributionMatching(Objective):
         with torch.no_grad():
             x, sigma = self.diffuse(y, draws)
             teacher = drawn(self.teacher, draws.uniform)
-            fake, target = self.fake(x, sigma, c), teacher(x, sigma, c)
+            fake, target = self.guided_fake(draws)(x, sigma, c), teacher(x, sigma, c)
             gradient = d.matching_gradient(fake, target, y) if self.settings.weight == "dmd" else fake - target
             if (weight := self.divergence_weight(x, sigma, c, draws)) is not None:
                 gradient = gradient * d.per_image(weight, gradient)
         return self.with_pairs(d.surrogate(y, gradient), draws)
+
+    def guided_fake(self, draws: Draws) -> DenoiserCall:
+        """Return the fake network as the student looks at it: with the guidance that `fake_guidance` says."""
+        how = self.settings.fake_guidance
+        if how == "none":
+            return self.fake
+        if how == "zero":
+            return lambda x, sigma, c: self.fake(x, sigma, None if c is None else torch.full_like(c, NO_CLASS))
+        guided = self.teacher if isinstance(self.teacher, Guided) else None
+        if how == "same":
+            return self.fake if guided is None else drawn(guided.over(self.fake, guided.guide), draws.uniform)
+        interval = (0.0, torch.inf) if guided is None else guided.interval
+        return Guided(self.fake, scale=float(how), interval=interval)
 
     def divergence_weight(self, x: Tensor, sigma: Tensor, c: Tensor, draws: Draws) -> Tensor | None:
         """Return what the gradient of every image is multiplied by; None: the divergence is KL(student || teacher)."""

@@ -37,7 +37,7 @@ class ScoreIdentity(DistributionMatching):
         """The fake network's denoising loss, and, with a GAN, its encoder's: real against generated, at one noise."""
         y, c = self.fake_batch(draws)
         x, sigma = self.diffuse_for_fake(y, draws)
-        loss = self.denoising_loss(x, sigma, c, y)
+        loss = self.denoising_loss(x, sigma, c, y, draws)
         if self.settings.gan_weight == 0:
             return loss
         y_real, c_real = draws.real()
@@ -52,7 +52,7 @@ class ScoreIdentity(DistributionMatching):
     def matching_loss(self, y: Tensor, c: Tensor, draws: Draws) -> Tensor:
         sigma = self.sigma = d.continuous_karras(draws.uniform("sigma"), self.settings.sigma_span)
         x = y + d.per_image(sigma, y) * draws.normal("noise")
-        D_t, D_f = drawn(self.teacher, draws.uniform)(x, sigma, c), self.fake(x, sigma, c)
+        D_t, D_f = drawn(self.teacher, draws.uniform)(x, sigma, c), self.guided_fake(draws)(x, sigma, c)
         logit = self.logits(x, sigma, c) if self.settings.gan_weight > 0 else None
         loss = identity_loss(y, D_t, D_f, self.settings, logit)
         if logit is not None:

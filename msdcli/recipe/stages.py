@@ -33,6 +33,7 @@ class TsmSettings(StageSettings):
 Divergence = Literal["rkl", "kl", "js", "hellinger", "jeffreys", "softened_rkl", "neyman"]
 FakeWeight = Literal["dmd2", "epsilon", "edm", "none"]
 FakeSigma = Literal["span", "lognormal"]
+FakeScale = Annotated[float, Field(ge=-100, le=100)]
 ClipRange = Annotated[list[Positive], Field(min_length=2, max_length=2)]
 
 
@@ -53,6 +54,18 @@ class DmSettings(GeneratorSettings):
 
     objective: Literal["dm"] = Field("dm", description="distribution matching")
     fake: FakeSettings = Field(default_factory=FakeSettings, description="what the fake network is")
+    fake_guidance: Literal["none", "same", "zero"] | FakeScale = Field(
+        "none",
+        description="guidance of the fake network where the student looks at it; same: as the teacher's, of a range of "
+        "scales by the same draw (SiD-LSG, SNOOPI); a number: by that scale away from its own prediction without a "
+        "class, negative ones too (Anti-CFG); zero: the prediction without a class alone (Zero-CFG)",
+    )
+    fake_guidance_trained: bool = Field(
+        False, description="the fake network's own loss, too, is of its guided prediction (SiD-LSG)"
+    )
+    fake_label_dropout: Fraction = Field(
+        0.0, description="part of the samples that the fake network learns without their class (SiD-LSG: 0.1)"
+    )
     fake_updates: int = Field(5, ge=1, le=1000, description="updates of the fake network per update of the student")
     fake_batch: Literal["fresh", "shared"] = Field(
         "fresh", description="new samples for every update, or one batch for all updates of a step (cheaper)"
@@ -94,6 +107,14 @@ class DmSettings(GeneratorSettings):
         description="what a student of several levels sees at a later one: what its earlier ones make of noise (DMD2's "
         "backward simulation), or noisy images of the data (FastGen)",
     )
+
+    @model_validator(mode="after")
+    def _a_trained_guidance_is_one(self) -> Self:
+        if self.fake_guidance_trained and self.fake_guidance in ("none", "zero"):
+            raise ValueError(
+                f"`fake_guidance_trained` needs a `fake_guidance` that is same or a number, not {self.fake_guidance}"
+            )
+        return self
 
     def check_after(self, before: StageSettings | None) -> None:
         super().check_after(before)
@@ -180,7 +201,7 @@ class SidSettings(DmSettings):
         ge=-10,
         le=10,
         description="of the loss e (D_t - y - alpha e), e = D_t - D_fake: 1 and 1.2 as published; 0.5 is the whole "
-        "gradient of the Fisher divergence",
+        "gradient of the Fisher divergence (`distance: l2` without `through_ratio`)",
     )
     distance: Literal["l2", "huber"] = Field(
         "l2", description="of the scores: squared (SiD), or pseudo-Huber (SiM), whose loss is e (D_fake - y) / norm"
@@ -219,6 +240,16 @@ class SidSettings(DmSettings):
             raise ValueError(f"`divergence` {self.divergence} needs a discriminator: `gan_weight` above 0")
         if self.through_ratio and self.gan_weight == 0:
             raise ValueError("`through_ratio` needs a discriminator: `gan_weight` above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_left_unread(self) -> Self:
+        huber = self.distance == "huber"
+        if huber and self.through_ratio:
+            raise ValueError("`through_ratio` is the gradient of the squared distance: leave `distance` at l2")
+        if (huber or self.through_ratio) and self.alpha != 1:
+            form = "`distance: huber` is SiM's loss" if huber else "`through_ratio` is the exact gradient"
+            raise ValueError(f"{form}, which has no `alpha`: leave {self.alpha:g} out")
         return self
 
 

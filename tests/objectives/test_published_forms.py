@@ -71,7 +71,7 @@ def test_the_gan_loss_of_several_taps_is_fastgens_where_asked_for() -> None:
         gan = objective.student_loss(whole) - objective.matching_loss(y, c, whole)
         torch.testing.assert_close(gan, fastgen(generated, real=True), rtol=1e-5, atol=1e-6)
         x_fake, sigma_fake = objective.diffuse_for_fake(y, whole)
-        heads = objective.fake_loss(whole) - objective.denoising_loss(x_fake, sigma_fake, c, y)
+        heads = objective.fake_loss(whole) - objective.denoising_loss(x_fake, sigma_fake, c, y, whole)
         torch.testing.assert_close(
             heads, fastgen(real, real=True) + fastgen(generated, real=False), rtol=1e-5, atol=1e-4
         )

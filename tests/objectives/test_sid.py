@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +162,12 @@ def test_a_divergence_without_a_discriminator_is_refused() -> None:
     with pytest.raises(ValueError, match="gan_weight"):
         SidSettings(divergence="kl")
     assert not SidSettings().needs_images and SidSettings(gan_weight=1e-4).needs_images
+
+
+@pytest.mark.parametrize("keys", [{"distance": "huber"}, {"through_ratio": True, "gan_weight": 1.0}])
+def test_an_alpha_that_is_not_read_is_refused(keys: dict[str, Any]) -> None:
+    SidSettings(**keys)
+    with pytest.raises(ValueError, match="which has no `alpha`"):
+        SidSettings(alpha=0.5, **keys)
+    with pytest.raises(ValueError, match="leave `distance` at l2"):
+        SidSettings(distance="huber", through_ratio=True, gan_weight=1.0)

@@ -29,6 +29,7 @@ from msdcli.objectives.edm import DenoisingScoreMatching
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings
+from msdcli.recipe.stages import DmSettings
 from msdcli.recipe.teacher import LatentShapeSettings, TeacherSettings
 from msdcli.rundir import RunDir, key, link, lock, read_json
 from msdcli.seeds import generator
@@ -165,6 +166,23 @@ def _check_without_class(teacher: Denoiser, recipe: Recipe) -> None:
         raise UserError(
             "teacher.guidance: this teacher never trained without a class (its label_dropout is 0)",
             hint="guidance.guide names a weaker teacher; teacher.training.label_dropout=0.1 trains one that can",
+        )
+
+
+def check_fake_guidance(recipe: Recipe, teacher: Denoiser) -> None:
+    """Raise UserError where a stage asks its fake network without a class, and it would not know what to say."""
+    stages = [stage for stage in recipe.stages if isinstance(stage, DmSettings)]
+    guidance = recipe.teacher.guidance
+    # `same` of a teacher that is not guided is none; of one with a guide it asks nobody without a class.
+    without_asking = {"none", "same"} if guidance is None or guidance.guide is not None else {"none"}
+    asking = [s for s in stages if s.fake_label_dropout or s.fake_guidance not in without_asking]
+    if asking and teacher.num_classes == 0 and not teacher.reads_text:
+        raise UserError(f"stage {asking[0].objective}: fake_guidance: this teacher knows no classes")
+    if any(not stage.fake_label_dropout for stage in asking) and _label_dropout(teacher, recipe) == 0:
+        raise UserError(
+            f"stage {asking[0].objective}: fake_guidance: this teacher never trained without a class, and neither does "
+            "the fake network",
+            hint="fake_label_dropout=0.1 in the stage, or teacher.training.label_dropout=0.1",
         )
 
 
