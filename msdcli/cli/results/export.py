@@ -27,8 +27,8 @@ def export(
     ] = "bundle",
     out: Annotated[Path | None, typer.Option(help="Where to write; RUN/export/FORMAT if absent.")] = None,
     precision: Annotated[
-        Literal["float32", "float16", "int8"],
-        typer.Option(help="onnx, triton: of the weights; the effect is measured."),
+        Literal["float32", "float16", "int8", "int8-static"],
+        typer.Option(help="onnx, triton: of the weights; int8-static: of the layers too. The effect is measured."),
     ] = "float32",
     aot: Annotated[bool, typer.Option("--aot", help="torch: compile ahead of time, for this machine's CPU.")] = False,
     max_resident: Annotated[

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from msdcli.engine.export import static_int8
 from msdcli.engine.export.format import with_router
 from msdcli.engine.export.torch import MAX_BATCH, program
 from msdcli.errors import UserError
@@ -17,6 +19,7 @@ from msdcli.errors import UserError
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
+    from msdcli.diffusion.generator import Generator
     from msdcli.engine import sample
     from msdcli.engine.export.format import ExportResult, ExportSource
 
@@ -39,19 +42,30 @@ def write(source: ExportSource) -> ExportResult:
     files = []
     for k, generator in enumerate(source.each()):
         path = source.folder / "students" / str(k) / "model.onnx"
-        write_graph(program(generator), path, source.options.precision)
+        write_student(source, k, generator, path)
         files.append(path)
     record = {"opset": OPSET, "precision": source.options.precision, "max_batch": MAX_BATCH}
     return with_router(source, "onnx", files, record)
 
 
-def write_graph(traced: ExportedProgram, path: Path, precision: str) -> None:
+def write_student(source: ExportSource, number: int, generator: Generator, path: Path) -> None:
+    """Write student `number`, in the precision that was asked for."""
+    batches = None
+    if source.options.precision == "int8-static":
+        classes = source.students.partition.parts[number]
+        batches = static_int8.calibration(source.shape, generator.steps, classes, number)
+    write_graph(program(generator), path, source.options.precision, batches)
+
+
+def write_graph(
+    traced: ExportedProgram, path: Path, precision: str, batches: Sequence[static_int8.Inputs] | None = None
+) -> None:
     """Write one student: inputs `z` [n, *shape] float32 and `labels` [n] int64, output `images` float32.
 
     Of several steps also `noise` [n, steps - 1, *shape] float32, the unit noise between them.
 
     In float16 the layers' products are float16 and all between them float32. In int8 the weights alone are, each output
-    channel with its own scale; products are float32.
+    channel with its own scale; products are float32. In int8-static layers compute in int8, with ranges from `batches`.
     """
     import onnx
     import torch
@@ -71,8 +85,15 @@ def write_graph(traced: ExportedProgram, path: Path, precision: str) -> None:
         )
     assert converted is not None
     _forget_traces(converted.model.graph)
-    converted.save(path)
-    if precision != "float32":
+    if precision == "int8-static":
+        assert batches is not None, "ranges are measured on inputs"
+        with tempfile.TemporaryDirectory() as place:
+            whole = Path(place) / path.name
+            converted.save(whole)
+            static_int8.quantize(whole, path, batches)
+    else:
+        converted.save(path)
+    if precision in ("float16", "int8"):
         model = onnx.load(path)
         for old in path.parent.iterdir():
             old.unlink()

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from msdcli.engine.export import onnx as export_onnx
 from msdcli.engine.export.format import ExportResult, with_router
-from msdcli.engine.export.torch import program
 from msdcli.rundir import write_json, write_text
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def write(source: ExportSource) -> ExportResult:
     for k, generator in enumerate(source.each()):
         name = f"{router}_student_{k}"
         path = source.folder / name / "1" / "model.onnx"
-        export_onnx.write_graph(program(generator), path, source.options.precision)
+        export_onnx.write_student(source, k, generator, path)
         write_text(
             source.folder / name / "config.pbtxt", STUDENT.format(name=name, batch=MAX_BATCH, dims=dims, noise=noise)
         )

@@ -20,6 +20,7 @@ from msdcli.diffusion.denoiser import Denoiser, one_step
 from msdcli.diffusion.generator import Generator
 from msdcli.engine.checkpoints.model import save_model
 from msdcli.engine.export import onnx as export_onnx
+from msdcli.engine.export import static_int8
 from msdcli.engine.export import torch as export_torch
 from msdcli.engine.export.export import export
 from msdcli.engine.export.format import TOLERANCES, ExportOptions, RunStudents
@@ -216,6 +217,37 @@ def test_convolutions_are_kept_in_fewer_bits(tmp_path: Path) -> None:
         (images,) = session.run(None, {"z": z.numpy(), "labels": c.numpy()})
         difference = (torch.from_numpy(images) - wanted).abs().max()
         assert 0 < difference < TOLERANCES[precision] * max(1.0, wanted.abs().max().item())
+
+
+def test_layers_that_compute_in_8_bits(finished: Path, msd: Msd, tmp_path: Path) -> None:
+    """Every layer takes and gives int8, with ranges from its own student's inputs; the effect is measured as ever."""
+    onnx = pytest.importorskip("onnx")
+    words = ["export", str(finished), "--format", "onnx", "--precision", "int8-static", "--no-bench", "--json"]
+    done = msd(*words, "--out", "given")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert 0 < record["max_difference"] <= record["tolerance"] and record["distance"]["int8-static"] > 0
+    assert " in int8-static" in (tmp_path / "given/README.md").read_text()
+    scales = []
+    for k in range(2):
+        graph = onnx.load(tmp_path / f"given/students/{k}/model.onnx").graph
+        made = {name: node.op_type for node in graph.node for name in node.output}
+        layers = [node for node in graph.node if node.op_type in static_int8.LAYERS]
+        assert len(layers) > 3
+        assert all({made[name] for name in node.input[:2]} == {"DequantizeLinear"} for node in layers)
+        scales.append({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith("_scale")})
+    first = next(name for name in scales[0] if scales[0][name].size == 1)
+    assert any(not np.array_equal(scales[0][name], scales[1].get(name)) for name in scales[0]) and scales[0][first] > 0
+
+
+def test_ranges_are_measured_on_a_students_own_classes_and_steps() -> None:
+    one, two = (static_int8.calibration((1, 8, 8), steps, [3, 7], 0) for steps in (1, 3))
+    assert {int(c) for batch in one for c in batch["labels"]} == {3, 7} and "noise" not in one[0]
+    assert two[0]["noise"].shape == (64, 2, 1, 8, 8) and two[0]["z"].dtype == np.float32
+    again = static_int8.calibration((1, 8, 8), 1, [3, 7], 0)
+    assert all(np.array_equal(a["z"], b["z"]) for a, b in zip(one, again, strict=True))
+    assert not np.array_equal(one[0]["z"], one[1]["z"])
+    assert not np.array_equal(static_int8.calibration((1, 8, 8), 1, [3, 7], 1)[0]["z"], one[0]["z"])
 
 
 # A folder that is there is good.
