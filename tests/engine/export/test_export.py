@@ -219,6 +219,7 @@ def test_convolutions_are_kept_in_fewer_bits(tmp_path: Path) -> None:
         assert 0 < difference < TOLERANCES[precision] * max(1.0, wanted.abs().max().item())
 
 
+@pytest.mark.slow
 def test_layers_that_compute_in_8_bits(finished: Path, msd: Msd, tmp_path: Path) -> None:
     """Every layer takes and gives int8, with ranges from its own student's inputs; the effect is measured as ever."""
     onnx = pytest.importorskip("onnx")
