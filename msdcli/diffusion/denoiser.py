@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+SIGMA_MIN = 0.002  # EDM's lowest noise level
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
@@ -30,8 +34,14 @@ def distance(error: Tensor, kind: Literal["l2", "huber"]) -> Tensor:
     if kind == "l2":
         return image_mean(error.square())
     size = error[0].numel()
-    c = 0.00054 * size
-    return ((error.square().flatten(1).sum(1) + c**2).sqrt() - c) / size
+    return pseudo_huber(error, 0.00054 * size) / size
+
+
+def pseudo_huber(error: Tensor, c: float) -> Tensor:
+    """Return sqrt(|e|^2 + c^2) - c of each image of `error` [batch, ...]; with c = 0 the norm |e|."""
+    if c == 0:
+        return error.flatten(1).norm(dim=1)  # the derivative of the root is infinite at 0, that of the norm is not
+    return (error.square().flatten(1).sum(1) + c**2).sqrt() - c
 
 
 class Denoiser(nn.Module):
@@ -94,6 +104,13 @@ def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
 def lognormal(normal: Tensor, P_mean: float, P_std: float) -> Tensor:
     """Turn unit normal numbers into EDM's training noise levels: ln(sigma) ~ N(P_mean, P_std^2)."""
     return (normal * P_std + P_mean).exp()
+
+
+def truncated_lognormal(u: Tensor, P_mean: float, P_std: float, span: Sequence[float]) -> Tensor:
+    """Map uniform numbers `u` in [0, 1) to noise levels: ln(sigma) ~ N(P_mean, P_std^2), cut to sigma in `span`."""
+    ends = torch.tensor([(math.log(end) - P_mean) / P_std for end in span], dtype=torch.float64, device=u.device)
+    low, high = torch.special.ndtr(ends)
+    return (P_mean + P_std * torch.special.ndtri(low + u.double() * (high - low))).exp().to(u.dtype).clamp(*span)
 
 
 def karras_sigmas(num: int, *, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:

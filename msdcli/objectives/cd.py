@@ -45,9 +45,8 @@ class ConsistencyDistillation(Objective):
             teacher = drawn(self.teacher, draws.uniform)
             x_next = self.heun_step(teacher, x, sigma, sigma_next, c)
             target = d.consistency(self.student, x_next, sigma_next, c)
-        squared = (d.consistency(self.student, x, sigma, c) - target).square().flatten(1).sum(1)
-        edge = 0.00054 * y[0].numel() ** 0.5  # the paper's c
-        return ((squared + edge**2).sqrt() - edge) / (sigma - sigma_next)
+        error = d.consistency(self.student, x, sigma, c) - target
+        return d.pseudo_huber(error, 0.00054 * y[0].numel() ** 0.5) / (sigma - sigma_next)
 
     def heun_step(self, teacher: DenoiserCall, x: Tensor, sigma: Tensor, sigma_next: Tensor, c: Tensor) -> Tensor:
         """Go one step down the teacher's probability-flow ODE (EDM's Algorithm 1)."""

@@ -22,8 +22,6 @@ from msdcli.diffusion.draws import Draws
 from msdcli.objectives.base import Objective, Turn
 from msdcli.recipe.stages import FlowSettings
 
-SIGMA_MIN = 0.002  # EDM's lowest noise level: the lowest t
-
 
 class RectifiedFlow(Objective):
     """distance((D(y + sigma z', sigma, c) - y) / t) on pairs (z, y): straight paths from the noise to its image."""
@@ -54,7 +52,7 @@ class RectifiedFlow(Objective):
 
     def draw_t(self, u: Tensor) -> Tensor:
         """Map uniform numbers `u` in [0, 1) to t, from the lowest noise level to the student's own."""
-        low, high = (sigma / (1 + sigma) for sigma in (SIGMA_MIN, self.settings.sigmas[0]))
+        low, high = (sigma / (1 + sigma) for sigma in (d.SIGMA_MIN, self.settings.sigmas[0]))
         return low + (high - low) * ends_more_often(u, self.settings.t_slope)
 
 

@@ -158,11 +158,9 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _what_fsdp_shares_out(self) -> Recipe:
-        if self.fsdp and (whole := [stage.objective for stage in self.stages if not stage.can_be_sharded]):
-            raise ValueError(
-                f"`fsdp`: stage {whole[0]} with `fake.kind: lora` keeps its network whole on every device: take one"
-            )
+    def _sharded_stages_can_be(self) -> Recipe:
+        for stage in self.stages if self.fsdp else []:
+            stage.check_sharded()
         return self
 
     @property

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from msdcli.recipe.section import Batch, Fraction, Levels, NoiseLevel, Positive, Section, Steps, Weight
 
 PairsOf = Literal["shared", "filtered", "none"]
+Optimizer = Literal["adam", "adamw", "radam"]
 
 
 class StageSettings(Section):
@@ -23,11 +24,11 @@ class StageSettings(Section):
     lr_hold: Fraction = Field(0.5, description="part of the steps at full learning rate; then linear to `lr_end`")
     lr_end: Fraction = Field(0.02, description="last learning rate, as a part of the first")
     warmup: int = Field(0, ge=0, le=10**9, description="steps over which the learning rate rises from zero")
-    optimizer: Literal["adam", "adamw"] = Field("adam", description="the optimizer")
+    optimizer: Optimizer = Field("adam", description="the optimizer; radam needs no warm-up")
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.9, 0.999], min_length=2, max_length=2, description="Adam's betas"
     )
-    weight_decay: Weight = Field(0.0, description="decoupled weight decay (adamw)")
+    weight_decay: Weight = Field(0.0, description="decoupled weight decay (adamw, radam)")
     clip: Positive | None = Field(None, description="largest norm of a network's gradient; absent: no clipping")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.99, description="decay of the average that samples are drawn from"
@@ -47,14 +48,12 @@ class StageSettings(Section):
     def check_after(self, before: StageSettings | None) -> None:
         """Raise ValueError where the stage cannot come after `before` (None: it is the first)."""
 
+    def check_sharded(self) -> None:
+        """Raise ValueError where the stage's networks cannot be sharded (`fsdp`)."""
+
     @property
     def asks_teacher(self) -> bool:
         """Whether the loss asks the teacher, and not only for its samples."""
-        return True
-
-    @property
-    def can_be_sharded(self) -> bool:
-        """Whether its networks may be shared out over devices (FSDP)."""
         return True
 
     @property

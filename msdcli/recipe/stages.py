@@ -6,11 +6,24 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from msdcli.recipe.consistency_stages import CdSettings, EctSettings, ScdSettings, TcmSettings
 from msdcli.recipe.pair_stages import FlowSettings, RegressSettings
-from msdcli.recipe.section import Batch, Fraction, Levels, LogLevel, Positive, Section, Span, Weight
+from msdcli.recipe.section import Batch, Fraction, LogLevel, Positive, Section, Span, Weight
 from msdcli.recipe.stage_base import GeneratorSettings, PairsOf, SelectSettings, StageSettings
 
-__all__ = ["FlowSettings", "GeneratorSettings", "RegressSettings", "SelectSettings", "Stage", "StageSettings", "Stages"]
+__all__ = [
+    "CdSettings",
+    "EctSettings",
+    "FlowSettings",
+    "GeneratorSettings",
+    "RegressSettings",
+    "ScdSettings",
+    "SelectSettings",
+    "Stage",
+    "StageSettings",
+    "Stages",
+    "TcmSettings",
+]
 
 
 class EdmSettings(StageSettings):
@@ -121,9 +134,11 @@ class DmSettings(GeneratorSettings):
         if isinstance(before, DmSettings) and before.fake != self.fake:
             raise ValueError("`fake` differs from that of the stage before, whose fake network it inherits")
 
-    @property
-    def can_be_sharded(self) -> bool:
-        return self.fake.kind == "full"
+    def check_sharded(self) -> None:
+        if self.fake.kind == "lora":
+            raise ValueError(
+                f"`fsdp`: stage {self.objective} with `fake.kind: lora` keeps its network whole on every device: take one"
+            )
 
     @property
     def needs_images(self) -> bool:
@@ -253,29 +268,18 @@ class SidSettings(DmSettings):
         return self
 
 
-class CdSettings(GeneratorSettings):
-    """Consistency distillation (Song et al. 2023, arXiv 2303.01469; improved as in arXiv 2310.14189)."""
-
-    objective: Literal["cd"] = Field("cd", description="consistency distillation")
-    sigmas: Levels = Field([80.0], description="noise levels at which the student is evaluated, one after the other")
-    levels: int = Field(18, ge=2, le=10_000, description="noise levels of the schedule")
-    anchor: float = Field(
-        0.0,
-        ge=0,
-        le=10_000,
-        description="noise level at which the student gives back what it is given, the first of the schedule; 0: none, "
-        "and the schedule begins at 0.002; OpenAI's consistency models: 0.002",
-    )
-
-    @model_validator(mode="after")
-    def _the_anchor_comes_first(self) -> Self:
-        if self.anchor >= self.sigmas[-1]:
-            raise ValueError(f"`anchor` {self.anchor} must be below the last of `sigmas`, {self.sigmas[-1]}")
-        return self
-
-
 Stage = Annotated[
-    EdmSettings | TsmSettings | RegressSettings | FlowSettings | DmSettings | AdmSettings | SidSettings | CdSettings,
+    EdmSettings
+    | TsmSettings
+    | RegressSettings
+    | FlowSettings
+    | DmSettings
+    | AdmSettings
+    | SidSettings
+    | CdSettings
+    | EctSettings
+    | TcmSettings
+    | ScdSettings,
     Field(discriminator="objective"),
 ]
 

@@ -206,18 +206,32 @@ def seeded_apart(device: torch.device) -> Iterator[None]:
 
 def optimizers(networks: dict[str, nn.Module], stage: StageSettings) -> dict[str, torch.optim.Optimizer]:
     """One optimizer per network; what is sharded in it and what is not are groups of their own."""
-    kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
-    options: dict[str, Any] = {
-        "betas": (stage.betas[0], stage.betas[1]),
-        "weight_decay": stage.weight_decay,
-        "fused": True,
-    }
+    kind, own = OPTIMIZERS[stage.optimizer]
+    options = own | {"betas": (stage.betas[0], stage.betas[1]), "weight_decay": stage.weight_decay}
     found: dict[str, torch.optim.Optimizer] = {
         name: kind([{"params": some} for some in split(net.parameters())], **options) for name, net in networks.items()
     }
     for optimizer in found.values():
         optimizer.register_step_post_hook(_count_as_change)
     return found
+
+
+class SkippingRAdam(torch.optim.RAdam):
+    """RAdam (Liu et al. 2020, arXiv 1908.03265) that takes no step where `found_inf` says so.
+
+    torch has no fused kernel of it that would; so the host waits for the device here.
+    """
+
+    def step(self, closure: Any = None) -> Any:
+        skipped: Tensor | None = getattr(self, "found_inf", None)
+        return None if skipped is not None and bool(skipped) else super().step(closure)
+
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "adam": (torch.optim.Adam, {"fused": True}),
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+    "radam": (SkippingRAdam, {"decoupled_weight_decay": True}),
+}
 
 
 def _count_as_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:

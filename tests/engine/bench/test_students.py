@@ -56,6 +56,7 @@ def teacher_of(kind: str) -> Denoiser:
         ("adm teacher", "plain", 2),  # its features of samples carry a gradient back, and are each student's own
         ("tsm", "plain", 1),
         ("cd", "plain", 2),
+        ("ect", "guided", 1),
     ],
 )
 def test_students_in_one_process_learn_what_each_learns_alone(stage: str, kind: str, asked: int) -> None:

@@ -61,6 +61,19 @@ def test_the_flow_of_the_stage_before_is_held_also_on_resume(tmp_path: Path, mon
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_truncated_model_with_radam_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    stages = [
+        {"objective": "ect", "steps": 2, "batch": 8, "lr": 1e-2},
+        {"objective": "tcm", "steps": 9, "batch": 8, "lr": 1e-2, "lr_hold": 1.0, "sigmas": [80.0, 2.0]},
+    ]
+    recipe = RECIPE | {"stages": stages}
+    _, whole = train(tmp_path / "whole", load_any(recipe, {}))
+    train(tmp_path / "parts", load_any(recipe, {"stages.1.steps": 7}))
+    _, parts = train(tmp_path / "parts", load_any(recipe, {}))
+    a, b = (load_model(path)[0].state_dict() for path in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_flow_to_agree_with_is_asked_for(tmp_path: Path) -> None:
     alone = RECIPE | {"stages": RECIPE["stages"][1:]}  # type: ignore[index]
     with pytest.raises(ValueError, match="stage 0, regress: `flow_weight` asks the flow that the stage before made"):

@@ -19,7 +19,15 @@ from msdcli.engine.train import compiling, precision
 from msdcli.objectives import Objective, objective_class
 from msdcli.recipe.networks import EdmNetworkSettings, MLPSettings
 from msdcli.recipe.networks import UNetSettings as Net
-from msdcli.recipe.stages import AdmSettings, CdSettings, DmSettings, StageSettings, TsmSettings
+from msdcli.recipe.stages import (
+    AdmSettings,
+    CdSettings,
+    DmSettings,
+    EctSettings,
+    ScdSettings,
+    StageSettings,
+    TsmSettings,
+)
 from tests.conftest import Msd
 
 CPU = torch.device("cpu")
@@ -37,6 +45,8 @@ STAGES = {
     "adm teacher": AdmSettings(batch=8, fake_updates=1, features="teacher", head_weight=1.0),
     "tsm": TsmSettings(batch=8),
     "cd": CdSettings(batch=8),
+    "ect": EctSettings(batch=8),
+    "scd": ScdSettings(batch=8, tangent_warmup=0),
 }
 
 
