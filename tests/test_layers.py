@@ -142,7 +142,7 @@ def test_rooms_and_files_stay_small() -> None:
 
 
 def test_objectives_know_only_what_they_continue() -> None:
-    """An objective is one file; `adm` and `sid` are `dm` continued, and say so."""
+    """An objective is one file; `adm` and `sid` are `dm` continued, `tcm` is `ect`, and say so."""
     folder = ROOT / "msdcli" / "objectives"
     for path in folder.glob("*.py"):
         others = {name.split(".")[1] for name in imports(path) if name.startswith("objectives.")} - {"base"}
