@@ -137,7 +137,8 @@ class DmSettings(GeneratorSettings):
     def check_sharded(self) -> None:
         if self.fake.kind == "lora":
             raise ValueError(
-                f"`fsdp`: stage {self.objective} with `fake.kind: lora` keeps its network whole on every device: take one"
+                f"`fsdp`: stage {self.objective} with `fake.kind: lora` keeps its network whole on every device: "
+                "take one"
             )
 
     @property
