@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from msdcli.errors import LockedError, MissingFileError, UserError
-from msdcli.recipe import Recipe, differences, load, value_at
+from msdcli.recipe import Recipe, load
+from msdcli.recipe.changes import differences, value_at
 
 TEMPORARY, WRITER = ".tmp", ".writer"  # of folders that something is written in, and of the lock in them
 
@@ -85,9 +86,17 @@ class RunDir:
         held = (holder_of(folder) for folder in sorted(self.students.glob("*/")))
         return next((who for who in held if who), "another process")
 
+    def begun(self) -> bool:
+        """Whether anything has been made of the run that another recipe could not make again for nothing: students, or
+        results. A teacher, and what else runs share, is kept beside them.
+        """
+        return any(file.is_file() for file in self.students.glob("*/*/[!.]*")) or bool(self.results())
+
     def check(self, recipe: Recipe) -> None:
-        """Raise UserError unless the directory is free, or the run of this very recipe."""
+        """Raise UserError unless the directory is free, the run of this very recipe, or a run that made nothing yet."""
         if self.recipe_file.exists():
+            if not self.begun():
+                return
             if changed := differences(before := self.recipe().dump(), after := recipe.dump()):
                 raise UserError(
                     f"{self.root} belongs to another recipe: {', '.join(changed)} differ\n"

@@ -45,7 +45,7 @@ ROOMS = (
     {"sample", "search"},
     {"measure"},
     {"pipeline"},
-    {"report", "export", "bench", "sweep", "plan"},
+    {"report", "export", "bench", "sweep", "plan", "proposal"},
 )
 LARGEST_ROOM, LONGEST_FILE = 13, 400
 

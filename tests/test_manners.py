@@ -21,7 +21,7 @@ from msdcli.engine import estimate, pipeline
 from msdcli.engine.measure import fid_files
 from msdcli.engine.measure.rows import Measurement, Row
 from msdcli.engine.pictures import as_pil, save_grid
-from msdcli.engine.report.words import closing
+from msdcli.engine.report.words import closing, collapse
 from msdcli.engine.tracking.events import Progress
 from msdcli.engine.train import counting
 from msdcli.engine.train.counting import FlopCounter
@@ -315,3 +315,23 @@ def test_a_grid_has_captions_names_and_colours(tmp_path: Path) -> None:
     bars = {tuple(pixels[28 + 33 + 66 * i, 6].tolist()) for i in range(2)}
     assert len(bars) == 2 and (32, 32, 32) not in bars
     assert pixels[:28].max() > 200, "captions"
+
+
+def _collapsed(mine: float, theirs: float) -> list[str]:
+    rows = [
+        {"who": who, "group": group, "values": {"fd_x": 1.0, "recall": value}, "intervals": {}}
+        for who, value in (("teacher", theirs), ("students", mine))
+        for group in ("whole", "student 0", "student 1")
+    ]
+    rows[-1]["values"] = {"fd_x": 1.0, "recall": theirs}  # student 1 is well
+    return collapse({"metric": "fd_x", "rows": rows})
+
+
+def test_collapse_is_called_by_its_name_with_the_cure() -> None:
+    (said,) = _collapsed(0.1, 0.7)
+    assert said.startswith("The students have collapsed (student 0): recall 0.100 against 0.700")
+    assert (
+        "msd docs troubleshooting" in said
+        and "(mode collapse)" in (ROOT / "msdcli/docs/8-troubleshooting.md").read_text()
+    )
+    assert _collapsed(0.6, 0.7) == [] == _collapsed(0.0, 0.0)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from msdcli.console import plain
 from msdcli.errors import UserError
-from msdcli.recipe import Recipe, differences, load, shipped, validate
+from msdcli.recipe import Recipe, load, shipped, validate
+from msdcli.recipe.changes import differences
 from msdcli.recipe_yaml import Document
 from tests.conftest import ROOT, TINY, Msd
 

@@ -10,7 +10,8 @@ import yaml
 
 from msdcli.data.digits import Digits
 from msdcli.engine.inputs.pairs import FORMAT, Pairs
-from msdcli.recipe import Recipe, differences, load, load_any
+from msdcli.recipe import Recipe, load, load_any
+from msdcli.recipe.changes import differences
 from msdcli.recipe.data import DigitsSettings
 from msdcli.recipe.solver import STOCHASTIC, SolverSettings
 from msdcli.rundir import RunDir, key

@@ -27,6 +27,7 @@ def open_data(settings: DataSettings, *, planning: bool = False, made: tuple[int
         pictures = folder.PictureFiles(settings.pictures)
         skip = settings.on_bad == "skip"
         return prompts.with_pictures(captions, pictures, pictures.names, skip=skip, where=str(settings.images))
+    assert settings.name != "none", "the teacher says what there is"
     if settings.name == "digits":
         from msdcli.data.digits import Digits
 

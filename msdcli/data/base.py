@@ -86,7 +86,7 @@ class PromptDataset(Protocol):
 
 def has_images(data: Dataset) -> bool:
     """Whether there are images beside the conditions."""
-    return not isinstance(data, PromptDataset) or data.has_images
+    return bool(getattr(data, "has_images", True))
 
 
 # What a data set is, as a name for what is made from it.

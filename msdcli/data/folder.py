@@ -38,10 +38,11 @@ SHOWN, NAMED = 20, 5  # bad pictures, and names of one cause where there are mor
 
 @dataclass(frozen=True)
 class BadPicture:
-    """A picture that cannot be used: its name and why."""
+    """A picture that cannot be used: its name and why; its width and height where they are what is wrong."""
 
     name: str
     reason: str
+    size: tuple[int, int] | None = None
 
 
 class PictureFiles:
@@ -72,12 +73,23 @@ class PictureFiles:
 
     def picture(self, number: int) -> np.ndarray | BadPicture:
         """Return image `number`, uint8 [channels, size, size], or why it cannot be used."""
+        try:
+            return self.fitted(number, self.raw(number))
+        except UserError as error:
+            return BadPicture(self.name(number), error.message)
+
+    def fitted(self, number: int, raw: np.ndarray) -> np.ndarray | BadPicture:
+        """Bring image `number` as it lies, uint8 RGB [H, W, 3], to [channels, size, size], or say why not."""
         if self.settings.labels and isinstance(self._source, TarFiles) and number in self._source.unlabelled:
             return BadPicture(self.name(number), self._source.unlabelled[number])
         try:
-            return _fitted(self._raw(number), self.settings, self.size)
+            return _fitted(raw, self.settings, self.size)
         except UserError as error:
-            return BadPicture(self.name(number), error.message)
+            return BadPicture(self.name(number), error.message, (raw.shape[1], raw.shape[0]))
+
+    def raw(self, number: int) -> np.ndarray:
+        """Return image `number` as it lies, uint8 RGB [H, W, 3]. UserError where it cannot be read."""
+        return self._source.picture(number) if isinstance(self._source, ImageFiles) else self._array[number]
 
     @property
     def names(self) -> list[str]:
@@ -130,9 +142,6 @@ class PictureFiles:
             raise refusal(self.settings, [picture])
         return picture
 
-    def _raw(self, number: int) -> np.ndarray:
-        return self._source.picture(number) if isinstance(self._source, ImageFiles) else self._array[number]
-
     @functools.cached_property
     def _array(self) -> np.ndarray:
         return np.concatenate([batch.images for batch in self._source.batches(1024)])
@@ -144,12 +153,12 @@ class PictureFiles:
         bad: list[BadPicture] = []
         for number in range(len(self)):
             try:
-                return int(min(self._raw(number).shape[:2]))
+                return int(min(self.raw(number).shape[:2]))
             except UserError as error:
                 if self.settings.on_bad == "refuse":
                     raise
                 bad.append(BadPicture(self.name(number), error.message))
-        raise refusal(self.settings, bad)
+        raise refusal(self.settings, bad, of=len(self))
 
     def _check_expected(self) -> None:
         for what, wanted, found in (
@@ -223,29 +232,57 @@ def expected(settings: FolderSettings) -> Dataset:
     return ExpectedPictures(settings)
 
 
-def refusal(settings: FolderSettings, bad: Sequence[BadPicture]) -> UserError:
-    """The error that lists pictures which cannot be used: one by one, or by cause where there are many."""
+def refusal(settings: FolderSettings, bad: Sequence[BadPicture], *, of: int | None = None) -> UserError:
+    """The error that lists pictures which cannot be used: one by one, or by cause where there are many; `of` is how
+    many were looked at.
+    """
     count = "1 picture" if len(bad) == 1 else f"{len(bad):,} pictures"
-    size = "" if settings.size else "; data.size says another size than the first picture's"
+    among = "" if of is None else f"all {of:,}" if len(bad) == of > 1 else f"{len(bad):,} of {of:,}"
+    what = f"{among} pictures" if among else count
     return UserError(
-        f"{settings.path}: {count} cannot be used\n" + "\n".join(_listed(settings, bad)),
-        hint=f"data.on_bad=skip leaves them out; data.crop=true and data.resize=lanczos make sizes fit{size}",
+        f"{settings.path}: {what} cannot be used\n" + "\n".join(_listed(settings, bad)),
+        hint=_cure(settings, bad, every=len(bad) == of),
     )
+
+
+def _cure(settings: FolderSettings, bad: Sequence[BadPicture], *, every: bool) -> str:
+    """How such pictures become usable; leaving them out is no cure where all of them are bad."""
+    sizes, found = {b.size for b in bad if b.size is not None}, list[str]()
+    if every and settings.size and len(sizes) == 1 and len(set(side := next(iter(sizes)))) == 1:
+        found.append(f"data.size={side[0]} takes them as they are")
+    if settings.size and settings.pad == "none" and all(max(size) <= settings.size for size in sizes) and sizes:
+        found.append(f"data.pad=edge fills them up to {settings.size}x{settings.size}")
+    if not settings.crop and any(width != height for width, height in sizes):
+        found.append("data.crop=true cuts out their central square")
+    if settings.resize == "none" and sizes:
+        found.append("data.resize=lanczos scales them")
+    if sizes and not settings.size:
+        found.append("data.size says another size than the first picture's")
+    if settings.on_bad == "refuse" and not every:
+        found.append("data.on_bad=skip leaves them out")
+    return "; ".join(found) or "check data.path: none of its pictures can be read"
 
 
 def _listed(settings: FolderSettings, bad: Sequence[BadPicture]) -> list[str]:
     reasons = [b.reason.removeprefix(f"{settings.path}: {b.name} ") for b in bad]
     if len(bad) <= SHOWN:
         return [f"  {b.name}: {reason}" for b, reason in zip(bad, reasons, strict=True)]
-    causes: dict[str, list[str]] = {}
+    causes, said = dict[str, list[str]](), dict[str, set[str]]()
     for b, reason in zip(bad, reasons, strict=True):
         causes.setdefault(_cause(reason), []).append(b.name)
+        said.setdefault(_cause(reason), set()).add(reason)
     most_first = sorted(causes.items(), key=lambda item: -len(item[1]))
-    lines = [
-        f"  {len(names):,}: {cause}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
-        for cause, names in most_first[:SHOWN]
-    ]
+    lines = [f"  {len(names):,}: {_one(said[cause], cause)}: {_few(names)}" for cause, names in most_first[:SHOWN]]
     return lines + ([f"  and {len(most_first) - SHOWN:,} more causes"] if len(most_first) > SHOWN else [])
+
+
+def _one(reasons: set[str], cause: str) -> str:
+    """The reason that all pictures of a cause have, or the cause."""
+    return next(iter(reasons)) if len(reasons) == 1 else cause
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
 def _cause(reason: str) -> str:
@@ -294,11 +331,22 @@ def _fitted(picture: np.ndarray, settings: FolderSettings, size: int) -> np.ndar
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         picture = picture[top : top + side, left : left + side]
+    if settings.pad != "none" and max(picture.shape[:2]) <= size:
+        picture = _padded(picture, size, settings.pad)
     if picture.shape[:2] != (size, size):
         picture = _resized(picture, settings, size)
     if settings.channels == 1:
         return np.asarray(Image.fromarray(picture).convert("L"))[None]
     return np.ascontiguousarray(picture.transpose(2, 0, 1))
+
+
+def _padded(picture: np.ndarray, size: int, pad: str) -> np.ndarray:
+    """Put a picture into the middle of a square of `size`, the odd pixel to its right and below."""
+    rest = [size - side for side in picture.shape[:2]]
+    around = [*((r // 2, r - r // 2) for r in rest), (0, 0)]
+    if pad == "edge":
+        return np.pad(picture, around, mode="edge")
+    return np.pad(picture, around, constant_values=0 if pad == "black" else 255)
 
 
 def _resized(picture: np.ndarray, settings: FolderSettings, size: int) -> np.ndarray:

@@ -20,7 +20,8 @@ class Source:
     """Where a student's draws come from: its part of the data, on the device where it fits, and the teacher's pairs.
 
     `classes` are the student's conditions; `pairs` is (z, y, c) of the teacher, or None where no stage needs them; the
-    images with the numbers `without` are left out.
+    images with the numbers `without` are left out. With `mirror` every image that is drawn is mirrored, left to right,
+    half of the times.
     """
 
     def __init__(
@@ -30,9 +31,10 @@ class Source:
         *,
         pairs: tuple[Tensor, Tensor, Tensor] | None = None,
         without: Tensor | None = None,
+        mirror: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.shape = data.shape
+        self.shape, self.mirror = data.shape, mirror
         self.device = torch.device(device)
         self.classes = torch.tensor(list(classes), device=self.device)
         labels = data.labels(range(len(data)))
@@ -115,7 +117,11 @@ class Draws:
     def real(self) -> tuple[Tensor, Tensor]:
         """Return real images of the student's part and their classes."""
         index = self._index("real", len(self.source.numbers), self.batch)
-        return self.source.images(index), self.source.image_labels[index]
+        y = self.source.images(index)
+        if self.source.mirror:
+            turned = self.uniform("mirror") < 0.5
+            y = torch.where(turned[:, None, None, None], y.flip(-1), y)
+        return y, self.source.image_labels[index]
 
     def labels(self, how: str) -> Tensor:
         """Return conditions of the student's part: `uniform` over classes, or as frequent as in the `data`."""

@@ -14,7 +14,8 @@ from msdcli.data.base import Dataset
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import LockedError, UserError
 from msdcli.recipe import Recipe
-from msdcli.rundir import Presence, RunDir, holder_of, lock, sweep_temporaries, write_json
+from msdcli.recipe.changes import differences
+from msdcli.rundir import Presence, RunDir, discard, holder_of, lock, sweep_temporaries, write_json
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,12 @@ class Claim:
         stack: contextlib.ExitStack,
         *,
         student: int | None,
+        same_data: bool = True,
     ) -> Claim:
-        """Take a free directory for the recipe, or check that a run may go on by it. UserError where it may not."""
+        """Take a free directory for the recipe, or check that a run may go on by it. UserError where it may not.
+
+        A run that has made nothing yet is begun anew where recipe or data are others now.
+        """
         run.check(recipe)  # before even a lock is written there
         if student is not None and (holder := holder_of(run.student(student))):
             raise LockedError(f"student {student} is being worked on by {holder}", hint="`msd status RUN` shows it")
@@ -53,12 +58,31 @@ class Claim:
             claim = cls(run, recipe, stack.enter_context(run.attended()), described)
             for folder in (run.root, *run.folders()):
                 sweep_temporaries(folder)
-            if run.recipe_file.exists():
+            if run.recipe_file.exists() and not claim.takes_over(same_data):
                 claim.may_change()
                 return claim
             run.adopt(recipe)
             claim.note({})
             return replace(claim, command={})
+
+    def takes_over(self, same_data: bool) -> bool:
+        """Whether the run had made nothing by another recipe or data, as one that failed early: it is removed.
+        UserError where somebody is at work on it.
+        """
+        run = self.run
+        changed = not same_data or differences(run.recipe().dump(), self.recipe.dump())
+        if not changed or run.begun():
+            return False
+        if not self.presence.alone():
+            raise LockedError(
+                f"{run.root} is being worked on by {run.who_is_at_work()}, by another recipe: nothing was changed",
+                hint="wait for it, or give the run another name (name=...)",
+            )
+        for made in (run.teacher, run.classifier, run.prompts, run.partition, run.record_file):
+            discard(made)
+        for made in (run.metrics / "teacher", run.samples / "teacher.png"):
+            discard(made)
+        return True
 
     def may_change(self) -> bool:
         """Whether the run's recipe is to be written anew. UserError where others are at work by the one that is there.

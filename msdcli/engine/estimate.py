@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from msdcli.engine.train.counting import (
     num_parameters,
     saved_bytes,
 )
+from msdcli.engine.train.precision import synchronize
 from msdcli.nets.meta import without_first_weights
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
@@ -178,6 +180,28 @@ def _state_bytes(nets: dict[str, nn.Module], product: str, teacher: Denoiser | N
         nets[product]
     )
     return size + (FROZEN_BYTES * num_parameters(teacher) if teacher is not None else 0)
+
+
+def measured_rate(net: Denoiser, device: torch.device, batch: int, seconds: float) -> float:
+    """Return how many operations a second this device does while it trains such a network: measured for some `seconds`,
+    with noise for images. The network's weights get gradients and stay as they are.
+    """
+    net = net.to(device)
+    x, sigma = torch.randn(batch, *net.shape, device=device), torch.ones(batch, device=device)
+    condition = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        net(x, sigma, condition).square().mean().backward()
+
+    with FlopCounter() as counter:
+        step()  # warms up, too
+    synchronize(device)
+    begun, steps = time.perf_counter(), 0
+    while not steps or time.perf_counter() - begun < seconds:
+        step()
+        synchronize(device)
+        steps += 1
+    return float(counter.total * steps) / (time.perf_counter() - begun)
 
 
 def device_hours(flops: float) -> float:

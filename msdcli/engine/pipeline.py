@@ -27,7 +27,9 @@ from msdcli.engine.inputs import autoencoder, dataset, latents, partition, stitc
 from msdcli.engine.inputs.pairs import Pairs
 from msdcli.engine.measure import fid
 from msdcli.engine.measure import part_evaluator as examine
+from msdcli.engine.measure import teacher as teacher_alone
 from msdcli.engine.measure.rows import Measurement
+from msdcli.engine.measure.teacher import Verdict
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.tracking.formatting import evaluations, plural
 from msdcli.engine.tracking.loggers import logged
@@ -43,7 +45,7 @@ from msdcli.rundir import RunDir, holder_of, lock
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What `distill` did: the run, its measurement (None for prompts, which have no classifier) and picture, both None
+    """What `distill` did: the run, its measurement (None for prompts and without data) and picture, both None
     where only some students were asked for, and what is left.
     """
 
@@ -65,15 +67,24 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     data = dataset.look(recipe, planning=planning)
     partition.check(recipe.partition, data.class_names, prompts=recipe.has_prompts)
     partition.check_parts(recipe, data)
-    if needing := [s.objective for s in recipe.stages if s.needs_images and not (planning or has_images(data))]:
+    none = not has_images(data) and not (planning and recipe.has_prompts)
+    if needing := [s.objective for s in recipe.stages if s.needs_images and none]:
+        alone = "these prompts are alone" if recipe.has_prompts else "the recipe names no data"
         raise UserError(
-            f"stage {needing[0]} needs real images, and these prompts are alone",
-            hint="data.images names a folder of pictures, data.image_column where the rows name theirs",
+            f"stage {needing[0]} needs real images, and {alone}",
+            hint="data.images names a folder of pictures, data.image_column where the rows name theirs"
+            if recipe.has_prompts
+            else "data: {name: folder, path: ...}",
         )
     examine.check(recipe, data, group, planning=planning)
     frozen, student = networks_on_meta(recipe, data, planning=planning)
     stitches.on_meta(recipe, frozen)
     teacher.check_fake_guidance(recipe, frozen)
+    if recipe.data.mirrors and frozen.shape != tuple(data.shape):
+        raise UserError(
+            "data.mirror: the teacher works on latents, and a mirrored picture's are not the picture's mirrored",
+            hint="data.mirror=false; or mirror the files",
+        )
     with on_meta():
         objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]
     for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
@@ -115,6 +126,9 @@ def distill(
     with preemptible(), resumable(CONTINUES), contextlib.ExitStack() as stack:
         training = prepare(recipe, report, stack, student=student, worker=worker, group=group)
         everyone = range(recipe.partition.students)
+        if group.is_leader and not worker:
+            judge(training, report)
+        group.broadcast(None)
         alone = worker or student is not None or group.size > 1
         num_workers = 1 if alone else device.num_workers(recipe, training.device)
         if num_workers > 1 and training.unfinished(everyone):
@@ -129,6 +143,56 @@ def distill(
         return group.broadcast(finish(training, done.unfinished, report) if group.is_leader else done)
 
 
+@dataclass(frozen=True)
+class TeachResult:
+    """A teacher alone: its run, its measurement and what it says, and a picture of its samples."""
+
+    run: RunDir
+    measurement: Measurement
+    verdict: Verdict
+    grid: Path
+
+    def __fspath__(self) -> str:
+        return str(self.run.root)
+
+
+def teach(recipe: Recipe, report: Report) -> TeachResult:
+    """Train the teacher alone, or take the one that is there; draw samples of it and measure it."""
+    if not recipe.has_measure:
+        raise UserError(
+            "the teacher of this recipe cannot be measured alone: there are no real images",
+            hint="msd sample and msd fid --reference measure what students make",
+        )
+    with preemptible(), resumable(CONTINUES), contextlib.ExitStack() as stack:
+        training = prepare(recipe, report, stack, student=None, worker=False, group=SINGLE_PROCESS, students=False)
+        measured, found = _teacher_measured(training, report, brief=False)
+        return TeachResult(training.run, measured, found, preview_of_teacher(training))
+
+
+def judge(training: TrainingRun, report: Report) -> None:
+    """Measure a teacher that was trained here before the first student starts. UserError where it is plainly unfit and
+    the recipe does not go on with it.
+    """
+    recipe, run = training.recipe, training.run
+    wanted = recipe.evaluation.judge != "off" and recipe.teacher.path is None and recipe.has_measure
+    if not wanted or run.begun():
+        return
+    _, found = _teacher_measured(training, report, brief=True)
+    if found.state != "fit":
+        preview_of_teacher(training)
+    if found.state == "unfit" and recipe.evaluation.judge == "stop":
+        raise teacher_alone.refusal(found, recipe.teacher.training.steps, run)
+    report(found.said)
+
+
+def _teacher_measured(training: TrainingRun, report: Report, *, brief: bool) -> tuple[Measurement, Verdict]:
+    """Measure the teacher; pairs that students need are made first, and measured."""
+    recipe = training.recipe
+    if recipe.needs_pairs:
+        training.pairs.prepare(training.teacher, recipe.evaluation.samples, report)
+    return teacher_alone.measure(training.run, report, brief=brief)
+
+
 def prepare(
     recipe: Recipe,
     report: Report,
@@ -137,22 +201,27 @@ def prepare(
     student: int | None,
     worker: bool,
     group: ProcessGroup,
+    students: bool = True,
 ) -> TrainingRun:
-    """Check everything, claim the run directory and provide what students are trained with.
+    """Check everything, claim the run directory and provide what `students` are trained with.
 
-    This process counts as at work on the run until the `stack` is closed.
+    This process counts as at work on the run until the `stack` is closed. What fails before the directory is claimed
+    leaves it free.
     """
-    data = check(recipe, group=group)
+    check(recipe, group=group)
     if student is not None and not 0 <= student < recipe.partition.students:
         raise WrongValueError(f"student {student} does not exist: there are 0 to {recipe.partition.students - 1}")
     run, claim = RunDir(recipe.run_dir), None
-    if not worker and group.is_leader:
-        claim = Claim.begin(run, recipe, data, report, stack, student=student)
+    run.check(recipe)
     told = silent if worker else report
     data = group.leader_first(lambda: dataset.provide(run, recipe, told))
+    partition.check_parts(recipe, data)  # again: pictures may have been left out
+    if not worker and group.is_leader:
+        same = dataset.is_as_begun(run, data)
+        claim = Claim.begin(run, recipe, data, report, stack, student=student, same_data=same)
+    group.broadcast(None)
     if not dataset.is_as_begun(run, data):  # before an hour of training with them
         raise begun_otherwise(run, "data")
-    partition.check_parts(recipe, data)  # again: pictures may have been left out
     on = device.prepare(recipe) if group.size == 1 else distributed.local_device(recipe.device)
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
@@ -160,8 +229,10 @@ def prepare(
         version = dataset.version_of(run)
         theirs = teacher_hash if version == FINGERPRINT else teacher.hash_of_version_1(run, recipe)
         claim.settle({"data": dataset.fingerprint_for(run, data), "teacher": theirs}, version)
-    resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report))
-    resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
+    resolved = recipe
+    if students:
+        resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report))
+        resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
     parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen))
     return TrainingRun(run, resolved, seen, frozen, Pairs(run, recipe, seen, teacher_hash), parts, on, group)
 
@@ -173,7 +244,7 @@ def finish(training: TrainingRun, left: list[int], report: Report) -> DistillRes
         raise UserError(
             f"not all students are finished: {names}", hint=f"msd status {training.run.root}; the same command goes on"
         )
-    measured = None if training.recipe.has_prompts else fid.measure(training.run, report)
+    measured = None if not training.recipe.has_measure else fid.measure(training.run, report)
     return DistillResult(training.run, measured, preview(training), [])
 
 
@@ -224,7 +295,7 @@ class TrainingRun:
         if self.recipe.fsdp and self.group.size > 1:
             self.teacher.to("cpu")  # the stages share out copies of it
         part = self.partition.parts[number]
-        source = Source(self.data, part, pairs=pairs, device=self.device)
+        source = Source(self.data, part, pairs=pairs, mirror=self.recipe.data.mirrors, device=self.device)
 
         def evaluator(stage: GeneratorSettings) -> examine.PartEvaluator:
             return examine.PartEvaluator(self.run, self.recipe, stage, part, self.device, self.group, report)
@@ -257,6 +328,27 @@ def preview(training: TrainingRun, *, rows: int = 32, columns: int = 16, points:
         class_names=[data.class_names[c] for c in classes],
         captions=_captions(training.recipe),
         owners=owners if len(training.partition.parts) > 1 else None,
+    )
+    return path
+
+
+def preview_of_teacher(training: TrainingRun, *, rows: int = 32, columns: int = 16, points: int = 1000) -> Path:
+    """Draw samples of the teacher alone, of the first classes, one row a class, to samples/teacher.png."""
+    path, data, pairs = training.run.samples / "teacher.png", training.data, training.pairs
+    classes = list(range(len(data.class_names)))[:rows]
+    per_class = points if len(data.shape) == 1 else columns
+    drawn = pairs.examples(training.teacher, classes, per_class)
+    if drawn is None:  # no pairs, which are pictures of it too
+        per_class //= 2
+        asked, numbers = torch.tensor(classes).repeat_interleave(per_class), range(len(classes) * per_class)
+        z, u = pairs.noise(numbers), pairs.uniform(numbers)
+        drawn = list(pairs.sample(training.teacher, z, asked, u, numbers).split(per_class))
+    decode = autoencoder.decoder(training.run.teacher, training.device)
+    pictures.save_grid(
+        path,
+        [decode(y).cpu() for y in drawn],
+        class_names=[data.class_names[c] for c in classes],
+        captions=("", f"teacher, {evaluations(training.recipe.teacher.solver.evaluations)} each"),
     )
     return path
 

@@ -9,15 +9,18 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from msdcli.data import survey
 from msdcli.data.base import Dataset, has_images
+from msdcli.data.folder import PictureFiles
 from msdcli.data.opening import is_there
+from msdcli.data.survey import Survey
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import estimate
 from msdcli.engine.inputs import hub, stitches
 from msdcli.engine.pipeline import check, networks_on_meta
 from msdcli.engine.train.counting import DEVICE, num_parameters
 from msdcli.recipe import Recipe
-from msdcli.recipe.data import PromptsSettings
+from msdcli.recipe.data import FolderSettings, PromptsSettings
 from msdcli.rundir import RunDir
 
 
@@ -37,16 +40,20 @@ class Plan:
     cost: estimate.Estimate
     resumes: bool
     missing: list[str]
+    pictures: Survey | None = None
 
     def lines(self) -> list[str]:
         """Return the plan for people."""
         recipe = self.recipe
         steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
         kinds, what = "prompts" if recipe.has_prompts else "classes", "images" if self.has_images else "rows"
-        made = f"{recipe.data.name}, {self.images:,} {what} of {list(self.shape)} in {self.conditions} {kinds}"
+        made = f"{recipe.data.label}, {self.images:,} {what} of {list(self.shape)} in {self.conditions} {kinds}"
+        if recipe.data.name == "none":
+            made = f"none: {self.conditions} classes of {list(self.shape)}, which are the teacher's"
         embeddings = f"prompts:   {self.embedding_bytes / 2**30:,.3g} GiB of embeddings"
         return [
             f"data:      {made}",
+            *(f"           {line}" for line in ([] if self.pictures is None else self.pictures.lines())),
             *([] if self.latent_shape is None else [f"latents:   {list(self.latent_shape)} of every picture"]),
             f"teacher:   {recipe.teacher.path or 'trained or reused'}, {self.parameters[0]:,} parameters",
             f"solver:    {self.solver}",
@@ -56,6 +63,7 @@ class Plan:
             *estimate.lines(self.cost),
             f"run:       {RunDir(recipe.run_dir).root}{' (exists: would resume)' if self.resumes else ''}",
             *(f"missing:   {line}" for line in self.missing),
+            *(f"look:      {line}" for line in remarks(recipe, self.pictures)),
         ]
 
     def _adapted(self) -> str:
@@ -83,13 +91,14 @@ class Plan:
             "hours_of": DEVICE,
             "embedding_bytes": self.embedding_bytes,
             "missing": self.missing,
+            "pictures": None if self.pictures is None else self.pictures.to_json(),
             "recipe": recipe.dump(),
         }
 
 
 def plan(recipe: Recipe) -> Plan:
     """Check everything and count what it costs. UserError for what the user can fix."""
-    data = check(recipe, planning=True)
+    data, seen = look(recipe)
     run = RunDir(recipe.run_dir)
     if run.recipe_file.exists():
         run.check(recipe)
@@ -108,7 +117,30 @@ def plan(recipe: Recipe) -> Plan:
         cost=estimate.estimate(recipe, data, frozen, student, stitch),
         resumes=run.recipe_file.exists(),
         missing=missing(recipe),
+        pictures=seen,
     )
+
+
+def look(recipe: Recipe) -> tuple[Dataset, Survey | None]:
+    """Check a recipe as far as data and teacher are here, and look at its pictures. UserError for what a run would
+    refuse.
+    """
+    settings = recipe.data.pictures if isinstance(recipe.data, PromptsSettings) else recipe.data
+    seen = None
+    if isinstance(settings, FolderSettings) and is_there(settings.path):
+        seen = survey.check(PictureFiles(settings))
+    return check(recipe, planning=True), seen
+
+
+def is_here(path: str) -> bool:
+    """Whether the data at a path are here to be looked at."""
+    return is_there(path)
+
+
+def remarks(recipe: Recipe, seen: Survey | None) -> list[str]:
+    """Return what deserves a look in a recipe's pictures."""
+    trained = recipe.teacher.path is None
+    return [] if seen is None else seen.remarks(recipe.teacher.sigma_data if trained else None)
 
 
 def _embedding_bytes(recipe: Recipe, frozen: Denoiser, data: Dataset) -> int:

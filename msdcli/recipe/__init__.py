@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from msdcli import recipe_yaml
 from msdcli.errors import MissingFileError, UserError, WrongValueError
-from msdcli.recipe.data import Data, PromptsSettings
+from msdcli.recipe.data import Data, NoDataSettings, PromptsSettings
 from msdcli.recipe.section import Batch, FilePath, Section, Seed
 from msdcli.recipe.solver import STOCHASTIC
 from msdcli.recipe.stages import Stages
@@ -78,6 +78,11 @@ class EvaluationSettings(Section):
     samples: int = Field(5000, ge=2, le=10**8, description="samples of the students and of the teacher")
     batch: Batch = Field(500, description="images per forward pass")
     seed: Seed = Field(0, description="seed of the measured samples")
+    judge: Literal["stop", "tell", "off"] = Field(
+        "stop",
+        description="a teacher that was trained here is measured before students start: stop where it is plainly not "
+        "fit to be distilled, tell it and go on, or do not measure it",
+    )
 
 
 class Recipe(Section):
@@ -119,7 +124,9 @@ class Recipe(Section):
     loggers: list[Literal["tensorboard", "wandb"]] = Field(
         [], max_length=2, description="where else the figures of metrics.jsonl go: tensorboard, wandb (in RUN/logs)"
     )
-    data: Data = Field(description="the training data")
+    data: Data = Field(
+        default_factory=NoDataSettings, description="the training data; absent: none, for a teacher that is given"
+    )
     teacher: TeacherSettings = Field(default_factory=TeacherSettings, description="the diffusion model to distil")
     latents: LatentSettings = Field(default_factory=LatentSettings, description="the encoded data of a latent teacher")
     partition: PartitionSettings = Field(default_factory=PartitionSettings, description="who owns which condition")
@@ -127,6 +134,12 @@ class Recipe(Section):
     student: StudentSettings = Field(default_factory=StudentSettings, description="the students' network")
     stages: Stages = Field(min_length=1, max_length=16, description="the stages, one after the other")
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings, description="what is measured")
+
+    @model_validator(mode="after")
+    def _a_teacher_needs_data(self) -> Recipe:
+        if isinstance(self.data, NoDataSettings) and self.teacher.path is None:
+            raise ValueError("there is no `data`, and no `teacher.path`: a teacher that is trained here needs images")
+        return self
 
     @model_validator(mode="after")
     def _pairs_need_a_solver_without_noise(self) -> Recipe:
@@ -174,6 +187,11 @@ class Recipe(Section):
         return isinstance(self.data, PromptsSettings)
 
     @property
+    def has_measure(self) -> bool:
+        """Whether its own data can measure a run: not where they are texts, or none."""
+        return not self.has_prompts and not isinstance(self.data, NoDataSettings)
+
+    @property
     def run_dir(self) -> Path:
         """Where the run lives."""
         return Path(self.run or f"runs/{self.name}")
@@ -185,38 +203,6 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Return the complete recipe as YAML."""
         return recipe_yaml.dump(self.dump())
-
-
-# Keys that may change when a run resumes: nothing that is trained depends on them.
-FREE_KEYS = (
-    *("name", "run", "workers", "checkpoint_seconds", "evaluation", "device"),
-    *("keep", "max_skipped", "micro_batch", "fsdp", "loggers", "compile"),
-)
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the dotted keys in which two dumped recipes differ and a resumed run may not."""
-    found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
-    last = f"stages.{len(new['stages']) - 1}.steps"
-    if last in found and len(old["stages"]) == len(new["stages"]) and value_at(new, last) > value_at(old, last):
-        found.remove(last)
-    return found
-
-
-def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [d for k in keys for d in _differing(old.get(k), new.get(k), f"{prefix}{k}.")]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differing(a, b, f"{prefix}{i}.")]
-    return [] if old == new else [prefix.rstrip(".")]
-
-
-def value_at(tree: Any, dotted: str) -> Any:
-    """Return the value at a dotted key of plain data."""
-    for key in dotted.split("."):
-        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
-    return tree
 
 
 def load(source: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from msdcli.recipe.section import Count, FilePath, Section, Seed
 
 # The data: `name` is a file in data/.
 
+GENERAL = ("data", "dataset", "folder", "images", "img", "imgs", "pictures", "png", "train", "training")
 
-class DigitsSettings(Section):
+
+class DataSection(Section):
+    """What every kind of data has in common."""
+
+    name: str = Field(description="what the data are")
+
+    @property
+    def label(self) -> str:
+        """What the data are called where a figure names them, as in `fd_digits`: letters, digits and `_`."""
+        return self.name
+
+    @property
+    def mirrors(self) -> bool:
+        """Whether images are mirrored at random wherever a network is trained on them."""
+        return False
+
+
+def label_of(path: str) -> str | None:
+    """Return a name for the data at a path: that of the folder or file, and of the one around it where that says
+    nothing. None where there is none.
+    """
+    said = re.sub(r"\{[^}]*\}", "", path)
+    places = [part for part in Path(said).expanduser().resolve().parts if part != "/"]
+    words = [
+        re.sub(r"[^0-9a-z]+", "_", re.sub(r"\.(zip|npz|tar|tgz|gz)$", "", part.lower())).strip("_") for part in places
+    ]
+    if not words or not words[-1]:
+        return None
+    alone = words[-1] not in GENERAL or len(words) < 2 or not words[-2]
+    return (words[-1] if alone else f"{words[-2]}_{words[-1]}")[:60]
+
+
+class DigitsSettings(DataSection):
     """scikit-learn's handwritten digits: 1,797 grey 8x8 images, 10 classes, no download."""
 
     name: Literal["digits"] = Field("digits", description="handwritten digits")
 
 
-class Toy2dSettings(Section):
+class Toy2dSettings(DataSection):
     """Eight awkward shapes in the plane, one class each, drawn from code."""
 
     name: Literal["toy2d"] = Field("toy2d", description="shapes in the plane")
@@ -25,7 +60,7 @@ class Toy2dSettings(Section):
     seed: Seed = Field(0, description="seed of the points")
 
 
-class GlyphsSettings(Section):
+class GlyphsSettings(DataSection):
     """Characters in many typefaces, drawn from code: procedural, 62 classes (0-9, A-Z, a-z), endless."""
 
     name: Literal["glyphs"] = Field("glyphs", description="characters in many typefaces")
@@ -35,7 +70,7 @@ class GlyphsSettings(Section):
     seed: Seed = Field(0, description="seed of the images")
 
 
-class FolderSettings(Section):
+class FolderSettings(DataSection):
     """Pictures of your own: a folder (class/...), EDM's zip or folder with dataset.json, an .npz of arrays, or
     WebDataset shards with .cls files."""
 
@@ -47,16 +82,37 @@ class FolderSettings(Section):
     resize: Literal["none", "box", "bicubic", "lanczos"] = Field(
         "none", description="how pictures of another size are scaled; none: they are bad"
     )
+    pad: Literal["none", "edge", "black", "white"] = Field(
+        "none",
+        description="how pictures smaller than `size` are filled up around: with their border's pixels, black or white",
+    )
     on_bad: Literal["refuse", "skip"] = Field(
         "refuse", description="pictures that are damaged or of another size: stop and list them, or leave them out"
+    )
+    mirror: bool = Field(
+        False, description="teach with pictures mirrored left to right at random; never where they are measured"
     )
     labels: bool = Field(True, description="false: one class for all")
     classes: Count | None = Field(None, description="how many classes there must be")
     count: Count | None = Field(None, description="how many pictures there must be")
     source: str | None = Field(None, description="where the data come from: for whoever reads or plans the run")
 
+    @property
+    def label(self) -> str:
+        return label_of(self.path) or self.name
 
-class PromptsSettings(Section):
+    @property
+    def mirrors(self) -> bool:
+        return self.mirror
+
+    @model_validator(mode="after")
+    def _padding_goes_to_a_size(self) -> FolderSettings:
+        if self.pad != "none" and self.size is None:
+            raise ValueError("`pad` fills pictures up to `size`: say which")
+        return self
+
+
+class PromptsSettings(DataSection):
     """Texts, for a teacher with a text encoder: lines, JSONL or COCO captions; with pictures where there are any."""
 
     name: Literal["prompts"] = Field("prompts", description="texts, alone or with their pictures")
@@ -70,6 +126,10 @@ class PromptsSettings(Section):
     resize: Literal["none", "box", "bicubic", "lanczos"] = Field(
         "none", description="how pictures of another size are scaled; none: they are bad"
     )
+    pad: Literal["none", "edge", "black", "white"] = Field(
+        "none",
+        description="how pictures smaller than `size` are filled up around: with their border's pixels, black or white",
+    )
     on_bad: Literal["refuse", "skip"] = Field(
         "refuse", description="pictures that are damaged, missing or of another size: stop, or leave the rows out"
     )
@@ -82,9 +142,15 @@ class PromptsSettings(Section):
         """The section of the pictures alone."""
         if self.images is None:
             return None
-        keys = ("size", "channels", "crop", "resize", "on_bad")
+        keys = ("size", "channels", "crop", "resize", "pad", "on_bad")
         return FolderSettings(path=self.images, labels=False, **{key: getattr(self, key) for key in keys})
 
 
-DataSettings = DigitsSettings | Toy2dSettings | GlyphsSettings | FolderSettings | PromptsSettings
+class NoDataSettings(DataSection):
+    """No images: shape and classes are the teacher's, which is given; for stages that look at no real image."""
+
+    name: Literal["none"] = Field("none", description="no images, only the teacher's classes")
+
+
+DataSettings = NoDataSettings | DigitsSettings | Toy2dSettings | GlyphsSettings | FolderSettings | PromptsSettings
 Data = Annotated[DataSettings, Field(discriminator="name")]

@@ -148,7 +148,7 @@ def test_bad_pictures_are_refused_by_name(tmp_path: Path, mixed: Path) -> None:
     with pytest.raises(UserError) as refusal:
         provided(tmp_path, [], path=str(mixed))
     lines = refusal.value.message.splitlines()
-    assert "3 pictures cannot be used" in lines[0]
+    assert "3 of 9 pictures cannot be used" in lines[0]
     assert lines[1].startswith("  cat/1.png: ")
     assert lines[2:] == ["  dog/0.webp: is 12x8, not square", "  emu/2.jpg: is 16x16, not 8x8"]
     assert not list((tmp_path / "runs").rglob(RECORD)) and not list((tmp_path / "runs").rglob("*.bin"))
@@ -164,7 +164,7 @@ def test_many_bad_pictures_are_listed_by_cause(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refusal:
         provided(tmp_path, [], path=str(path))
     lines = refusal.value.message.splitlines()
-    assert lines[0].endswith("30 pictures cannot be used")
+    assert lines[0].endswith("30 of 39 pictures cannot be used")
     assert "  14: is not square: cat/w00.png, cat/w01.png, cat/w02.png, cat/w03.png, cat/w04.png, ..." in lines
     assert "  1: is not 8x8: emu/l.png" in lines
     assert sum(int(line.split(":")[0]) for line in lines[1:]) == 30 and len(lines) <= 8

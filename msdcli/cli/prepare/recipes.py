@@ -17,7 +17,7 @@ from msdcli.cli import options
 def register(app: typer.Typer) -> None:
     group = typer.Typer(help="List, copy, show and check recipes.", invoke_without_command=True, no_args_is_help=False)
     group.callback()(listing)
-    for name, command in (("cp", copy), ("show", show), ("validate", validate), ("schema", schema)):
+    for name, command in (("new", new), ("cp", copy), ("show", show), ("validate", validate), ("schema", schema)):
         group.command(name)(command)
     app.add_typer(group, name="recipes")
 
@@ -91,6 +91,46 @@ def copy(
     console.outcome(f"{target}: edit it, then msd distill {target}", {"file": str(target)}, json_=json_)
 
 
+def new(
+    folder: Annotated[str, typer.Argument(help="Your pictures: a folder of class folders, a zip, an .npz, or shards.")],
+    target: Annotated[Path | None, typer.Argument(help="The file to make; NAME.yaml if absent.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, max=1e6, help="How long the whole run may take here.")] = 30.0,
+    students: Annotated[
+        int | None, typer.Option(min=1, help="How many; one per class, at most five, if absent.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="The device that will train: auto, cpu, cuda or mps.")] = "auto",
+    json_: options.Json = False,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Write a recipe for your own pictures: look at them, choose a network and steps for this device and your time."""
+    from msdcli.errors import UserError
+    from msdcli.recipe import recipes_folder
+    from msdcli.recipe.data import label_of
+    from msdcli.rundir import write_text
+
+    target = target or Path(f"{label_of(folder) or 'my'}.yaml")
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists: nothing was written", hint=f"msd recipes new {folder} another-name.yaml")
+    from msdcli.engine.proposal import propose
+
+    found = propose(folder, minutes=minutes, students=students, on=device)
+    schema = (recipes_folder() / "schema.json").as_uri()
+    if not dry_run:
+        write_text(target, f"# yaml-language-server: $schema={schema}\n{found.text}")
+    if json_:
+        told = {"file": None if dry_run else str(target), "pictures": found.seen.to_json(), "assumed": found.assumed}
+        console.print_json(told | {"minutes": found.minutes, "recipe": found.text})
+        return
+    if dry_run:
+        sys.stdout.write(console.plain(found.text))
+        return
+    for line in found.seen.lines():
+        console.say(f"seen:    {line}")
+    for line in [*found.seen.remarks(), *found.assumed]:
+        console.say(f"assumed: {line}")
+    console.say(f"written: {target}  (next: msd distill {target} --dry-run, then without)")
+
+
 def show(recipe: options.Recipe, overrides: options.Overrides = None, json_: options.Json = False) -> None:
     """Print a recipe with every key and its value, after what its file says about it."""
     from msdcli.recipe import find, load
@@ -104,11 +144,25 @@ def show(recipe: options.Recipe, overrides: options.Overrides = None, json_: opt
 
 
 def validate(recipe: options.Recipe, overrides: options.Overrides = None, json_: options.Json = False) -> None:
-    """Check a recipe; all mistakes are named at once."""
+    """Check a recipe, and pictures of your own that it names; all mistakes are named at once."""
     from msdcli.recipe import load
 
     loaded = load(recipe, overrides)
-    console.outcome(f"{recipe}: a good recipe", {"recipe": recipe, "name": loaded.name}, json_=json_)
+    told: dict[str, Any] = {"recipe": recipe, "name": loaded.name}
+    lines, path = list[str](), getattr(loaded.data, "path", None)
+    if path is not None:
+        from msdcli.engine import plan
+
+        if plan.is_here(path):
+            _, seen = plan.look(loaded)
+            remarks = plan.remarks(loaded, seen)
+            lines = ([] if seen is None else [f"data: {line}" for line in seen.lines()]) + [
+                f"look: {r}" for r in remarks
+            ]
+            told |= {"pictures": None if seen is None else seen.to_json(), "remarks": remarks}
+        else:
+            lines = [f"data: {path} is not here, so nothing of it was looked at"]
+    console.outcome("\n".join([f"{recipe}: a good recipe", *lines]), told, json_=json_)
 
 
 def schema(sweep: Annotated[bool, typer.Option("--sweep", help="Of sweep files instead.")] = False) -> None:

@@ -187,10 +187,19 @@ def _show_files(result: dict[str, Any]) -> None:
 
 def show(result: Measurement, *, brief: bool) -> None:
     """Print the table; `brief` leaves out the single classes and what stands beside distance and accuracy."""
+    from msdcli.engine.report.facts import group_name
+
     rows = [row for row in result.rows if not (brief and row.group.startswith("class "))]
     names = list(dict.fromkeys(name for row in rows for name in row.values))[: 2 if brief else None]
+    called: list[str] = result.record.get("class_names", [])
     cells = [
-        [row.who, row.group, f"{row.samples:,}", _count(row.reference), *(_value(row.values.get(n)) for n in names)]
+        [
+            row.who,
+            group_name(row.group, called),
+            f"{row.samples:,}",
+            _count(row.reference),
+            *(_value(row.values.get(n)) for n in names),
+        ]
         for row in rows
     ]
     console.table(f"{result.metric}: {result.protocol}", ["", "of", "n", "real n", *names], cells, text_columns=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -32,6 +33,9 @@ def distill(
         int | None,
         typer.Option(min=1, max=64, help="Train this many students at once on each device, a process each."),
     ] = None,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="The teacher alone: train it, draw samples, measure it, and stop.")
+    ] = False,
     json_: options.Json = False,
     dry_run: options.DryRun = False,
     show_recipe: Annotated[
@@ -50,6 +54,12 @@ def distill(
         raise UserError("--recipe goes with --dry-run", hint=f"msd recipes show {recipe}")
     if students_per_device is not None:
         _check_alone(overrides, {"--student": student is not None, "--worker": worker, "torchrun": torchrun})
+    if teacher:
+        if student is not None or worker or torchrun or students_per_device is not None:
+            raise UserError("--teacher is about no student, and one process trains it", hint="leave out the others")
+        if not dry_run:
+            _teach(recipe, overrides, json_)
+            return
     if torchrun and not dry_run:
         launcher.share()  # before torch is loaded: does it say all?
         from msdcli.engine.distributed import group as distributed
@@ -116,6 +126,24 @@ def _distill(
         _show(outcome, json_)
 
 
+def _teach(recipe: str, overrides: list[str] | None, json_: bool) -> None:
+    from msdcli.cli.results.fid import show
+    from msdcli.engine import pipeline
+    from msdcli.recipe import load
+
+    loaded = load(recipe, overrides)
+    with console.Monitor(quiet=json_) as monitor:
+        taught = pipeline.teach(loaded, monitor)
+    if json_:
+        console.print_json({"run": str(taught.run.root)} | taught.measurement.to_json())
+        return
+    show(taught.measurement, brief=True)
+    console.say(taught.verdict.said)
+    console.say(f"samples: {taught.grid}")
+    again = shlex.join([recipe, *(overrides or [])])
+    console.say(f"run:     {taught.run.root}  (next: msd distill {again}, which goes on with the students)")
+
+
 def _plan(recipe: Recipe, json_: bool, *, with_recipe: bool) -> None:
     from msdcli.engine.plan import plan
 
@@ -162,9 +190,12 @@ def _show(outcome: DistillResult, json_: bool) -> None:
         for sentence in closing(outcome.run):
             console.say(sentence)
     console.say(f"samples: {outcome.grid}  (the teacher's left of or behind the students')")
-    how = "--all" if outcome.measurement is not None else '--prompt "a red fox"'
+    how = '--prompt "a red fox"' if outcome.run.recipe().has_prompts else "--all"
     console.say(
         f"run:     {outcome.run.root}  (next: msd report {outcome.run.root}, or msd sample {outcome.run.root} {how})"
     )
     if outcome.measurement is None:
-        console.say(f"measure: msd fid {outcome.run.root} --protocol clean --reference PICTURES")
+        console.say(
+            f"no distance: there are no real images. msd fid {outcome.run.root} PICTURES --protocol clean measures "
+            "against a folder of them, or published statistics"
+        )

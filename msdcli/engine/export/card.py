@@ -67,7 +67,7 @@ def _size(source: ExportSource) -> str:
 def _header(
     source: ExportSource, exported: ExportResult, record: dict[str, Any], measured: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    data = source.run.recipe().data.name
+    data = source.run.recipe().data.label
     header: dict[str, Any] = {} if source.options.license is None else {"license": source.options.license}
     speed = "one-step" if source.steps == 1 else "few-step"
     header |= {

@@ -13,13 +13,15 @@ import PIL
 from msdcli import records
 from msdcli.data import open_data, prompts
 from msdcli.data.base import FINGERPRINT, Dataset, fingerprint, fingerprint_of_version_1
+from msdcli.data.conditions import Conditions
 from msdcli.data.files.labels import empty_classes
 from msdcli.data.folder import PIXELS, RECORD, SHOWN, BadPicture, DecodedPictures, PictureFiles, refusal
+from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.inputs import hub, importing
 from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import MissingFileError, UserError
 from msdcli.recipe import Recipe
-from msdcli.recipe.data import FolderSettings, PromptsSettings
+from msdcli.recipe.data import FolderSettings, NoDataSettings, PromptsSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings
 from msdcli.rundir import RunDir, key, lock, write_json, writing
 
@@ -32,6 +34,8 @@ def provide(run: RunDir, recipe: Recipe, report: Report) -> Dataset:
     settings = recipe.data
     if isinstance(settings, PromptsSettings):
         return _prompts(run, recipe, settings, report)
+    if isinstance(settings, NoDataSettings):
+        return conditions_of_teacher(run, recipe)
     if not isinstance(settings, FolderSettings):
         return open_data(settings)
     data = DecodedPictures(_decoded(run, settings, PictureFiles(settings), report))
@@ -46,8 +50,34 @@ def look(recipe: Recipe, *, planning: bool = False) -> Dataset:
     """Open a recipe's data as they lie, decoding what is asked for. With `planning`, data that are not here yet are
     what the recipe says of them. Prompts alone have the shape of what the teacher makes.
     """
+    if isinstance(recipe.data, NoDataSettings):
+        return conditions_of_teacher(RunDir(recipe.run_dir), recipe, planning=planning)
     made = made_by_teacher(recipe, planning=planning) if recipe.has_prompts else None
     return open_data(recipe.data, planning=planning, made=made)
+
+
+def conditions_of_teacher(run: RunDir, recipe: Recipe, *, planning: bool = False) -> Conditions:
+    """Return the classes of a given teacher, which stand for the data where there are none."""
+    said = recipe.teacher.path
+    assert said is not None, "recipes without data are checked for it"
+    begun = run.recipe_file.is_file() and (run.teacher / MODEL).is_file() and run.recipe().teacher.path == said
+    path = run.teacher if begun else (hub.cached if planning else hub.resolve)(said)
+    if path is None or not path.exists():
+        source = recipe.teacher.source
+        hint = hub.by_hand(said) if path is None else f"get it from {source}" if source else None
+        raise MissingFileError(f"no model at {said}, and without data it says what there is to be made", hint=hint)
+    if importing.is_foreign(path):
+        made = importing.inspect(path)
+        shape, num_classes, reads_text = made.shape, made.num_classes, made.reads_text
+    else:
+        record = records.model(path / MODEL)
+        shape, num_classes, reads_text = tuple(record["shape"]), record["num_classes"], (path / importing.TEXT).is_dir()
+    if reads_text:
+        raise UserError(
+            f"the teacher at {path} is conditioned on prompts, and the recipe has none",
+            hint="data: {name: prompts, path: ...}",
+        )
+    return Conditions(shape, num_classes)
 
 
 def made_by_teacher(recipe: Recipe, *, planning: bool = False) -> tuple[int, ...]:
@@ -88,11 +118,14 @@ def _prompts(run: RunDir, recipe: Recipe, settings: PromptsSettings, report: Rep
 
 def _decoded(run: RunDir, settings: FolderSettings, pictures: PictureFiles, report: Report) -> Path:
     """Return the folder with the decoded pictures."""
-    # Pixels depend on the files, on size, channels, crop and resize, and on the code; numbers and classes on the files,
-    # on on_bad and labels. (`source`, `count` and `classes` decide nothing: they are said, or checked.) What is left is
+    # Pixels depend on the files, on size, channels, crop, resize and pad, and on the code; numbers and classes on the
+    # files, on on_bad and labels. (`source`, `count` and `classes` decide nothing: they are said, or checked; `mirror`
+    # is for training. Without `pad` the name is that of the time before there was one.) What is left is
     # Pillow: another version may decode a JPEG to other last bits. That is no reason to refuse a run its data, and the
     # hash of the pixels themselves names all that is made from them.
-    section = settings.model_dump(mode="json", exclude={"source", "count", "classes"})
+    section = settings.model_dump(mode="json", exclude={"source", "count", "classes", "mirror"})
+    if settings.pad == "none":
+        del section["pad"]
     files = pictures.fingerprint()
     folder = run.shared / f"data-{key('data', FORMAT, section, files)}"
     with lock(folder, "the data", wait=report):
@@ -117,7 +150,7 @@ def _decode(pictures: PictureFiles, folder: Path, files: str, report: Report) ->
                 speed = (number + 1) / (time.monotonic() - begun)
                 report(Progress("data", number + 1, len(pictures), "images", {}, speed))
         if bad and (pictures.settings.on_bad == "refuse" or not kept):
-            raise refusal(pictures.settings, bad)
+            raise refusal(pictures.settings, bad, of=len(pictures))
         if pictures.changed(files):
             raise UserError(
                 f"{pictures.settings.path} changed while its pictures were decoded",

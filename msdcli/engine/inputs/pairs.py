@@ -123,6 +123,14 @@ class Pairs:
                 time.sleep(0.2)  # others are at what is left
         return self.read()
 
+    def prepare(self, teacher: Denoiser, count: int, report: Report) -> None:
+        """Make the shards of the first `count` pairs that nobody has made or is at, so that they can be measured."""
+        self.memory.say = report
+        for path, numbers in self.shards():
+            if numbers.start < count and self._make_unless_held(path, numbers, teacher):
+                done = min(numbers.stop, self.settings.count)
+                report(Progress("pairs", done, self.settings.count, "pairs"))
+
     def examples(self, teacher: Denoiser, classes: list[int], per_class: int) -> list[Tensor] | None:
         """Return up to `per_class` of the teacher's samples of each class: pairs that are there, points drawn anew.
 

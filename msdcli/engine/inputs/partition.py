@@ -336,7 +336,7 @@ def cosine(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
 def draw(path: Path, partition: Partition, data: Dataset, *, columns: int = 16) -> None:
     """Write a PNG with one row of data per student (points: one scatter plot per student)."""
     if not has_images(data):
-        raise UserError("these prompts have no pictures to draw", hint="data.images names a folder of pictures")
+        raise UserError("there are no pictures to draw", hint="data.images names those of prompts")
     wanted = 4000 if len(data.shape) == 1 else columns
     each = _of_classes(data, wanted)
     rows = []

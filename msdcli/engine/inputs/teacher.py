@@ -214,8 +214,8 @@ def _own(run: RunDir, recipe: Recipe) -> Path | None:
 
 
 def teacher_key(recipe: Recipe, data: Dataset) -> str:
-    """Name the teacher by everything that its weights depend on: the data, its section, the code that trains (FORMAT),
-    and the threads, which move the last bits that training amplifies.
+    """Name the teacher by everything that its weights depend on: the data, whether they are mirrored, its section, the
+    code that trains (FORMAT), and the threads, which move the last bits that training amplifies.
 
     Device, precision of matrix products and processes move such bits too; they are no part of what a recipe asks for,
     and a teacher that another machine trained is as good. The path, source, latents, solver, guidance and stitch come
@@ -224,7 +224,8 @@ def teacher_key(recipe: Recipe, data: Dataset) -> str:
     section = recipe.teacher.model_dump(
         mode="json", exclude={"path", "source", "latent", "solver", "guidance", "stitch"}
     )
-    return key("teacher", FORMAT, fingerprint(data), section, recipe.threads)
+    mirrored = ["mirror"] if recipe.data.mirrors else []
+    return key("teacher", FORMAT, fingerprint(data), section, recipe.threads, *mirrored)
 
 
 def new_network(settings: TeacherSettings, data: Dataset) -> Denoiser:
@@ -243,7 +244,7 @@ def _train(
     network = new_network(settings, data).train()
     if not options.fsdp:  # sharding moves it
         network.to(device)
-    source = Source(data, range(len(data.class_names)), device=device)
+    source = Source(data, range(len(data.class_names)), mirror=recipe.data.mirrors, device=device)
     objective = DenoisingScoreMatching(settings.training, network, None)
     key_ = ("teacher", settings.seed)
     state = train(

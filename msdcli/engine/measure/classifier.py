@@ -113,7 +113,7 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
             load_weights(network, load_tensors(weights)[0], weights)
             found = _examined(network, data, away)
             report(f"classifier: {found.told()}")
-            record = {"classifier": recipe.data.name, "data": content, "held_out": vars(found)}
+            record = {"classifier": recipe.data.label, "data": content, "held_out": vars(found)}
             write_json(folder / MODEL, record | {"sha256": file_hash(weights)})
     load_weights(network, load_tensors(weights)[0], weights)
     link(folder, run.classifier)

@@ -68,10 +68,11 @@ def metric_of(
     run: RunDir, recipe: Recipe, data: Dataset, options: FidOptions, on: torch.device, report: Report
 ) -> FeatureMetric:
     """Open what measures this run: the data's own classifier, or the network of a published protocol."""
-    name, protocol = recipe.data.name, options.protocol or "data"
-    if protocol == "data" and recipe.has_prompts:
+    name, protocol = recipe.data.label, options.protocol or "data"
+    if protocol == "data" and not recipe.has_measure:
         raise UserError(
-            "prompts have no classifier to measure by", hint="--protocol clean (or clip), --reference PICTURES"
+            f"{'prompts have' if recipe.has_prompts else 'without data there is'} no classifier to measure by",
+            hint="--protocol clean (or clip), --reference PICTURES",
         )
     if len(data.shape) == 1:
         if protocol != "data" or options.reference:

@@ -78,7 +78,7 @@ class EvaluationContext:
         largest = max(self.count, MAX_REFERENCE) if self.planar else MAX_REFERENCE
         numbers = in_turn(self.data, range(min(len(self.data), largest)))
         if not has_images(self.data):
-            raise UserError("these prompts have no pictures to compare with", hint="--reference a folder of pictures")
+            raise UserError("there are no pictures to compare with", hint="--reference a folder of pictures")
         depends = fingerprint(self.data), len(numbers)  # which images these are follows from how many
         return self._cached(lambda: features.of_data(self.data, numbers, self.extractor), "data", *depends)
 
@@ -159,6 +159,7 @@ def _record(
     return {
         "samples": context.count,
         "seed": recipe.evaluation.seed,
+        "class_names": [] if recipe.has_prompts else list(context.data.class_names),
         # Of prompts, thousands as a rule, only how many they are.
         "prompts" if recipe.has_prompts else "labels": len(measured.moments.counts())
         if recipe.has_prompts

@@ -37,9 +37,10 @@ def check(recipe: Recipe, data: Dataset, group: ProcessGroup, *, planning: bool)
         if not isinstance(stage, GeneratorSettings) or stage.select is None:
             continue
         where, protocol = f"stage {stage.objective}: select", stage.select.protocol
-        if recipe.has_prompts:
+        if not recipe.has_measure:
             raise UserError(
-                f"{where}: prompts have no measure to choose by", hint="leave `select` out: the last average is kept"
+                f"{where}: {'prompts have' if recipe.has_prompts else 'without data there is'} no measure to choose by",
+                hint="leave `select` out: the last average is kept",
             )
         if len(data.shape) == 1 and protocol != "data":
             raise UserError(f"{where}: points have no {protocol} features", hint="leave `protocol` out")

@@ -47,9 +47,9 @@ class Measurement:
         return next(row for row in self.rows if (row.who, row.group) == (who, "whole"))
 
     def headline(self) -> dict[str, Any]:
-        """The figure that the measurement is about, for scripts: of the students, or of pictures in files."""
+        """The figure that the measurement is about, for scripts: of students, of files, or of a teacher alone."""
         found = {row.who: row for row in self.rows if row.group == "whole"}
-        mine = found.get("students") or found.get("images")
+        mine = found.get("students") or found.get("images") or found.get("teacher")
         return {
             "value": None if mine is None else mine.values.get(self.metric),
             "metric": self.metric,

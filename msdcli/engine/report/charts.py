@@ -19,7 +19,7 @@ Curve = list[tuple[float, float]]
 
 def curve_charts(runs: Sequence[RunFacts]) -> dict[str, list[dict[str, Any]]]:
     """Return charts under `measured`, `losses` and `health`: one per objective and figure, a line per student of every
-    run.
+    run; of health under `nothing` those that are zero from end to end, which are said and not drawn.
     """
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for r, facts in enumerate(runs):
@@ -28,9 +28,11 @@ def curve_charts(runs: Sequence[RunFacts]) -> dict[str, list[dict[str, Any]]]:
                 objective = "teacher" if training.student is None else training.stage.objective
                 line = _series(runs, r, training.who, training.student, thinned(points))
                 found.setdefault((objective, name), []).append(line)
-    charts: dict[str, list[dict[str, Any]]] = {"measured": [], "losses": [], "health": []}
+    charts: dict[str, list[dict[str, Any]]] = {"measured": [], "losses": [], "health": [], "nothing": []}
     for (objective, name), series in found.items():
         kind = name.split(".")[0] if name.startswith(("losses.", "measured.")) else "health"
+        if kind == "health" and not any(value for one in series for _, value in one["points"]):
+            kind = "nothing"
         charts[kind].append(_chart(f"{objective}-{name}", _titled(objective, name), "step", series))
     return charts
 

@@ -120,8 +120,10 @@ def _unfinished(facts: RunFacts) -> list[str]:
             holder = f", {student['running']} is at it" if student["running"] else ""
             where = f"at step {stage['step']:,} of {stage['steps']:,}" if stage["step"] else "not begun"
             found.append(f"student {student['student']} is not finished: {stage['objective']} {where}{holder}")
-    if not facts.results:
+    if not facts.results and facts.recipe.has_measure:
         found.append("no measurement yet: msd distill makes one when all students are finished, msd fid any other")
+    elif not facts.results:
+        found.append("no measurement: there are no real images; msd fid RUN PICTURES --protocol clean makes one")
     if not any(training.lines for training in facts.trainings):
         found.append("no losses were kept (metrics.jsonl)")
     return found
@@ -149,7 +151,7 @@ def metrics(result: dict[str, Any]) -> list[str]:
 
 def main_result(facts: RunFacts) -> dict[str, Any] | None:
     """Return the measurement that the run itself ends with, or else the first."""
-    own = [r for r in facts.results if r["metric"].endswith(f"_{facts.recipe.data.name}")]
+    own = [r for r in facts.results if r["metric"].endswith(f"_{facts.recipe.data.label}")]
     return next(iter(own or facts.results), None)
 
 

@@ -57,6 +57,7 @@ def render(runs: Sequence[RunFacts], pictures: Sequence[Any]) -> str:
     sections = [_section(facts, drawn) for facts, drawn in zip(runs, pictures, strict=True)]
     curves = charts.curve_charts(runs)
     curves["measured"] += charts.watched_chart(runs)
+    nothing = [chart["title"] for chart in curves.pop("nothing")]
     comparison = compare(runs) if len(runs) > 1 else None
     data = {
         "curves": [chart for group in curves.values() for chart in group],
@@ -67,6 +68,7 @@ def render(runs: Sequence[RunFacts], pictures: Sequence[Any]) -> str:
     return environment.get_template("page.html").render(
         runs=sections,
         curves=curves,
+        nothing=nothing,
         comparison=comparison,
         data=data,
         curve_table=charts.curve_table,

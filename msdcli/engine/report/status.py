@@ -44,7 +44,7 @@ def status(run: RunDir) -> dict[str, Any]:
         resumable = running is None and not finished
         students.append({"student": k, "running": running, "resumable": resumable, "stages": stages})
     done = all(stage["state"] == "done" for student in students for stage in student["stages"])
-    complete = done and (recipe.has_prompts or bool(run.results()))  # prompts are measured when somebody asks
+    complete = done and (not recipe.has_measure or bool(run.results()))  # others are measured when somebody asks
     shared = list(_shared(run, recipe, students_done=done))
     held = any(student["running"] for student in students) or any(part["running"] for part in shared)
     return {
@@ -72,9 +72,11 @@ def _shared(run: RunDir, recipe: Recipe, *, students_done: bool) -> Iterator[dic
     """Yield what is made beside the students: the teacher, the classifier that measures, and the measurement."""
     training = None if recipe.teacher.path else recipe.teacher.training
     yield _part("teacher", run.teacher, _being_made(run, "teacher", teacher_folder(run)), training)
-    if not recipe.has_prompts and recipe.data.name != "toy2d":
+    if recipe.has_measure and recipe.data.name != "toy2d":
         yield _part("classifier", run.classifier, _being_made(run, "classifier", run.classifier), None)
     measured = bool(run.results())
+    if not recipe.has_measure and not measured:
+        return
     features = next((who for f in run.shared.glob("features-*") if (who := holder_of(f))), None)
     lately = students_done and time.time() - last_change(run) < OVER
     state = "done" if measured else "running" if students_done and (features or lately) else "waiting"

@@ -19,6 +19,12 @@ from msdcli.engine.tracking.formatting import (
 )
 from msdcli.rundir import RunDir
 
+# Of the teacher's: below it, what students make has lost most of its variety.
+COLLAPSED = 0.5
+CURE = (
+    "keep the teacher's pairs, make more of them, train the fake network more often, lower the learning rate "
+    "(msd docs troubleshooting: mode collapse)"
+)
 COMPANIONS = {
     "recall": "are less varied than the teacher's",
     "coverage": "reach fewer of the real images than the teacher's",
@@ -39,7 +45,7 @@ def closing(run: RunDir) -> list[str]:
     """
     (facts,) = load_runs([run.root])
     result = main_result(facts)
-    return [*_how_good(facts), *([] if result is None else _companions(result)), *_health(facts)]
+    return [*_how_good(facts), *([] if result is None else [*collapse(result), *_companions(result)]), *_health(facts)]
 
 
 def _what(facts: RunFacts) -> str:
@@ -53,7 +59,8 @@ def _what(facts: RunFacts) -> str:
     classes = f", {word(count)} {plural(count, 'class', 'classes')}" if count else ""
     kind = f"{word(facts.steps)}-step {plural(number, 'student')}"
     head = f"{word(number).capitalize()} {kind} {verb} distilled from one diffusion teacher"
-    text = f"{head} of {recipe.data.name}{classes}, by {stages}."
+    of = "" if recipe.data.name == "none" else f" of {recipe.data.label}"
+    text = f"{head}{of}{classes}, by {stages}."
     if done < number:
         text += f" {word(done).capitalize()} of them {plural(done, 'is', 'are')} finished."
     return text + _sizes(facts)
@@ -133,8 +140,40 @@ def _cost(facts: RunFacts) -> list[str]:
 def remarks(facts: RunFacts) -> list[str]:
     """Return what a careful reader would look at first; empty where nothing stands out."""
     result = main_result(facts)
-    found = [] if result is None else [*_companions(result), *_worst(facts, result), *_cautions(result)]
+    found = (
+        [] if result is None else [*collapse(result), *_companions(result), *_worst(facts, result), *_cautions(result)]
+    )
     return [*found, *_health(facts)]
+
+
+def collapse(result: dict[str, Any]) -> list[str]:
+    """Say whether the students have collapsed, and what cures it: where their samples have lost half of the variety
+    that the teacher's have. Recall is the part of the real images that lie among the samples, coverage that of those
+    with a sample near by.
+    """
+    students, teacher = row(result, "students"), row(result, "teacher")
+    if students is None or teacher is None or result.get("students_against") == "teacher":
+        return []
+    lost = []
+    for name in ("recall", "coverage"):
+        mine, theirs = students["values"].get(name), teacher["values"].get(name)
+        if mine is None or theirs is None or not theirs:
+            continue
+        highest = students["intervals"].get(name, {"high": mine})["high"]
+        if highest < COLLAPSED * teacher["intervals"].get(name, {"low": theirs})["low"]:
+            lost.append(f"{name} {mine:.3f} against {theirs:.3f}")
+    if not lost:
+        return []
+    parts = [r for r in result["rows"] if r["who"] == "students" and r["group"].startswith("student ")]
+    worst = [
+        r["group"]
+        for r in parts
+        if "recall" in r["values"]
+        and (of := row(result, "teacher", r["group"])) is not None
+        and r["values"]["recall"] < COLLAPSED * of["values"].get("recall", 0)
+    ]
+    who = f" ({', '.join(worst)})" if 0 < len(worst) < len(parts) else ""
+    return [f"The students have collapsed{who}: {' and '.join(lost)} of the teacher's. The cure: {CURE}."]
 
 
 def _companions(result: dict[str, Any]) -> list[str]:

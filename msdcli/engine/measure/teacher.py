@@ -1,0 +1,120 @@
+"""Is the teacher fit to be distilled? Measured alone, after its training: no student becomes better than what it learns
+from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from msdcli.engine.measure.feature_metric import FidOptions, Reference
+from msdcli.engine.measure.fid import EvaluationContext
+from msdcli.engine.measure.rows import Measurement, MeasurementRows, Row, halves
+from msdcli.engine.tracking.events import Report
+from msdcli.engine.tracking.formatting import figure
+from msdcli.errors import UserError
+from msdcli.metrics.moments import Gaussian
+from msdcli.partition import Partition
+from msdcli.rundir import RunDir, write_json
+
+FOLDER = "teacher"  # in metrics/: what is known of the teacher alone is no result of the run
+SURE = 500  # samples below which a figure is too uncertain to stop a run for
+# A model whose every sample is the one picture with the mean features of the data is at a Frechet distance of the
+# features' whole variance, tr(Sigma): ||m - m||^2 + tr(Sigma + 0 - 0). What is not well below that has learnt little.
+UNFIT_SPREAD, WEAK_SPREAD = 0.5, 0.1
+# Of the way from guessing a sample's class to naming it as often as a real image's.
+UNFIT_ACCURACY, WEAK_ACCURACY = 0.5, 0.8
+
+
+class UnfitTeacherError(UserError):
+    """The teacher is plainly not fit to be distilled."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a teacher is fit: `fit`, `weak` or `unfit`; and one sentence on it."""
+
+    state: str
+    said: str
+
+
+def measure(run: RunDir, report: Report, *, brief: bool = False) -> tuple[Measurement, Verdict]:
+    """Measure a run's teacher alone and write metrics/teacher/NAME.json; `brief`: as a whole, and without intervals.
+
+    What it costs to sample is kept for the run's end.
+    """
+    context = EvaluationContext(run, FidOptions(), report)
+    real, mine = context.real(), context.teacher()
+    replicates = 0 if brief else context.replicates(mine.moments.dimension)
+    lines = MeasurementRows(context.metric, Partition.load(run.partition), replicates, whole_only=brief)
+    rows = [*halves(context.metric, real), *lines.of("teacher", mine, real)]
+    found = verdict(context.metric.name, rows, _spread(real), guess=_guess(context))
+    record = {
+        "samples": context.count,
+        "class_names": list(context.data.class_names),
+        "warnings": [*context.warnings, *lines.warnings],
+        "verdict": vars(found),
+    }
+    result = Measurement(context.metric.name, context.metric.protocol, rows, record | context.metric.record)
+    write_json(run.metrics / FOLDER / f"{context.metric.name}.json", result.to_json())
+    return result, found
+
+
+def verdict(metric: str, rows: list[Row], spread: float, *, guess: float | None) -> Verdict:
+    """Judge a teacher by its row, that of two halves of the data, the variance of the data's features, and how often
+    guessing names a class right; None: the classifier is not shown to know the classes.
+    """
+    mine = next(row for row in rows if (row.who, row.group) == ("teacher", "whole"))
+    best = next((row.values for row in rows if row.who == "real halves"), {})
+    # Points are measured by a distance of histograms, which is no variance; their Wasserstein distance is the root.
+    distance = mine.values.get("sliced_wasserstein")
+    distance = mine.values[metric] if distance is None else distance**2
+    said = f"{metric} {figure(mine.values[metric])}"
+    if metric in best:
+        said += f" (two halves of the data: {figure(best[metric])})"
+    worst = "unfit" if distance >= UNFIT_SPREAD * spread else "weak" if distance >= WEAK_SPREAD * spread else "fit"
+    if worst != "fit":
+        said += f", {distance / spread:.0%} of the distance of a model that makes one average picture only"
+    mine_right, real_right = mine.values.get("accuracy"), best.get("accuracy")
+    if guess is not None and mine_right is not None and real_right is not None and real_right > guess:
+        way = (mine_right - guess) / (real_right - guess)
+        by_class = "unfit" if way < UNFIT_ACCURACY else "weak" if way < WEAK_ACCURACY else "fit"
+        worst = max(worst, by_class, key=["fit", "weak", "unfit"].index)
+        said += (
+            f"; {mine_right:.0%} of its samples are recognised as their class, of real images {real_right:.0%}, by "
+            f"guessing {guess:.0%}"
+        )
+    unsure = guess is None and "accuracy" in mine.values  # by features of a classifier that may know nothing
+    if worst == "unfit" and (unsure or mine.samples < SURE):
+        worst = "weak"
+    heads = {
+        "fit": "The teacher is fit to be distilled",
+        "weak": "The teacher is weak, and no student becomes better than it",
+        "unfit": "The teacher is not fit to be distilled",
+    }
+    return Verdict(worst, f"{heads[worst]}: {said}.")
+
+
+def _spread(real: Reference) -> float:
+    """The variance of the data's features, in all directions together; of points, in one direction."""
+    if not isinstance(real, Gaussian) and real.features is not None and real.features.shape[1] == 2:
+        return float(real.features.var(axis=0).mean())
+    gaussian = real if isinstance(real, Gaussian) else real.moments.whole().gaussian()
+    return float(np.trace(gaussian.sigma))
+
+
+def _guess(context: EvaluationContext) -> float | None:
+    held_out: dict[str, Any] = context.metric.record.get("held_out", {})
+    knows = held_out.get("images") and not context.metric.warnings
+    return held_out["guessed"] / held_out["images"] if knows else None
+
+
+def refusal(found: Verdict, steps: int, run: RunDir) -> UnfitTeacherError:
+    """The error that stops a run before its students."""
+    return UnfitTeacherError(
+        f"{found.said} Its samples: {run.samples / 'teacher.png'}",
+        hint=f"teacher.training.steps={4 * steps} (now {steps}) trains it longer, a larger teacher.network learns "
+        "more; evaluation.judge=tell goes on all the same",
+    )

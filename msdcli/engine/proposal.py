@@ -1,0 +1,292 @@
+"""A recipe for a folder of pictures: what is in it, a network that takes it, and steps for the minutes that are given.
+
+The rules are those that made the shipped recipe of digits: half of the time for the teacher, for without a good one
+nothing else matters; students at a learning rate that falls with their steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from msdcli import nets
+from msdcli.data import survey
+from msdcli.data.folder import PictureFiles, refusal
+from msdcli.data.survey import Survey
+from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine import estimate
+from msdcli.engine.distributed import device
+from msdcli.engine.measure.classifier import TRAINING
+from msdcli.engine.tracking.formatting import plural
+from msdcli.engine.train.counting import FlopCounter, forward_flops, num_parameters
+from msdcli.errors import UserError
+from msdcli.nets.classifier import Classifier
+from msdcli.nets.meta import on_meta, without_first_weights
+from msdcli.recipe.data import FolderSettings
+from msdcli.recipe.networks import UNetSettings
+from msdcli.recipe.solver import SolverSettings
+from msdcli.recipe.stages import DmSettings, EdmSettings
+
+LARGEST = 64  # pixels: what the U-Net here is made for
+MULTIPLE = 8  # of a side: three levels of a U-Net halve it twice, and four a fourth time where it is large
+# Channels of the first level and blocks of each, from the least that learns pictures to what fills a GPU.
+LADDER = ((8, 1), (12, 1), (16, 1), (24, 1), (32, 1), (32, 2), (48, 2), (64, 2), (96, 2), (128, 2))
+BATCH = 64
+ENOUGH = 2500  # the teacher's steps below which a larger network is no gain
+LEAST = 50  # a student's steps, below which fewer students are made
+TEACHER, SAMPLES, STUDENTS = 0.5, 0.15, 0.25  # parts of the time; the rest is the classifier's and the measurements'
+SECONDS = 1.0  # of measuring how fast this device is
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A recipe as commented YAML, what was seen, what was assumed, and the minutes that its parts will take here."""
+
+    text: str
+    seen: Survey
+    assumed: list[str]
+    minutes: dict[str, float]
+
+
+def propose(folder: str, *, minutes: float, students: int | None = None, on: str = "auto") -> Proposal:
+    """Look at the pictures in a folder (or zip, npz, shards) and write a recipe for them. UserError where none can be
+    used.
+    """
+    data, seen, assumed = _data(folder)
+    if students is not None and students > len(seen.class_names):
+        raise UserError(
+            f"{students} students are more than the {plural(len(seen.class_names), 'class', 'classes')} "
+            f"({len(seen.class_names)}): each owns one at least"
+        )
+    where = device.resolve(on)
+    plan = _Budget.of(data, seen, students, minutes, where)
+    assumed += plan.assumed()
+    return Proposal(_written(data, seen, plan, assumed), seen, assumed, plan.minutes())
+
+
+# The data.
+
+
+def _data(folder: str) -> tuple[FolderSettings, Survey, list[str]]:
+    """Return the section of the data, what the pictures are like under it, and what was assumed."""
+    assumed: list[str] = []
+    lying = FolderSettings(path=folder)
+    try:
+        pictures = PictureFiles(lying)
+    except UserError as error:
+        if "gives no classes" not in error.message:
+            raise
+        lying = FolderSettings(path=folder, labels=False)
+        pictures = PictureFiles(lying)
+        assumed.append("the pictures lie in no folders of classes: one class for all (labels: false)")
+    first = survey.survey(pictures)
+    if not first.sizes:
+        raise refusal(lying, first.bad, of=first.looked_at)
+    chosen, why = _fitted(first)
+    changed = {"channels": 1 if first.grey == sum(n for _, n in first.sizes) else 3, **chosen}
+    data = FolderSettings(**(lying.model_dump() | changed))
+    seen = survey.survey(PictureFiles(data))
+    if seen.bad:
+        data = data.model_copy(update={"on_bad": "skip"})
+        assumed.append(
+            f"{len(seen.bad):,} of {seen.looked_at:,} pictures cannot be used and are left out (on_bad: skip)"
+        )
+    return data, seen, [*why, *assumed, "pictures are not mirrored: `mirror: true` where left and right do not matter"]
+
+
+def _fitted(seen: Survey) -> tuple[dict[str, object], list[str]]:
+    """Choose a side that the network takes, and how pictures get it."""
+    sides = sorted(min(size) for size, n in seen.sizes for _ in range(n))
+    usual, square = sides[len(sides) // 2], all(width == height for (width, height), _ in seen.sizes)
+    if len(seen.sizes) == 1 and square and usual <= LARGEST:
+        side = -(-usual // MULTIPLE) * MULTIPLE
+        if side == usual:
+            return {"size": side}, []
+        return {"size": side, "pad": "edge"}, [
+            f"{usual}x{usual} pictures are filled up to {side}x{side} with their border's pixels: a U-Net halves the "
+            "side "
+            "several times (pad: edge; or black, white)"
+        ]
+    side = max(MULTIPLE, min(LARGEST, usual // MULTIPLE * MULTIPLE))
+    why = f"pictures are scaled to {side}x{side} (resize: box)"
+    why += f"; larger ones than {LARGEST}x{LARGEST} want a GPU and a network of your own" if usual > LARGEST else ""
+    cut = [] if square else ["the central square is cut out of pictures that are not square (crop: true)"]
+    return {"size": side, "resize": "box", "crop": not square}, [*cut, why]
+
+
+# The network and the steps.
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """A network, and how many steps and samples of it the minutes buy at the speed that was measured."""
+
+    network: UNetSettings
+    students: int
+    sigma_data: float
+    teacher_steps: int
+    student_steps: int
+    samples: int
+    solver: SolverSettings
+    parameters: int
+    seconds: dict[str, float]
+    asked: float
+    device: str
+
+    @classmethod
+    def of(cls, data: FolderSettings, seen: Survey, students: int | None, minutes: float, on: torch.device) -> _Budget:
+        shape, classes = (data.channels, data.size or 0, data.size or 0), len(seen.class_names)
+        sigma_data = round(max(0.05, seen.deviation or 0.5), 2)
+        solver = SolverSettings(name="deis", order=3, steps=18)
+
+        def built(settings: UNetSettings) -> Denoiser:
+            return nets.build(settings, shape=shape, num_classes=classes, sigma_data=sigma_data)
+
+        total, rate = 60 * minutes, 0.0
+        network, step = _network(LADDER[0], shape[1]), 0.0
+        for rung in LADDER:
+            wanted = _network(rung, shape[1])
+            with on_meta():
+                net = built(wanted)
+            flops = estimate.stage_cost(EdmSettings(steps=1, batch=BATCH), net, None).flops
+            rate = rate or estimate.measured_rate(built(wanted), on, BATCH, SECONDS / 2)
+            if rung != LADDER[0] and TEACHER * total * rate / flops < ENOUGH:
+                break
+            network, step = wanted, flops
+        rate = estimate.measured_rate(built(network), on, BATCH, SECONDS)
+        with on_meta():
+            net = built(network)
+            student = DmSettings(steps=1, batch=BATCH, fake_batch="shared")
+        sample, update = forward_flops(net) * solver.evaluations, estimate.stage_cost(student, net, net).flops
+        teacher_steps = _rounded(max(200, min(100_000, TEACHER * total * rate / step)))
+        samples = _rounded(max(256, min(10_000, SAMPLES * total * rate / sample)))
+        updates = STUDENTS * total * rate / update
+        students = students or max(1, min(5, classes, int(updates / LEAST)))
+        student_steps = _rounded(max(LEAST, min(5000, updates / students)))
+        seconds = {
+            "teacher": teacher_steps * step / rate,
+            "its samples": samples * sample / rate,
+            plural(students, "student", "students"): students * student_steps * update / rate,
+            "measuring": _classifier(shape, classes) / rate + (1 - TEACHER - SAMPLES - STUDENTS) / 4 * total,
+        }
+        return cls(
+            *(network, students, sigma_data, teacher_steps, student_steps, samples, solver),
+            *(num_parameters(net), seconds, minutes, str(on)),
+        )
+
+    def minutes(self) -> dict[str, float]:
+        return {name: seconds / 60 for name, seconds in self.seconds.items()}
+
+    def assumed(self) -> list[str]:
+        parts = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in self.seconds.items())
+        total = sum(self.seconds.values()) / 60
+        found = [f"about {total:.0f} minutes on this device ({self.device}, measured for a second): {parts}"]
+        if self.teacher_steps < ENOUGH:
+            found.append(
+                f"{self.asked:g} minutes are short: its teacher gets {self.teacher_steps:,} steps of a small network, "
+                "and may not be fit to be distilled; msd says so before it trains students"
+            )
+        return found
+
+
+def _classifier(shape: tuple[int, ...], classes: int) -> float:
+    """Operations that train the classifier by which the run is measured."""
+    with without_first_weights("cpu"), FlopCounter() as counter:
+        Classifier(shape, classes)(torch.zeros(1, *shape))
+    return float(3 * counter.total * TRAINING.steps * TRAINING.batch)
+
+
+def _network(rung: tuple[int, int], side: int) -> UNetSettings:
+    channels, blocks = rung
+    multipliers = [1, 2] if side <= 8 else [1, 2, 2] if side < 48 else [1, 2, 2, 2]
+    lowest = side // 2 ** (len(multipliers) - 1)
+    attention = [lowest] if channels >= 32 and side > 8 else []
+    return UNetSettings(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention)
+
+
+def _rounded(number: float) -> int:
+    """Round to two digits, as a person would."""
+    unit = 10 ** max(0, int(math.log10(max(number, 1))) - 1)
+    return int(number // unit * unit)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+# The file.
+
+
+def _written(data: FolderSettings, seen: Survey, plan: _Budget, assumed: list[str]) -> str:
+    network = plan.network
+    shard = max(1, min(1024, -(-plan.samples // 4)))
+    return "\n".join(
+        [
+            *_header(data, seen, plan, assumed),
+            "seed: 0",
+            "data:",
+            *_section(data),
+            "teacher:  # the diffusion model that the students are made from, trained on these pictures",
+            f"  network: {{kind: unet, channels: {network.channels}, multipliers: {network.multipliers}, "
+            f"blocks: {network.blocks}, attention: {network.attention}}}  # {plan.parameters:,} parameters",
+            f"  sigma_data: {plan.sigma_data}  # the pictures' standard deviation",
+            f"  training: {{steps: {plan.teacher_steps}, batch: {BATCH}, lr: 1e-3, "
+            f"ema: {_ema(plan.teacher_steps)}, warmup: {min(100, plan.teacher_steps // 10)}}}",
+            f"  solver: {{name: {plan.solver.name}, order: {plan.solver.order}, steps: {plan.solver.steps}}}",
+            f"partition: {{method: consecutive, students: {plan.students}}}  # who gets which classes: msd partition",
+            f"pairs: {{count: {plan.samples}, shard: {shard}}}  # the teacher's samples that students are held to",
+            "stages:",
+            "  - objective: dm  # distribution matching: a one-step student",
+            f"    steps: {plan.student_steps}",
+            f"    batch: {BATCH}",
+            f"    lr: {min(2e-3, max(1e-4, 0.2 / plan.student_steps)):.1e}",
+            "    betas: [0.5, 0.999]",
+            "    fake_updates: 5",
+            "    fake_batch: shared",
+            f"    sigma_init: {5 * plan.sigma_data:.2g}",
+            f"evaluation: {{samples: {plan.samples}}}",
+            "",
+        ]
+    )
+
+
+def _header(data: FolderSettings, seen: Survey, plan: _Budget, assumed: list[str]) -> Iterator[str]:
+    count = len(seen.class_names)
+    yield (
+        f"# Shows: {plan.students} one-step {plural(plan.students, 'student')} of {data.label}, "
+        f"{seen.pictures:,} pictures in {count:,} {plural(count, 'class', 'classes')}."
+    )
+    yield f"# Costs: {assumed[-1 if plan.teacher_steps >= ENOUGH else -2]}."
+    yield f"# Measured: not yet. Written by `msd recipes new` on {time.strftime('%Y-%m-%d')}; what it saw and assumed:"
+    for line in [*seen.lines(), *seen.remarks(), *assumed]:
+        yield f"# - {line}"
+
+
+def _section(data: FolderSettings) -> Iterator[str]:
+    """Yield the keys that are not as they would be without saying."""
+    usual = FolderSettings(path=data.path, size=1)
+    yield "  name: folder"
+    for key, value in data.model_dump(mode="json").items():
+        if key == "path":
+            yield f"  path: {_scalar(value)}"
+        elif key != "name" and value != getattr(usual, key):
+            yield f"  {key}: {str(value).lower() if isinstance(value, bool) else value}"
+
+
+def _scalar(text: str) -> str:
+    """Return a text as YAML takes it, in quotes where it must be."""
+    import yaml
+
+    return str(yaml.safe_dump(text, width=10**6, default_style=None if Path(text).name.isalnum() else '"')).split("\n")[
+        0
+    ]
+
+
+def _ema(steps: int) -> float:
+    """A tenth of the steps or so is what is averaged."""
+    return round(min(0.9999, max(0.98, 1 - 12 / steps)), 4)

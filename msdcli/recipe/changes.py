@@ -1,0 +1,36 @@
+"""In what two recipes differ, and which of it a run that goes on may."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Keys that may change when a run resumes: nothing that is trained depends on them.
+FREE_KEYS = (
+    *("name", "run", "workers", "checkpoint_seconds", "evaluation", "device"),
+    *("keep", "max_skipped", "micro_batch", "fsdp", "loggers", "compile"),
+)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return the dotted keys in which two dumped recipes differ and a resumed run may not."""
+    found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
+    last = f"stages.{len(new['stages']) - 1}.steps"
+    if last in found and len(old["stages"]) == len(new["stages"]) and value_at(new, last) > value_at(old, last):
+        found.remove(last)
+    return found
+
+
+def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differing(old.get(k), new.get(k), f"{prefix}{k}.")]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differing(a, b, f"{prefix}{i}.")]
+    return [] if old == new else [prefix.rstrip(".")]
+
+
+def value_at(tree: Any, dotted: str) -> Any:
+    """Return the value at a dotted key of plain data."""
+    for key in dotted.split("."):
+        tree = tree[int(key)] if isinstance(tree, list) else tree[key]
+    return tree

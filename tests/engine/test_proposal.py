@@ -1,0 +1,62 @@
+"""A recipe for a folder: it is a good one, says what it assumed, and fits what it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from msdcli.engine import estimate, proposal
+from msdcli.recipe import load
+from tests.conftest import Msd
+
+
+@pytest.fixture(autouse=True)
+def device_of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "measured_rate", lambda *_: 1e11)
+
+
+def save(folder: Path, size: tuple[int, int], *, grey: bool = True, count: int = 3) -> None:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        pixels = generator.integers(0, 256, (*size[::-1], *(() if grey else (3,))), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def test_a_folder_gets_a_recipe(msd: Msd, tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        save(tmp_path / "pets" / name, (28, 28))
+    done = msd("recipes", "new", "pets", "--minutes", "20")
+    assert done.returncode == 0, done.stderr
+    assert "assumed: 28x28 pictures are filled up to 32x32" in done.stdout and "written: pets.yaml" in done.stdout
+    recipe = load("pets.yaml")
+    assert recipe.data.size == 32 and recipe.data.pad == "edge" and recipe.data.channels == 1  # type: ignore[union-attr]
+    assert recipe.partition.students == 2 and recipe.teacher.sigma_data == pytest.approx(0.59, abs=0.05)
+    assert recipe.pairs.count == recipe.evaluation.samples
+    checked = msd("recipes", "validate", "pets.yaml")
+    assert checked.returncode == 0, checked.stderr
+    assert "exists: nothing was written" in msd("recipes", "new", "pets").stderr
+    assert "more than the classes (2)" in msd("recipes", "new", "pets", "other.yaml", "--students", "3").stderr
+
+
+def test_more_time_buys_a_larger_network_and_more_steps(tmp_path: Path) -> None:
+    save(tmp_path / "a", (16, 16), grey=False)
+    short, long = (proposal.propose(str(tmp_path), minutes=m, students=1) for m in (1, 600))
+    assert "are short" in short.assumed[-1] and "are short" not in long.assumed[-1]
+    assert "channels: 8," in short.text and "channels: 128," in long.text
+    assert sum(long.minutes.values()) == pytest.approx(600, rel=0.2)
+
+
+def test_pictures_of_all_sizes_and_without_classes(tmp_path: Path) -> None:
+    save(tmp_path / "x", (40, 30), count=2)
+    save(tmp_path / "y", (300, 200), grey=False, count=1)
+    for file in tmp_path.glob("*/*.png"):
+        file.rename(tmp_path / f"{file.parent.name}{file.name}")
+    (tmp_path / "z.png").write_bytes(b"no picture")
+    found = proposal.propose(str(tmp_path), minutes=5)
+    for said in ("labels: false", "crop: true", "resize: box", "size: 24", "on_bad: skip", "students: 1"):
+        assert said in found.text, said
+    assert "channels: 1\n" not in found.text
