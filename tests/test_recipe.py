@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from msdcli.console import plain
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, load, shipped, validate
+from msdcli.recipe.applies import applicable
 from msdcli.recipe.changes import differences
 from msdcli.recipe_yaml import Document
 from tests.conftest import ROOT, TINY, Msd
@@ -339,3 +340,18 @@ def test_networks_that_would_be_built_for_ever_are_refused(config: dict[str, Any
     for keys in ({"config": good | config}, {"config": good, "schedule": config}):
         with pytest.raises(ValidationError, match="can be built"):
             DiffusersNetworkSettings(class_name="UNet2DModel", **keys)
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda p: p.stem)
+def test_a_recipe_is_printed_without_idle_keys_and_is_the_same(path: Path) -> None:
+    recipe = load(path)
+    tree = applicable(recipe)
+    assert validate(Document(tree, "printed", {})) == recipe
+    assert "churn" not in tree["teacher"]["solver"] and ("latents" in tree) == (recipe.teacher.path is not None)
+
+
+def test_an_idle_key_that_was_said_is_printed() -> None:
+    recipe = load("digits", ["stages.0.weight_decay=0.1", "stages.0.pairs=none"])
+    stage = applicable(recipe)["stages"][0]
+    assert stage["weight_decay"] == 0.1 and "pair_weight" not in stage
+    assert "weight_decay" not in applicable(load("digits"))["stages"][0]

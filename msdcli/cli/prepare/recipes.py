@@ -131,16 +131,23 @@ def new(
     console.say(f"written: {target}  (next: msd distill {target} --dry-run, then without)")
 
 
-def show(recipe: options.Recipe, overrides: options.Overrides = None, json_: options.Json = False) -> None:
-    """Print a recipe with every key and its value, after what its file says about it."""
+def show(
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    all_: Annotated[bool, typer.Option("--all", help="Keys that do not apply, too.")] = False,
+    json_: options.Json = False,
+) -> None:
+    """Print a recipe with every key that applies and its value, after what its file says about it."""
     from msdcli.recipe import find, load
+    from msdcli.recipe.applies import readable
 
     loaded = load(recipe, overrides)
     if json_:
         console.print_json(loaded.dump())
         return
     said = zip(("Shows", "Costs", "Measured"), _header(find(recipe)), strict=True)
-    sys.stdout.write("".join(f"# {key}: {console.plain(text)}\n" for key, text in said if text) + loaded.to_yaml())
+    sys.stdout.write("".join(f"# {key}: {console.plain(text)}\n" for key, text in said if text))
+    sys.stdout.write(loaded.to_yaml() if all_ else readable(loaded))
 
 
 def validate(recipe: options.Recipe, overrides: options.Overrides = None, json_: options.Json = False) -> None:

@@ -154,7 +154,9 @@ def _plan(recipe: Recipe, json_: bool, *, with_recipe: bool) -> None:
     for line in planned.lines():
         console.say(line)
     if with_recipe:
-        sys.stdout.write(recipe.to_yaml())
+        from msdcli.recipe.applies import readable
+
+        sys.stdout.write(readable(recipe))
     else:
         console.tell("every key: the same command with --recipe, or msd recipes show")
 
