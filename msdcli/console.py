@@ -179,7 +179,7 @@ class Monitor:
         if left is None and pace is not None:
             left = pace * (event.total - event.done)
         rate = f", {1 / pace:,.3g} {event.unit}/s" if pace and not event.images_per_second else ""
-        remaining = f", {_time(left)} left" if left is not None and event.done < event.total else ""
+        remaining = f", {minutes(left)} left" if left is not None and event.done < event.total else ""
         line = f"{event.what}: {event.done}/{event.total} {event.unit}{_extra(event)}{rate}{remaining}"
         err.print(_shown(f"{self._elapsed()} {line}"))
 
@@ -189,7 +189,8 @@ class Monitor:
         return f"[{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}]"
 
 
-def _time(seconds: float) -> str:
+def minutes(seconds: float) -> str:
+    """Return a time as people say it."""
     whole = round(seconds)
     if whole < 120:
         return f"{whole} s"

@@ -31,6 +31,7 @@ class RunDir:
         self.root = root
         self.recipe_file = root / "recipe.yaml"
         self.record_file = root / "run.json"
+        self.flops_file = root / "flops.json"  # what the parts of the run cost, for whoever says how long is left
         self.partition = root / "partition.json"
         self.teacher = root / "teacher"
         self.prompts = root / "prompts"

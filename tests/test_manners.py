@@ -16,11 +16,13 @@ import torch
 import msdcli
 from msdcli import console, errors
 from msdcli.cli.docs import find
+from msdcli.cli.train import distill
 from msdcli.data import digits
 from msdcli.engine import estimate, pipeline
 from msdcli.engine.measure import fid_files
 from msdcli.engine.measure.rows import Measurement, Row
 from msdcli.engine.pictures import as_pil, save_grid
+from msdcli.engine.report.live import StageProgress, _left
 from msdcli.engine.report.words import closing, collapse
 from msdcli.engine.tracking.events import Progress
 from msdcli.engine.train import counting
@@ -315,6 +317,25 @@ def test_a_grid_has_captions_names_and_colours(tmp_path: Path) -> None:
     bars = {tuple(pixels[28 + 33 + 66 * i, 6].tolist()) for i in range(2)}
     assert len(bars) == 2 and (32, 32, 32) not in bars
     assert pixels[:28].max() > 200, "captions"
+
+
+def test_what_nobody_has_begun_is_weighed_by_its_operations() -> None:
+    """Ten steps are left of a stage at 2 s a step, and 100 of one whose steps are three times the work."""
+    parts = [
+        StageProgress("student 0", 0, "tsm", "running", 10, 20, seconds_left=20.0),
+        StageProgress("student 0", 0, "dm", "waiting", 0, 100),
+    ]
+    assert _left(parts) is None
+    weights = {("student 0", "tsm"): 1e9, ("student 0", "dm"): 3e9}
+    assert _left(parts, weights) == pytest.approx(20 + 100 * 3 * 2)
+
+
+def test_a_long_run_says_how_long_all_of_it_takes(msd: Msd, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distill, "TOTAL_EVERY", 0.0)
+    done = msd("distill", "tiny.yaml")
+    assert done.returncode == 0 and "the whole training: about" in done.stderr
+    counted = json.loads(Path("runs/tiny/flops.json").read_text())
+    assert counted["teacher"] > 0 and len(counted["stages"]) == 1
 
 
 def _collapsed(mine: float, theirs: float) -> list[str]:

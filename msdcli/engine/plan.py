@@ -21,7 +21,7 @@ from msdcli.engine.pipeline import check, networks_on_meta
 from msdcli.engine.train.counting import DEVICE, num_parameters
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings, PromptsSettings
-from msdcli.rundir import RunDir
+from msdcli.rundir import RunDir, write_json
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,14 @@ def plan(recipe: Recipe) -> Plan:
         missing=missing(recipe),
         pictures=seen,
     )
+
+
+def note_flops(recipe: Recipe) -> None:
+    """Count what the parts of a run cost and leave it in the run, where watch and status weigh what is left by it."""
+    data = check(recipe, planning=True)
+    cost = estimate.estimate(recipe, data, *networks_on_meta(recipe, data, planning=True))
+    stages = [stage.flops for stage in cost.stages]
+    write_json(RunDir(recipe.run_dir).flops_file, {"teacher": cost.teacher_flops, "stages": stages})
 
 
 def look(recipe: Recipe) -> tuple[Dataset, Survey | None]:

@@ -166,7 +166,7 @@ def test_many_bad_pictures_are_listed_by_cause(tmp_path: Path) -> None:
     lines = refusal.value.message.splitlines()
     assert lines[0].endswith("30 of 39 pictures cannot be used")
     assert "  14: is not square: cat/w00.png, cat/w01.png, cat/w02.png, cat/w03.png, cat/w04.png, ..." in lines
-    assert "  1: is not 8x8: emu/l.png" in lines
+    assert "  1: is 16x16, not 8x8: emu/l.png" in lines
     assert sum(int(line.split(":")[0]) for line in lines[1:]) == 30 and len(lines) <= 8
     assert "the first picture's" in str(refusal.value.hint)
 

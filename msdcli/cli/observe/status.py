@@ -30,7 +30,13 @@ def status(
     if json_:
         console.print_json(state)
         return
-    console.say(f"{state['run']}: {state['state']}; partition {state['partition']}")
+    left = ""
+    if state["state"] == "running":
+        from msdcli.engine.report.live import ProgressTracker
+
+        seconds = ProgressTracker(RunDir(run)).progress().seconds_left
+        left = "" if seconds is None else f"; about {console.minutes(seconds)} left"
+    console.say(f"{state['run']}: {state['state']}; partition {state['partition']}{left}")
     rows = [_row(part["part"], "", part, part["running"]) for part in state["shared"] if part["part"] != "measurement"]
     for student in state["students"]:
         for stage in student["stages"]:

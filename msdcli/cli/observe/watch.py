@@ -90,7 +90,7 @@ def render(progress: RunProgress, *, height: int, width: int) -> RenderableType:
     from rich.text import Text
 
     done, total = sum(p.step for p in progress.parts), sum(p.steps for p in progress.parts)
-    left = "" if progress.seconds_left is None else f", about {_time(progress.seconds_left)} left"
+    left = "" if progress.seconds_left is None else f", about {console.minutes(progress.seconds_left)} left"
     head = Text(progress.name, style="bold")
     head.append(f"  {done:,} of {total:,} steps ({done / max(total, 1):.0%}){left}", style="default")
     lines: list[RenderableType] = [head]
@@ -148,7 +148,7 @@ def _table(parts: list[StageProgress], *, narrow: bool) -> Table:
             *([] if narrow else [ProgressBar(total=part.steps, completed=part.step, width=12)]),
             f"{part.step:,}/{part.steps:,}",
             *([] if narrow else ["" if part.speed is None else f"{part.speed:,.0f}"]),
-            "" if part.seconds_left is None else _time(part.seconds_left),
+            "" if part.seconds_left is None else console.minutes(part.seconds_left),
             Text(losses, no_wrap=True, overflow="ellipsis"),
             *([_health(part.health)] if health else []),
         ]
@@ -170,10 +170,3 @@ def _health(figures: dict[str, float]) -> Text:
     others = [(name.removeprefix("measured."), value) for name, value in others]
     text.append("  ".join(f"{name.replace('_', ' ').replace('.', ' ')} {value:.3g}" for name, value in others[:4]))
     return text
-
-
-def _time(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 100:
-        return f"{whole} s"
-    return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,10 @@ from msdcli.errors import UserError
 if TYPE_CHECKING:
     from msdcli.engine.distributed.group import ProcessGroup
     from msdcli.engine.pipeline import DistillResult
+    from msdcli.engine.tracking.events import Progress as Event
     from msdcli.recipe import Recipe
+
+TOTAL_EVERY = 60.0  # seconds between two words on the whole run
 
 
 def register(app: typer.Typer) -> None:
@@ -121,9 +125,37 @@ def _distill(
         pipeline.distill(loaded, to_parent(), worker=True)
         return
     with console.Monitor(quiet=json_ or not group.is_leader) as monitor:
-        outcome = pipeline.distill(loaded, monitor, student=student, group=group)
+        report = _WithTotal(monitor, loaded) if group.size == 1 and not json_ else monitor
+        outcome = pipeline.distill(loaded, report, student=student, group=group)
     if group.is_leader:
         _show(outcome, json_)
+
+
+class _WithTotal:
+    """Passes reports on, and says now and then how long the whole run has left, as `msd watch` and `msd status` do."""
+
+    def __init__(self, monitor: console.Monitor, recipe: Recipe) -> None:
+        from msdcli.engine.report.live import ProgressTracker
+        from msdcli.rundir import RunDir
+
+        self.monitor, self.recipe = monitor, recipe
+        self._tracker = ProgressTracker(RunDir(recipe.run_dir))
+        self._next = time.monotonic() + TOTAL_EVERY
+
+    def __call__(self, event: Event | str) -> None:
+        self.monitor(event)
+        if isinstance(event, str) or event.unit != "steps" or time.monotonic() < self._next:
+            return
+        from msdcli.engine.plan import note_flops
+
+        run = self._tracker.run
+        if not run.recipe_file.is_file():
+            return
+        if not run.flops_file.is_file():  # not for short runs: counting takes a second or two
+            note_flops(self.recipe)
+        if (left := self._tracker.progress().seconds_left) is not None:
+            self.monitor(f"the whole training: about {console.minutes(left)} left")
+        self._next = time.monotonic() + TOTAL_EVERY
 
 
 def _teach(recipe: str, overrides: list[str] | None, json_: bool) -> None:

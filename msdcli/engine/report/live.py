@@ -10,7 +10,7 @@ from typing import Any
 from msdcli import records
 from msdcli.engine.report.status import OVER, last_change, status
 from msdcli.engine.tracking.history import METRICS, TrainingHistory, figures, history, teacher_folder
-from msdcli.rundir import RunDir, holder_of
+from msdcli.rundir import RunDir, holder_of, read_json
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ProgressTracker:
                 known = done[training.student, training.number]
                 folder = self.run.stage(training.student, training.number, training.stage.objective)
             parts.append(self._part(training, known, folder))
-        left = _left(parts)
+        left = _left(parts, _weights(self.run, trainings))
         return RunProgress(
             self.run.root.resolve().name, parts, distances(self.run), left, self._ended(state), self._shared(), beside
         )
@@ -100,6 +100,9 @@ class ProgressTracker:
         since, first = self._first.setdefault((training.who, training.stage.objective), (changed, step))
         if step > first:
             return (changed - since) / (step - first)
+        if training.student is None:  # one turn a step
+            speed = training.lines[-1].get("images_per_second") if training.lines else None
+            return training.stage.batch / speed if isinstance(speed, int | float) and speed > 0 else None
         begun = self._begun(training)
         return (changed - begun) / step if begun is not None and changed > begun else None
 
@@ -152,8 +155,30 @@ def distances(run: RunDir) -> list[str]:
     return found
 
 
-def _left(parts: list[StageProgress]) -> float | None:
-    """Estimate the time to the last step: steps that are left at the mean pace of their stage, shared by who works."""
+def _weights(run: RunDir, trainings: list[TrainingHistory]) -> dict[tuple[str, str], float]:
+    """Return the operations of a step of every part, by who and stage, as far as they were counted."""
+    if not run.flops_file.is_file():
+        return {}
+    counted = read_json(run.flops_file)
+    found = {}
+    for training in trainings:
+        stages = counted["stages"]
+        of = (
+            counted["teacher"]
+            if training.student is None
+            else (stages[training.number] if training.number < len(stages) else 0)
+        )
+        found[training.who, training.stage.objective] = of / training.stage.steps
+    return found
+
+
+def _left(parts: list[StageProgress], weights: dict[tuple[str, str], float] | None = None) -> float | None:
+    """Estimate the time to the last step: steps that are left at the mean pace of their stage, shared by who works.
+
+    A stage that nobody has begun goes at the pace of those at work, by the operations of its steps where these are
+    known.
+    """
+    weights = weights or {}
     running = [part for part in parts if part.seconds_left is not None]
     if not running:
         return None
@@ -162,10 +187,20 @@ def _left(parts: list[StageProgress]) -> float | None:
         if part.steps > part.step and part.seconds_left is not None:
             pace.setdefault(part.stage, []).append(part.seconds_left / (part.steps - part.step))
     total = 0.0
+    per_flop = [
+        part.seconds_left / (part.steps - part.step) / weight
+        for part in running
+        if part.seconds_left and part.steps > part.step and (weight := weights.get((part.who, part.stage)))
+    ]
     for part in (p for p in parts if p.state != "done"):
-        if part.stage not in pace:
+        weight = weights.get((part.who, part.stage))
+        if part.stage in pace:
+            each = sum(pace[part.stage]) / len(pace[part.stage])
+        elif weight and per_flop:
+            each = weight * sum(per_flop) / len(per_flop)
+        else:
             return None  # nobody has shown how fast that is
-        total += (part.steps - part.step) * sum(pace[part.stage]) / len(pace[part.stage])
+        total += (part.steps - part.step) * each
     return total / len(running)
 
 
