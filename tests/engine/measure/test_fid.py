@@ -39,7 +39,7 @@ partition: {students: 2}
 pairs: {count: 64, shard: 32}
 stages:
   - {objective: dm, steps: 2, batch: 8, fake_updates: 1}
-evaluation: {samples: 120}
+evaluation: {samples: 120, judge: off}
 """
 
 

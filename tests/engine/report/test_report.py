@@ -271,6 +271,7 @@ partition: {students: 2}
 pairs: {count: 64, shard: 64}
 stages:
   - {objective: dm, steps: 2, batch: 8, fake_updates: 1, log_every: 1}
+evaluation: {judge: off}
 """
 
 
