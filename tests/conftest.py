@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         other = any(item.get_closest_marker(name) for name in ("slow", "gpu", "weights"))
         if item.path.relative_to(ROOT / "tests").parts[0] in QUICK and item.path.name not in NOT_QUICK and not other:
             item.add_marker("quick")
+        if item.get_closest_marker("gpu"):  # Inductor's advice: these tests compare with float32 and leave it off
+            item.add_marker(pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"))
+
+
+@pytest.fixture(autouse=True)
+def _exact_on_a_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let tests marked `gpu` compute in float32, without TF32, and give back what was set; skip them without a card."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +23,7 @@ from msdcli.data.opening import content_hash
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.errors import UserError
 from msdcli.metrics.batches import ImageSource, batches_of, opened
-from msdcli.metrics.frechet import ReweightedFrechet, frechet_distance, frechet_infinity
+from msdcli.metrics.frechet import ReweightedFrechet, Statistics, frechet_distance, frechet_infinity
 from msdcli.metrics.inception import FeatureNetwork, open_network
 from msdcli.metrics.intervals import Interval, bootstrap, bootstrap_weights, centred_interval, mean_interval
 from msdcli.metrics.kernel import (
@@ -35,7 +35,7 @@ from msdcli.metrics.kernel import (
     subset_kernel_distance,
 )
 from msdcli.metrics.manifold import Manifold, manifold
-from msdcli.metrics.moments import ClassMoments, Gaussian
+from msdcli.metrics.moments import ClassMoments, Gaussian, Moments
 from msdcli.metrics.reference import notes, read_statistics, takes_statistics
 
 EXACT_PAIRS = 10_000**2  # up to here all pairs cost no more than clean-fid's 100 subsets of 1,000
@@ -58,6 +58,7 @@ class FeatureSet:
     features: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     labels: np.ndarray | None = None
+    _by_class: dict[int, np.ndarray] | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def count(self) -> int:
@@ -69,7 +70,7 @@ class FeatureSet:
         self.moments.merge(other.moments)
         self.features = _joined(self.features, other.features)
         self.probabilities = _joined(self.probabilities, other.probabilities)
-        self.labels = _joined(self.labels, other.labels)
+        self.labels, self._by_class = _joined(self.labels, other.labels), None
 
     def select(self, labels: Iterable[int]) -> FeatureSet:
         """The images of some classes."""
@@ -78,9 +79,19 @@ class FeatureSet:
         moments.classes = {label: m for label, m in self.moments.classes.items() if label in wanted}
         kept: tuple[np.ndarray | None, ...] = (None, None, None)
         if self.labels is not None:
-            rows = np.isin(self.labels, list(wanted))
+            rows = self._rows_of(wanted)
             kept = tuple(None if a is None else a[rows] for a in (self.features, self.probabilities, self.labels))
         return FeatureSet(self.network, moments, *kept)
+
+    def _rows_of(self, wanted: Iterable[int]) -> np.ndarray:
+        """Return the numbers of the images of these classes, ascending."""
+        if self._by_class is None:
+            labels = np.asarray(self.labels)
+            order = np.argsort(labels, kind="stable")
+            names, starts = np.unique(labels[order], return_index=True)
+            self._by_class = dict(zip(names.tolist(), np.split(order, starts[1:]), strict=True))
+        parts = [self._by_class[label] for label in wanted if label in self._by_class]
+        return np.sort(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)
 
     def take(self, rows: np.ndarray) -> FeatureSet:
         """The images with these numbers, by their kept features."""
@@ -119,26 +130,35 @@ class FeatureSet:
         replicates: int = 0,
         seed: int = 0,
         extrapolate: bool = False,
+        device: str | torch.device = "cpu",
+        progress: Callable[[int, int], object] = lambda done, total: None,
     ) -> dict[str, Any]:
-        """Every figure against `reference`, JSON-able; `replicates` adds bootstrap intervals, `groups` name classes."""
+        """Every figure against `reference`, JSON-able; `replicates` adds bootstrap intervals, `groups` name classes.
+
+        Distances of single images are taken on `device`, block by block; they are float64 everywhere. `progress` is
+        told how many of the groups are done.
+        """
         if isinstance(reference, FeatureSet):
             reference.check_network(self.network)
-        whole = reference if isinstance(reference, Gaussian) else reference.moments.whole().gaussian()
-        own = self.moments.whole().gaussian()
-        comparison = _Comparison(self, reference, whole, replicates, seed)
+        whole = reference if isinstance(reference, Gaussian) else reference.moments.whole()
+        own = self.moments.whole()
+        comparison = _Comparison(self, reference, whole, replicates, seed, torch.device(device))
         figures = {"fid": frechet_distance(own, whole)} | comparison.companions()
         if extrapolate:
             figures["fid_infinity"] = frechet_infinity(comparison.features(), whole, seed=seed)
         return {
             **figures,
-            "groups": self._groups(reference, groups or {}),
+            "groups": self._groups(reference, groups or {}, progress),
             "intervals": comparison.intervals(figures),
             "warnings": _warnings(own, whole),
             "record": self._record(whole) | comparison.method,
         }
 
     def _groups(
-        self, reference: FeatureSet | Gaussian, groups: Mapping[str, Sequence[int]]
+        self,
+        reference: FeatureSet | Gaussian,
+        groups: Mapping[str, Sequence[int]],
+        progress: Callable[[int, int], object],
     ) -> dict[str, dict[str, Any]]:
         """FID of each group against the same classes of the reference; None where a side has fewer than two images."""
         if groups and isinstance(reference, Gaussian):
@@ -147,11 +167,12 @@ class FeatureSet:
         for name, labels in groups.items():
             mine, theirs = self.moments.group(labels), reference.moments.group(labels)  # type: ignore[union-attr]
             enough = min(mine.count, theirs.count) >= 2
-            distance = frechet_distance(mine.gaussian(), theirs.gaussian()) if enough else None
+            distance = frechet_distance(mine, theirs) if enough else None
             figures[name] = {"fid": distance, "count": mine.count, "reference_count": theirs.count}
+            progress(len(figures), len(groups))
         return figures
 
-    def _record(self, reference: Gaussian) -> dict[str, Any]:
+    def _record(self, reference: Statistics) -> dict[str, Any]:
         return {
             **self.network,
             "count": self.count,
@@ -168,9 +189,10 @@ class _Comparison:
 
     samples: FeatureSet
     reference: FeatureSet | Gaussian
-    whole: Gaussian
+    whole: Statistics
     replicates: int
     seed: int
+    device: torch.device
     method: dict[str, Any] = field(default_factory=dict)  # how, for the record
     _manifold: Manifold | None = None
 
@@ -188,7 +210,7 @@ class _Comparison:
         if self.samples.features is not None and y is not None:
             figures |= self._kernel(self.samples.features, y)
             if min(len(self.samples.features), len(y)) > 5:  # density's neighbourhood
-                self._manifold = manifold(self.samples.features, y)
+                self._manifold = manifold(self.samples.features, y, device=self.device)
                 figures |= self._manifold.figures()
         return figures
 
@@ -212,7 +234,8 @@ class _Comparison:
             found["inception_score"] = bootstrap(lambda weights: inception_score(p, weights), len(p), **options)
         if self.method.get("kid") == "all pairs" and y is not None:
             weights = bootstrap_weights(len(features), self.replicates, self.seed)
-            found["kid"] = centred_interval(figures["kid"], reweighted_kernel_distance(features, y, weights))
+            replicated = reweighted_kernel_distance(features, y, weights, device=self.device)
+            found["kid"] = centred_interval(figures["kid"], replicated)
         for name, values in vars(self._manifold).items() if self._manifold else ():
             found[name] = mean_interval(values, **options)
         return {name: _as_json(interval) for name, interval in found.items()}
@@ -223,7 +246,9 @@ class _Comparison:
     def _kernel(self, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
         exact = len(x) * len(y) <= EXACT_PAIRS
         self.method["kid"] = "all pairs" if exact else "100 subsets of 1000"
-        return {"kid": (kernel_distance(x, y) if exact else subset_kernel_distance(x, y, seed=self.seed)).value}
+        if exact:
+            return {"kid": kernel_distance(x, y, device=self.device).value}
+        return {"kid": subset_kernel_distance(x, y, seed=self.seed, device=self.device).value}
 
 
 def evaluate(
@@ -337,12 +362,12 @@ def _joined(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
     return None if a is None or b is None else np.concatenate([a, b])
 
 
-def _warnings(own: Gaussian, reference: Gaussian) -> list[str]:
+def _warnings(own: Moments, reference: Statistics) -> list[str]:
     sides = (("images", own.count), ("reference images", reference.count))
     return [
-        f"{count} {side} are fewer than the {len(own.mean)} dimensions of the features: FID is biased upwards."
+        f"{count} {side} are fewer than the {own.dimension} dimensions of the features: FID is biased upwards."
         for side, count in sides
-        if count is not None and count <= len(own.mean)
+        if count is not None and count <= own.dimension
     ]
 
 

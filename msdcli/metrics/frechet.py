@@ -5,9 +5,14 @@ X^T Y, so no square root of a matrix is taken: X and Y come from a Cholesky fact
 the rank and so is sound for fewer images than dimensions; the singular values come from symmetric eigenvalues. The
 pivoting grades the factors from large to small, which is why squaring X^T Y costs no accuracy (measured: 4e-12 where
 eigenvalues fall as the sixth power of their rank).
+
+Of few images, such as those of one class, X and Y are their centred features themselves, and X^T Y is as small as they
+are few: no covariance is made.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
@@ -21,11 +26,28 @@ Statistics = Gaussian | Moments
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Squared Frechet distance, as every FID tool reports it."""
+    few = _of_few(a, b)
+    if few is not None:
+        return few
     a, b = a.gaussian(), b.gaussian()
     _same_features(len(a.mean), len(b.mean))
     delta = a.mean - b.mean
     distance = delta @ delta + np.trace(a.sigma) + np.trace(b.sigma) - 2 * nuclear_norm(_crossed(a.sigma, b.sigma))
     return max(float(distance), 0.0)  # of two equal Gaussians it is zero up to rounding
+
+
+def _of_few(a: Statistics, b: Statistics) -> float | None:
+    """The distance of two sets of few images, from their features; None where one is of many, or of one image."""
+    if not (isinstance(a, Moments) and isinstance(b, Moments)) or min(a.count, b.count) < 2:
+        return None
+    x, y = a.few_rows(), b.few_rows()
+    if x is None or y is None:
+        return None
+    _same_features(x.shape[1], y.shape[1])
+    X, Y = ((rows - rows.mean(dim=0)) / math.sqrt(len(rows) - 1) for rows in (x, y))
+    delta = x.mean(dim=0) - y.mean(dim=0)
+    crossed = torch.linalg.svdvals(X @ Y.T).sum()  # not by eigenvalues: centred features are not graded
+    return max(float(delta @ delta + X.square().sum() + Y.square().sum() - 2 * crossed), 0.0)
 
 
 def factor(sigma: np.ndarray) -> np.ndarray:

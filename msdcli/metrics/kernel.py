@@ -7,10 +7,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from msdcli.errors import UserError
 
-ROWS = 1024  # rows of a kernel matrix held at once
+ROWS = 1024  # rows of a matrix of all pairs held at once
+Device = str | torch.device
 SPLITS = 10  # of the inception score, as everybody reports it
 
 
@@ -22,52 +25,74 @@ class KernelDistance:
     deviation: float | None = None
 
 
-def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def float64(rows: np.ndarray, device: Device) -> Tensor:
+    """Return rows as float64 on the device, or on the CPU where that has no float64."""
+    device = torch.device(device)
+    return torch.from_numpy(np.ascontiguousarray(rows)).to("cpu" if device.type == "mps" else device, torch.float64)
+
+
+def kernel(x: Tensor, y: Tensor) -> Tensor:
     """The polynomial kernel of KID, (x y / d + 1)^3."""
     k = x @ y.T / x.shape[1] + 1
-    return np.asarray(k * k * k)  # three times as fast as a power
+    return k * k * k  # three times as fast as a power
 
 
-def kernel_distance(x: np.ndarray, y: np.ndarray) -> KernelDistance:
+def kernel_distance(x: np.ndarray, y: np.ndarray, *, device: Device = "cpu") -> KernelDistance:
     """KID over all pairs: the unbiased U-statistic itself, in memory that does not grow with the number of images."""
     ones = np.ones((1, len(x)))
-    return KernelDistance(float(reweighted_kernel_distance(x, y, ones)[0]))
+    return KernelDistance(float(reweighted_kernel_distance(x, y, ones, device=device)[0]))
 
 
-def reweighted_kernel_distance(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def reweighted_kernel_distance(
+    x: np.ndarray, y: np.ndarray, weights: np.ndarray, *, device: Device = "cpu"
+) -> np.ndarray:
     """KID of x under each row of `weights` [R, len(x)] (counts) to a fixed y; an image is never paired with itself."""
-    x, y = _checked(x, y)
-    within = weights.sum(axis=1) ** 2 - np.square(weights).sum(axis=1)
+    return _reweighted(*_checked(x, y, device), float64(weights, device)).cpu().numpy()
+
+
+def _reweighted(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    within = weights.sum(dim=1) ** 2 - weights.square().sum(dim=1)
     if (within <= 0).any():
         raise UserError("KID needs at least 2 different images on each side.")
-    pairs, cross = np.zeros(len(weights)), np.zeros(len(weights))
+    pairs, cross = torch.zeros_like(within), torch.zeros_like(within)
     for start in range(0, len(x), ROWS):
         rows = slice(start, start + ROWS)
         block = kernel(x[rows], x)
-        np.fill_diagonal(block[:, start:], 0)
-        pairs += np.einsum("rn,rn->r", weights[:, rows] @ block, weights)
+        block[:, start:].fill_diagonal_(0)
+        pairs += ((weights[:, rows] @ block) * weights).sum(dim=1)
         cross += weights[:, rows] @ kernel_sums(x[rows], y)
     reference = sum(_off_diagonal(y, start) for start in range(0, len(y), ROWS)) / (len(y) * (len(y) - 1))
-    return np.asarray(pairs / within + reference - 2 * cross / (weights.sum(axis=1) * len(y)))
+    return pairs / within + reference - 2 * cross / (weights.sum(dim=1) * len(y))
 
 
-def kernel_sums(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def kernel_sums(x: Tensor, y: Tensor) -> Tensor:
     """Sum of the kernel of every x over all y, in blocks of y."""
-    return sum((kernel(x, y[start : start + ROWS]).sum(axis=1) for start in range(0, len(y), ROWS)), np.zeros(len(x)))
+    found = x.new_zeros(len(x))
+    for start in range(0, len(y), ROWS):
+        found += kernel(x, y[start : start + ROWS]).sum(dim=1)
+    return found
 
 
 def subset_kernel_distance(
-    x: np.ndarray, y: np.ndarray, *, subset_size: int = 1000, num_subsets: int = 100, seed: int = 0
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    subset_size: int = 1000,
+    num_subsets: int = 100,
+    seed: int = 0,
+    device: Device = "cpu",
 ) -> KernelDistance:
     """KID as the field reports it: the mean over random subsets of both sides, of clean-fid's sizes, by `seed`."""
-    x, y = _checked(x, y)
+    sides = _checked(x, y, device)
     size = min(len(x), len(y), subset_size)
     rng = np.random.default_rng(seed)
-    ones = np.ones((1, size))
-    values = []
+    ones = sides[0].new_ones(1, size)
+    found = []
     for _ in range(num_subsets):
-        a, b = (side[rng.choice(len(side), size, replace=False)] for side in (x, y))
-        values.append(reweighted_kernel_distance(a, b, ones)[0])
+        numbers = [torch.from_numpy(rng.choice(len(side), size, replace=False)) for side in sides]
+        a, b = (side[picked.to(side.device)] for side, picked in zip(sides, numbers, strict=True))
+        found.append(_reweighted(a, b, ones))
+    values = torch.cat(found).cpu().numpy()
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 
 
@@ -97,15 +122,15 @@ def _negative_entropy(p: np.ndarray) -> np.ndarray:
     return np.asarray(np.sum(p * np.log(np.where(p > 0, p, 1)), axis=-1))
 
 
-def _off_diagonal(y: np.ndarray, start: int) -> float:
+def _off_diagonal(y: Tensor, start: int) -> Tensor:
     block = kernel(y[start : start + ROWS], y)
-    np.fill_diagonal(block[:, start:], 0)
-    return float(block.sum())
+    block[:, start:].fill_diagonal_(0)
+    return block.sum()
 
 
-def _checked(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _checked(x: np.ndarray, y: np.ndarray, device: Device) -> tuple[Tensor, Tensor]:
     if x.shape[1] != y.shape[1]:
         raise UserError(f"The two sides have features of different dimensions: {x.shape[1]} and {y.shape[1]}.")
     if min(len(x), len(y)) < 2:
         raise UserError("KID needs at least 2 different images on each side.")
-    return np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    return float64(x, device), float64(y, device)

@@ -17,10 +17,12 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from msdcli.errors import UserError
+from msdcli.metrics.kernel import ROWS, Device, float64
 
-ROWS = 1024  # rows of a distance matrix held at once
 MANTISSA = 53  # bits of an integer that float64 holds exactly
 
 
@@ -38,7 +40,13 @@ class Manifold:
 
 
 def manifold(
-    samples: np.ndarray, reference: np.ndarray, *, nearest: int = 3, nearest_density: int = 5, rows: int = ROWS
+    samples: np.ndarray,
+    reference: np.ndarray,
+    *,
+    nearest: int = 3,
+    nearest_density: int = 5,
+    rows: int = ROWS,
+    device: Device = "cpu",
 ) -> Manifold:
     """Compare features of samples [N, d] and reference [M, d]; k is each paper's: 3 for precision and recall, or 5."""
     for side in (samples, reference):
@@ -46,19 +54,21 @@ def manifold(
             raise UserError(f"Neighbourhoods need more than {max(nearest, nearest_density)} images, got {len(side)}.")
     if samples.shape[1] != reference.shape[1]:
         raise UserError(f"Features of different dimensions: {samples.shape[1]} and {reference.shape[1]}.")
-    x, y = _on_grid(samples, reference)
+    x, y = (float64(side, device) for side in _on_grid(samples, reference))
     radii = _squared_radii(y, (nearest, nearest_density), rows)
     own = _squared_radii(x, (nearest,), rows)[0]
-    precision, density = np.empty(len(x)), np.empty(len(x))
-    recall, closest = np.zeros(len(y), dtype=bool), np.full(len(y), np.inf)
+    precision, density = list[Tensor](), list[Tensor]()
+    recall, closest = torch.zeros_like(radii[0], dtype=torch.bool), torch.full_like(radii[0], math.inf)
     for start in range(0, len(x), rows):
         block = slice(start, start + rows)
         distances = _squared_distances(x[block], y)
-        precision[block] = (distances <= radii[0]).any(axis=1)
-        density[block] = (distances <= radii[1]).sum(axis=1) / nearest_density
-        recall |= (distances <= own[block, None]).any(axis=0)
-        closest = np.minimum(closest, distances.min(axis=0))
-    return Manifold(precision, recall.astype(float), density, (closest <= radii[1]).astype(float))
+        precision.append((distances <= radii[0]).any(dim=1))
+        density.append((distances <= radii[1]).sum(dim=1))
+        recall |= (distances <= own[block, None]).any(dim=0)
+        closest = torch.minimum(closest, distances.amin(dim=0))
+    found = torch.cat(precision), recall, torch.cat(density), closest <= radii[1]
+    in_reference, in_samples, balls, covered = (each.double().cpu().numpy() for each in found)
+    return Manifold(in_reference, in_samples, balls / nearest_density, covered)
 
 
 def _on_grid(samples: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -76,17 +86,17 @@ def _on_grid(samples: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np
     return x, y
 
 
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)
-    return np.asarray(np.maximum(squares - 2 * (a @ b.T), 0))
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    squares = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
+    return squares.sub_(a @ b.T, alpha=2).clamp_(min=0)
 
 
-def _squared_radii(points: np.ndarray, nearest: tuple[int, ...], rows: int) -> np.ndarray:
+def _squared_radii(points: Tensor, nearest: tuple[int, ...], rows: int) -> Tensor:
     """Squared distance of every point to its k-th nearest other point, for each k: [len(nearest), N]."""
-    radii = np.empty((len(nearest), len(points)))
+    radii = points.new_empty(len(nearest), len(points))
     for start in range(0, len(points), rows):
         distances = _squared_distances(points[start : start + rows], points)
-        np.fill_diagonal(distances[:, start:], -1)  # the point itself comes first, also among its own copies
-        distances.partition(nearest, axis=1)
-        radii[:, start : start + rows] = distances[:, list(nearest)].T
+        distances[:, start:].fill_diagonal_(-1)  # the point itself comes first, also among its own copies
+        closest = distances.topk(max(nearest) + 1, dim=1, largest=False).values
+        radii[:, start : start + rows] = closest[:, list(nearest)].T
     return radii

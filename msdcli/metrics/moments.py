@@ -70,14 +70,21 @@ class Moments:
         mean, scatter = (tensor.cpu().numpy() for tensor in self._settled())
         return Gaussian(mean, (scatter + scatter.T) / (2 * (self.count - 1)), self.count)
 
+    def few_rows(self) -> torch.Tensor | None:
+        """Return all rows, [N, d] float64 on the CPU, where they are at most half as many as dimensions; None where
+        they are more, or no longer known one by one.
+        """
+        if self._scatter is not None or not 2 <= 2 * self._num_rows <= self.dimension:
+            return None
+        return torch.cat(self._rows).cpu().double()
+
     def add(self, features: torch.Tensor | np.ndarray) -> None:
         """Add rows [N, d], on whatever device they are."""
-        rows = torch.as_tensor(features).detach()
-        if rows.ndim != 2 or rows.shape[1] != self.dimension:
-            raise UserError(f"Expected features of shape [N, {self.dimension}], got {list(rows.shape)}.")
-        if not torch.isfinite(rows).all():
-            raise UserError("The feature network returned NaN or infinity.", hint="Try --device cpu or full precision.")
-        self._rows.append(rows.clone())  # the caller may reuse its buffer
+        self._keep(_checked(features, self.dimension).clone())  # the caller may reuse its buffer
+
+    def _keep(self, rows: torch.Tensor) -> None:
+        """Add rows that have been checked and are nobody else's."""
+        self._rows.append(rows)
         self._num_rows += len(rows)
         if self._num_rows >= max(self.dimension, CHUNK):
             self._fold()
@@ -89,7 +96,7 @@ class Moments:
         if other._mean is not None and other._scatter is not None:
             self._combine(other._folded, other._mean, other._scatter)
         for rows in other._rows:
-            self.add(rows)
+            self._keep(rows)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
         """The exact state as arrays, for `np.savez` or safetensors."""
@@ -150,9 +157,13 @@ class ClassMoments:
         """Add rows [N, d] with their integer labels [N]."""
         labels = np.full(len(features), -1) if labels is None else np.asarray(labels)
         assert labels.shape == (len(features),), "one label per row"
-        for label in np.unique(labels).tolist():
-            rows = features[torch.from_numpy(np.flatnonzero(labels == label)).to(features.device)]
-            self.classes.setdefault(label, Moments(self.dimension)).add(rows)
+        rows = _checked(features, self.dimension)
+        # Sorted by class in one piece: a device is asked once per batch, and not once per class of it.
+        order = np.argsort(labels, kind="stable")
+        found, counts = np.unique(labels, return_counts=True)
+        ordered = rows[torch.from_numpy(order).to(rows.device)]
+        for label, part in zip(found.tolist(), ordered.split(counts.tolist()), strict=True):
+            self.classes.setdefault(label, Moments(self.dimension))._keep(part)
 
     def merge(self, other: ClassMoments) -> None:
         for label, moments in other.classes.items():
@@ -188,3 +199,13 @@ class ClassMoments:
                 parts.setdefault(int(label), {})[name] = array
         self.classes = {label: Moments.from_arrays(part) for label, part in parts.items()}
         return self
+
+
+def _checked(features: torch.Tensor | np.ndarray, dimension: int) -> torch.Tensor:
+    """Return rows [N, d] as a tensor. UserError for another shape, and for what is not finite: the device is asked."""
+    rows = torch.as_tensor(features).detach()
+    if rows.ndim != 2 or rows.shape[1] != dimension:
+        raise UserError(f"Expected features of shape [N, {dimension}], got {list(rows.shape)}.")
+    if not torch.isfinite(rows).all():
+        raise UserError("The feature network returned NaN or infinity.", hint="Try --device cpu or full precision.")
+    return rows

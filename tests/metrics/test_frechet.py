@@ -126,3 +126,15 @@ def test_extrapolation_removes_most_of_the_bias(rng):
 def test_extrapolation_needs_more_images_than_its_smallest_subset():
     with pytest.raises(UserError, match="more than"):
         frechet_infinity(np.zeros((2, 3)), Gaussian(np.zeros(3), np.eye(3)))
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (7, 20), (20, 20)])
+def test_of_few_images_no_covariance_is_made(rng, counts, monkeypatch):
+    x, y = (rng.standard_normal((count, 40)) * np.arange(1, 41) ** -0.5 + i for i, count in enumerate(counts))
+    sides = [Moments(40), Moments(40)]
+    for side, rows in zip(sides, (x, y), strict=True):
+        side.add(rows)
+    wanted = frechet_distance(*(side.gaussian() for side in sides))
+    monkeypatch.setattr(Moments, "gaussian", lambda self: pytest.fail("a covariance was made"))
+    assert frechet_distance(*sides) == pytest.approx(wanted, rel=1e-7)  # by eigenvalues: half of the digits
+    assert frechet_distance(*sides) == pytest.approx(by_nuclear_norm(x, y), rel=1e-13)

@@ -142,3 +142,25 @@ def test_statistics_that_cannot_be_are_refused():
         Gaussian(np.zeros(3), np.zeros((4, 4)))
     with pytest.raises(UserError, match="NaN"):
         Gaussian(np.zeros(3), np.full((3, 3), np.nan))
+
+
+def test_a_batch_of_many_classes_asks_the_device_once(rng):
+    """A wait per class of a batch would be 48,000 of them for 50,000 images of 1,000 classes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    asked = []
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                asked.append(func)
+            return func(*args, **kwargs or {})
+
+    features, labels = torch.from_numpy(rng.standard_normal((64, 200))), rng.permutation(64) % 50
+    classes = ClassMoments(200)
+    with Asked():
+        classes.add(features, labels)
+    assert len(asked) == 1
+    for label in range(50):  # every class has its rows, in the order they came
+        rows = torch.cat(classes.classes[label]._rows)
+        assert torch.equal(rows, features[torch.from_numpy(labels == label)])

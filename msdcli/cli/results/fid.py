@@ -52,6 +52,9 @@ def fid(
         list[str] | None,
         typer.Option(help="Measure these classes too: even=0,2,4 or low=0-4, or another run's parts. Repeatable."),
     ] = None,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="A line for every class, where there are more than 100 too.")
+    ] = False,
     infinity: Annotated[bool, typer.Option("--infinity", help="Also extrapolate to infinitely many samples.")] = False,
     lean: Annotated[
         bool, typer.Option("--lean", help="Distances only: memory does not grow with the number of images.")
@@ -69,6 +72,7 @@ def fid(
         *(protocol, weights, reference, samples, batch, workers, device, bootstrap, infinity, lean, save),
         groups=tuple(group or ()),
         seed=seed,
+        per_class=per_class,
     )
     if lean and (infinity or bootstrap):
         from msdcli.errors import UserError

@@ -138,6 +138,8 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> M
         *(context.metric, students.partition, replicates, context.options.infinity, context.groups),
         single=not prompts,
         whole_only=prompts and context.options.reference is not None,
+        every_class=context.options.per_class,
+        report=report,
     )
     rows = [
         *halves(context.metric, real),

@@ -14,8 +14,8 @@ from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed import launcher
 from msdcli.engine.measure import features, groups
 from msdcli.engine.measure.feature_metric import FidOptions
-from msdcli.engine.measure.rows import Measurement, Row
-from msdcli.engine.tracking.events import Report
+from msdcli.engine.measure.rows import MAX_CLASSES, Measurement, Row, left_out
+from msdcli.engine.tracking.events import Progress, Report
 from msdcli.errors import MissingFileError, UserError, WrongValueError
 from msdcli.metrics.batches import drawn_numbers
 from msdcli.metrics.evaluate import FeatureSet, collect
@@ -24,7 +24,6 @@ from msdcli.metrics.reference import check_protocol, has_images, is_statistics, 
 
 BATCH = 64
 MAX_LISTED = 1000  # numbers of pictures that a record lists
-MAX_CLASSES = 100  # a distance of 2048 dimensions for each of more would take longer than the network
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,18 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
     mine = distributed.gather_features(part, share)
     if mine is None:
         return None
-    named = request.groups | _single(mine, theirs)
-    result = mine.summary(theirs, groups=named, replicates=options.bootstrap or 0, extrapolate=options.infinity)
+    single = _single(mine, theirs)
+    if len(single) > MAX_CLASSES and not options.per_class:
+        report(left_out(len(single)))
+        single = {}
+    result = mine.summary(
+        theirs,
+        groups=request.groups | single,
+        replicates=options.bootstrap or 0,
+        extrapolate=options.infinity,
+        device=network.device,
+        progress=lambda done, total: report(Progress("groups and classes", done, total, "lines")),
+    )
     path = features.find_reference(request.reference)
     said, more = notes(path, network.protocol)
     warnings = result["warnings"] + more
@@ -158,4 +167,4 @@ def _single(mine: FeatureSet, theirs: Any) -> groups.Groups:
     if not isinstance(theirs, FeatureSet):
         return {}
     both = sorted((mine.moments.classes.keys() & theirs.moments.classes.keys()) - {-1})
-    return {f"class {c}": [c] for c in both} if len(both) <= MAX_CLASSES else {}
+    return {f"class {c}": [c] for c in both}

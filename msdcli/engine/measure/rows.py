@@ -10,11 +10,13 @@ import torch
 
 from msdcli.engine.measure import groups
 from msdcli.engine.measure.feature_metric import FeatureMetric, Intervals, Reference, Values
+from msdcli.engine.tracking.events import Progress, Report, silent
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.moments import Gaussian
 from msdcli.partition import Partition
 
 CHEAP = 256  # dimensions: at 2048 a replicate costs seconds
+MAX_CLASSES = 100  # classes that get a line each unless more are asked for
 FEWEST = 10  # images that an interval needs: of fewer, a resample can be one image over and over
 
 
@@ -63,12 +65,20 @@ class Measurement:
         return self.headline() | {"protocol": self.protocol, "rows": rows} | self.record
 
 
+def left_out(num_classes: int) -> str:
+    """Say that classes have no line of their own, and how they get one."""
+    return f"{num_classes:,} classes: no line for each of them (--per-class)"
+
+
 def has_classes(reference: FeatureSet) -> bool:
     return set(reference.moments.classes) != {-1}
 
 
 class MeasurementRows:
-    """The rows of a set of samples: whole, per student's part, per `single` class; or `whole_only`."""
+    """The rows of a set of samples: whole, per student's part, per `single` class; or `whole_only`.
+
+    Of more than `MAX_CLASSES` classes each gets its row only if that is asked for (`every_class`).
+    """
 
     def __init__(
         self,
@@ -80,9 +90,14 @@ class MeasurementRows:
         *,
         single: bool = True,
         whole_only: bool = False,
+        every_class: bool = False,
+        report: Report = silent,
     ) -> None:
         self.metric, self.partition, self.asked = metric, partition, asked or {}
-        self.single, self.whole_only = single, whole_only
+        self.single = single and (every_class or partition.num_conditions <= MAX_CLASSES)
+        if single and not (self.single or whole_only):
+            report(left_out(partition.num_conditions))
+        self.whole_only, self.report = whole_only, report
         self.replicates, self.extrapolate = replicates, extrapolate
         self.warnings: list[str] = []
 
@@ -94,10 +109,12 @@ class MeasurementRows:
         parts = self.partition.parts
         owned = {f"student {k}": part for k, part in enumerate(parts)} if len(parts) > 1 else {}
         classes = {f"class {c}": [c] for c in range(self.partition.num_conditions)} if self.single else {}
-        for name, members in (owned | self.asked | classes).items():
+        lines = owned | self.asked | classes
+        for number, (name, members) in enumerate(lines.items(), start=1):
             part, same = mine.select(members), against.select(members)
             if min(part.count, same.count) >= 2:  # fewer have no covariance: a small --samples leaves rare classes out
                 yield self._row(who, name, part, same)
+            self.report(Progress(f"{who} by part and class", number, len(lines), "lines"))
 
     def _row(self, who: str, group: str, mine: FeatureSet, against: Reference, *, extrapolate: bool = False) -> Row:
         replicates = self.replicates if mine.count >= FEWEST else 0
