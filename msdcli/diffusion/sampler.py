@@ -79,8 +79,8 @@ class Path:
     ) -> None:
         self._denoise, self._condition, self._noise = denoise, condition, noise
         self._like = z
-        self.sigmas = sigmas.to(z.device)
         self.levels = [*sigmas.tolist(), 0.0]  # known here, so that no step waits for the device
+        self.sigmas = torch.stack([self.scalar(sigma) for sigma in self.levels[:-1]])  # filled there: nothing is copied
         self._following = dict(itertools.pairwise(self.levels))  # of levels between two, as stages have, nothing
         self.past: list[tuple[float, Tensor]] = []  # (sigma, value), the newest first
 
