@@ -28,6 +28,7 @@ class TableRow:
     seeds: list[int]
     samples: int
     figures: dict[str, list[float]]
+    is_teacher: bool = False
 
     def mean(self, name: str) -> float:
         return statistics.fmean(self.figures[name])
@@ -58,7 +59,7 @@ def _result(cell: Cell) -> dict[str, Any] | None:
 
 
 def lines(sweep: Sweep) -> list[TableRow]:
-    """Return what is done, line by line; the first line is the teacher's."""
+    """Return what is done, line by line; the first are the teacher's."""
     table, metric = list[TableRow](), None
     for label in sweep.labels:
         done = [(cell, result) for cell in sweep.cells if cell.label == label and (result := _result(cell))]
@@ -75,14 +76,26 @@ def lines(sweep: Sweep) -> list[TableRow]:
 
 
 def _teachers(sweep: Sweep) -> list[TableRow]:
-    """One line for the teachers of the sweep, one value per distinct teacher."""
-    found = {}
+    """A line for the teachers of the sweep, one value per distinct teacher; or, where they are sampled by several
+    solvers, a line for each.
+    """
+    found = dict[str, dict[Any, tuple[int, dict[str, float], int]]]()
     for cell in sweep.cells:
         if result := _result(cell):
-            found[result.get("teacher_sha256")] = (cell.seed, _whole(result, "teacher"), result["samples"])
-    figures = [values for _, values, _ in found.values()]
-    by_name = {name: [f[name] for f in figures] for name in figures[0]}
-    return [TableRow("teacher", [seed for seed, _, _ in found.values()], next(iter(found.values()))[2], by_name)]
+            solver = cell.recipe.teacher.solver
+            how = f"{solver.name} {solver.evaluations}" if len(_solvers(sweep)) > 1 else ""
+            one = (cell.seed, _whole(result, "teacher"), result["samples"])
+            found.setdefault(how, {})[result.get("teacher_sha256"), str(solver.record())] = one
+    lines = []
+    for how, teachers in found.items():
+        seeds, figures, samples = zip(*teachers.values(), strict=True)
+        by_name = {name: [f[name] for f in figures] for name in figures[0]}
+        lines.append(TableRow(f"teacher{how and ', '}{how}", [*seeds], samples[0], by_name, is_teacher=True))
+    return lines
+
+
+def _solvers(sweep: Sweep) -> set[str]:
+    return {str(cell.recipe.teacher.solver.record()) for cell in sweep.cells}
 
 
 def _whole(result: dict[str, Any], who: str) -> dict[str, float]:
@@ -150,15 +163,15 @@ def _draw(path: Path, title: str, table: Sequence[TableRow]) -> None:
     from matplotlib.figure import Figure
 
     metric = next(iter(table[-1].figures))
-    students = [line for line in table if line.label != "teacher"]
+    students, teachers = [line for line in table if not line.is_teacher], [line for line in table if line.is_teacher]
     figure = Figure(figsize=(7, 0.8 + 0.34 * len(students)), layout="constrained")
     axes = figure.add_subplot(xlabel=f"{metric} ({students[0].samples:,} samples; a dot is a seed)", title=title)
     for y, line in enumerate(reversed(students)):
         values = line.figures[metric]
         axes.plot(values, [y] * len(values), "o", color="tab:blue", alpha=0.6, markersize=5)
         axes.plot([line.mean(metric)], [y], "|", color="black", markersize=14)
-    for line in table:
-        if line.label == "teacher" and metric in line.figures:
+    for line in teachers if len(teachers) == 1 else []:
+        if metric in line.figures:
             axes.axvline(line.mean(metric), linestyle="--", color="tab:gray", label="teacher")
             axes.legend(fontsize=8)
     axes.set_yticks(range(len(students)), [line.label for line in reversed(students)])

@@ -83,6 +83,13 @@ class EvaluationSettings(Section):
         description="a teacher that was trained here is measured before students start: stop where it is plainly not "
         "fit to be distilled, tell it and go on, or do not measure it",
     )
+    solver_error: int | None = Field(
+        None,
+        ge=1,
+        le=10**6,
+        description="images of the teacher whose root mean square distance to its ODE's solution is measured too, as "
+        "`solver_rms` of the teacher; absent: none",
+    )
 
 
 class Recipe(Section):
@@ -148,6 +155,15 @@ class Recipe(Section):
                 f"`teacher.solver.name` {self.teacher.solver.name} adds noise in every step, so its samples are no "
                 "function of the noise they begin with, and a stage here regresses on pairs of both: take a solver of "
                 f"the ODE (not {', '.join(STOCHASTIC)}), or `pairs: none` in the stages"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _an_error_is_of_a_solution(self) -> Recipe:
+        if self.evaluation.solver_error is not None and self.teacher.solver.stochastic:
+            raise ValueError(
+                f"`evaluation.solver_error` is the distance to the ODE's solution, and {self.teacher.solver.name} does "
+                "not solve the ODE: leave it out"
             )
         return self
 

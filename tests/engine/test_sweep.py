@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from msdcli import sweep
+from msdcli.engine import sweep as engine
 from msdcli.errors import UserError
 from tests.conftest import Msd
 
@@ -46,6 +48,27 @@ def test_two_workers_finish_one_sweep_and_the_table_sums_it_up(msd: Msd, tiny: P
     assert "±" in (folder / "table.md").read_text()
     assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
     assert msd("status", "runs/mini/k-1-seed0").returncode == 0, "a cell is an ordinary run"
+
+
+def test_teachers_have_a_line_for_every_solver(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(cell: sweep.Cell) -> dict[str, Any]:
+        solver = cell.recipe.teacher.solver
+        values = {"l1": solver.evaluations + 0.1 * cell.seed}
+        rows = [{"who": who, "group": "whole", "values": values} for who in ("teacher", "students")]
+        return {"metric": "l1", "samples": 9, "rows": rows, "teacher_sha256": str(cell.recipe.teacher.seed)}
+
+    monkeypatch.setattr(engine, "_result", found)
+    monkeypatch.setattr(engine, "_cost", lambda run: {})
+    text = SWEEP.replace("seeds: [0, 1]", "seeds: [0, 1]\nseed_keys: [seed, teacher.seed]")
+    other = text.replace("set: {stages", "set: {teacher.solver.name: deis, stages")
+    for content, wanted in (
+        (text, {"teacher": [7, 7.1]}),
+        (other, {"teacher, heun 7": [7, 7.1], "teacher, deis 4": [4, 4.1]}),
+    ):
+        (tiny.parent / "mini.yaml").write_text(content)
+        table = engine.lines(sweep.load(tiny.parent / "mini.yaml"))
+        assert {line.label: line.figures["l1"] for line in table if line.is_teacher} == wanted
+        assert [line.label for line in table] == [*wanted, "K = 1", "K = 2, cd"]
 
 
 @pytest.mark.parametrize(

@@ -165,11 +165,14 @@ class Pairs:
         *,
         batch: int | None = None,
         memory: DeviceBatch | None = None,
+        solver: SolverSettings | None = None,
     ) -> Tensor:
-        """Return the teacher's samples as pairs have them, `batch` at once (as many as the recipe measures)."""
+        """Return the teacher's samples as pairs have them, or by another solver, `batch` at once (as many as the recipe
+        measures).
+        """
         batch, memory = batch or self.batch, memory or self.memory
         options: dict[str, Any] = {"u": u, "numbers": numbers, "seed": self.seed, "stitch": self._stitched(teacher)}
-        return sample_teacher(teacher, z, classes, self.solver, batch=batch, memory=memory, **options)
+        return sample_teacher(teacher, z, classes, solver or self.solver, batch=batch, memory=memory, **options)
 
     def _stitched(self, teacher: Denoiser) -> Stitch | None:
         """The small networks of the recipe, read when they are first needed."""

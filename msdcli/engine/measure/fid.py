@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from msdcli import records
 from msdcli.data.base import fingerprint, has_images, in_turn
 from msdcli.data.opening import content_hash
+from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import MODEL
@@ -19,6 +21,7 @@ from msdcli.engine.inputs import teacher as teachers
 from msdcli.engine.measure import features, groups
 from msdcli.engine.measure.feature_metric import FidOptions, Reference, metric_of
 from msdcli.engine.measure.rows import CHEAP, Measurement, MeasurementRows, halves, has_classes
+from msdcli.engine.measure.solver_error import solver_error
 from msdcli.engine.pictures import Drawn
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
@@ -86,18 +89,27 @@ class EvaluationContext:
         """The teacher's samples; they depend on the teacher, its solver, the pairs' seed, how many they are and, for
         their classes, on the data.
         """
-        net, sha256 = teachers.load(self.run, self.recipe)
-        seen = autoencoders.view(self.data, autoencoders.find(self.run.teacher))
-        source = pairs.Pairs(self.run, self.recipe, seen, sha256)
+        source, net, sha256 = self._source()
         decode = autoencoders.decoder(self.run.teacher, self.device)
         depends = (
             *(sha256, self.recipe.teacher.solver.record(), self.recipe.pairs.seed),
             *(fingerprint(self.data), self.count),
         )
         return self._cached(
-            lambda: features.of_teacher(source, net.to(self.device), self.count, self.extractor, self.report, decode),
+            lambda: features.of_teacher(source, net, self.count, self.extractor, self.report, decode),
             *("teacher", *depends),
         )
+
+    def solver_error(self) -> dict[str, float]:
+        """The error of the teacher's solver, where the recipe asks for it."""
+        count = self.recipe.evaluation.solver_error
+        return {} if count is None else {"solver_rms": solver_error(*self._source()[:2], count)}
+
+    def _source(self) -> tuple[pairs.Pairs, Denoiser, str]:
+        """What makes the teacher's samples, the teacher, and its hash."""
+        net, sha256 = teachers.load(self.run, self.recipe)
+        seen = autoencoders.view(self.data, autoencoders.find(self.run.teacher))
+        return pairs.Pairs(self.run, self.recipe, seen, sha256), net.to(self.device), sha256
 
     def students(self, students: sample.Students, only: Sequence[int] | None = None) -> FeatureSet:
         """The students' samples, of all classes or of those in `only`; number i is the same sample either way."""
@@ -141,9 +153,11 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> M
         every_class=context.options.per_class,
         report=report,
     )
+    of_teacher = [*lines.of("teacher", by_teacher, real)]
+    of_teacher[0] = replace(of_teacher[0], values=of_teacher[0].values | context.solver_error())
     rows = [
         *halves(context.metric, real),
-        *lines.of("teacher", by_teacher, real),
+        *of_teacher,
         *lines.of("students", by_students, against),
     ]
     said, more = _notes(context)
