@@ -4,7 +4,6 @@ ones, on the CPU.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msdcli import nets
+from msdcli.diffusion import guidance
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import drawn
@@ -131,7 +131,7 @@ def for_counting(net: Denoiser, batch: int) -> Denoiser:
     own = isinstance(net.settings, UNetSettings | MLPSettings) and not isinstance(net, AdaptedDenoiser)
     if not own or num_parameters(net) * math.prod(net.shape[1:]) * batch > COUNTED_ON_CPU:
         return net
-    copied = copy.deepcopy(net)
+    copied = guidance.copied(net)  # with its guidance, which costs a branch
     for module in copied.modules():  # `to_empty` goes the slow way, too
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.zeros(weight.shape), weight.requires_grad))
