@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -83,15 +84,21 @@ def estimate(
     samples = recipe.evaluation.samples
     more = max(0, samples - (recipe.pairs.count if recipe.needs_pairs else 0))
     return Estimate(
-        teacher_flops=stage_cost(training, teacher, None, recipe.micro_batch).flops
-        if recipe.teacher.path is None
-        else 0.0,
+        teacher_flops=_teacher_flops(recipe, teacher, sampling),
         pairs_flops=float(recipe.pairs.count * sampling) if recipe.needs_pairs else 0.0,
         stages=[stage_cost(stage, student, teacher, recipe.micro_batch) for stage in recipe.stages],
         evaluation_flops=float(samples * recipe.stages[-1].evaluations * forward_student + more * sampling),
         students=recipe.partition.students,
         selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),
     )
+
+
+def _teacher_flops(recipe: Recipe, teacher: Denoiser, sampling: float) -> float:
+    """Operations of the teacher's training and of its stages, each with the samples of its reference."""
+    settings, plain = recipe.teacher, teacher.plain if isinstance(teacher, Guided) else teacher
+    trained = 0.0 if settings.path else stage_cost(settings.training, teacher, None, recipe.micro_batch).flops
+    stages = (stage_cost(stage, copy.deepcopy(plain), plain, recipe.micro_batch).flops for stage in settings.stages)
+    return trained + sum(stages) + len(settings.stages) * recipe.pairs.count * sampling
 
 
 def sampling_flops(solver: SolverSettings, teacher: Denoiser, stitch: Stitch | None = None) -> float:

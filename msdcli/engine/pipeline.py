@@ -23,7 +23,7 @@ from msdcli.engine.distributed import device, workers
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.interrupt import preemptible
-from msdcli.engine.inputs import autoencoder, dataset, latents, partition, stitches, teacher
+from msdcli.engine.inputs import autoencoder, dataset, latents, partition, stitches, teacher, teacher_stages
 from msdcli.engine.inputs.pairs import Pairs
 from msdcli.engine.measure import fid
 from msdcli.engine.measure import part_evaluator as examine
@@ -85,9 +85,11 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
             "data.mirror: the teacher works on latents, and a mirrored picture's are not the picture's mirrored",
             hint="data.mirror=false; or mirror the files",
         )
+    teacher_stages.check(recipe, data, frozen.shape)
     with on_meta():
         objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]
-    for stage in recipe.stages if recipe.teacher.path else [recipe.teacher.training, *recipe.stages]:
+    of_teacher = [*([] if recipe.teacher.path else [recipe.teacher.training]), *recipe.teacher.stages]
+    for stage in [*of_teacher, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
     on = device.resolve(recipe.device)
     if not isinstance(recipe.stages[-1], GeneratorSettings):

@@ -35,6 +35,19 @@ class EdmSettings(StageSettings):
     label_dropout: Fraction = Field(0.0, description="part of the images trained without their class, for guidance")
 
 
+class DdoSettings(StageSettings):
+    """Direct discriminative optimization: a teacher against its own samples (Zheng et al. 2025, arXiv 2503.01103)."""
+
+    objective: Literal["ddo"] = Field("ddo", description="direct discriminative optimization")
+    P_mean: LogLevel = Field(-1.2, description="mean of ln(sigma)")
+    P_std: float = Field(1.2, ge=1e-6, le=20, description="standard deviation of ln(sigma)")
+    beta: Positive = Field(
+        1.0, description="scale of the log-ratio -beta lambda(sigma) (|D - y|^2 - |D_reference - y|^2), a number's mean"
+    )
+    alpha: Weight = Field(1.0, description="weight of the reference's samples beside the data")
+    label_dropout: Fraction = Field(0.0, description="part of the images trained without their class, for guidance")
+
+
 class TsmSettings(StageSettings):
     """Teacher score matching: a student with another network learns the teacher's denoiser (MSD, arXiv 2410.23274)."""
 

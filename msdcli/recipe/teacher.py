@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from msdcli.recipe.networks import Network, UNetSettings
 from msdcli.recipe.section import FilePath, NoiseLevel, Scale, Section, Seed, ascending
 from msdcli.recipe.solver import SolverSettings
-from msdcli.recipe.stages import EdmSettings
+from msdcli.recipe.stages import DdoSettings, EdmSettings
 
 
 class GuidanceSettings(Section):
@@ -116,6 +116,9 @@ class TeacherSettings(Section):
     sigma_data: NoiseLevel = Field(0.5, description="standard deviation of the data (EDM)")
     seed: Seed = Field(0, description="seed of the teacher's training")
     training: EdmSettings = Field(default_factory=EdmSettings, description="how it is trained: objective `edm`")
+    stages: list[DdoSettings] = Field(
+        [], max_length=16, description="what makes a trained or given teacher better, one after the other: `ddo`"
+    )
     solver: SolverSettings = Field(default_factory=SolverSettings, description="how it is sampled")
     guidance: GuidanceSettings | None = Field(None, description="how it is guided; absent: not at all")
     stitch: StitchSettings | None = Field(

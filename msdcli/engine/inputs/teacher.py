@@ -18,7 +18,7 @@ from msdcli.engine.checkpoints.model import MODEL, load_model, predicts, save_mo
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.sharding import whole_state
 from msdcli.engine.inputs import autoencoder as autoencoders
-from msdcli.engine.inputs import hub, importing, prompts, stitches
+from msdcli.engine.inputs import hub, importing, prompts, stitches, teacher_stages
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train.loop import TrainOptions, train
 from msdcli.engine.train.student import is_finished, peak_memory
@@ -55,11 +55,12 @@ def provide(
     else:
         folder = group.broadcast(_own(run, recipe)) or run.shared / f"teacher-{teacher_key(recipe, data)}"
         with group.while_leader_holds(lambda: lock(folder, "the teacher", wait=report)):
-            if group.broadcast(is_finished(folder, recipe.teacher.training)):
+            if group.broadcast(folder == run.teacher or is_finished(folder, recipe.teacher.training)):
                 report(f"teacher: reused from {folder}")
             else:
                 _train(folder, recipe, data, device, report, group)
     _check_fit(load_model(folder)[0], recipe, data, autoencoders.find(folder))
+    folder = teacher_stages.refine(folder, run, recipe, data, device, report, group)
     if folder != run.teacher:
         group.leader_first(lambda: link(folder, run.teacher))
     if recipe.has_prompts:
@@ -204,7 +205,10 @@ def _own(run: RunDir, recipe: Recipe) -> Path | None:
     where its files are damaged.
     """
     begun = run.record_file.is_file() and "teacher" in read_json(run.record_file)
-    if not begun or not is_finished(run.teacher, recipe.teacher.training):
+    last, stages = recipe.teacher.training, recipe.teacher.stages
+    if not begun or not is_finished(run.teacher, stages[-1] if stages else last):
+        return None
+    if not teacher_stages.has_been_through(run.teacher, stages):
         return None
     try:
         load_model(run.teacher)
@@ -222,7 +226,7 @@ def teacher_key(recipe: Recipe, data: Dataset) -> str:
     after training, or instead of it.
     """
     section = recipe.teacher.model_dump(
-        mode="json", exclude={"path", "source", "latent", "solver", "guidance", "stitch"}
+        mode="json", exclude={"path", "source", "latent", "stages", "solver", "guidance", "stitch"}
     )
     mirrored = ["mirror"] if recipe.data.mirrors else []
     return key("teacher", FORMAT, fingerprint(data), section, recipe.threads, *mirrored)
