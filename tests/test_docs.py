@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import typing
 
 import pytest
 import typer.main
 
 from msdcli.cli import app
 from msdcli.cli.docs import pages
+from msdcli.recipe.stages import DdoSettings, Stage
 from tests.conftest import ROOT, TINY, Msd, command, environment
 
 
@@ -28,6 +30,27 @@ def test_commands_and_links_of_a_page_exist(topic: str) -> None:
     assert set(re.findall(r"(?:^|`)msd ([a-z]+)", text, re.MULTILINE)) <= verbs
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (pages()[topic].parent / link).exists(), link
+
+
+def test_every_objective_has_a_row_with_its_paper_keys_and_use() -> None:
+    kinds = {kind.model_fields["objective"].default: kind for kind in (*typing.get_args(union()), DdoSettings)}
+    rows = re.findall(r"^\| `(\w+)`([^|]*)\|([^|]+)\|([^|]+)\|([^|]+)\|([^|]+)\|$", objectives_page(), re.MULTILINE)
+    assert kinds.keys() == {row[0] for row in rows}
+    assert re.findall(r"\d{4}\.\d{5}", objectives_page())
+    for name, _, what, papers, keys, when in rows:
+        assert what.strip() and papers.strip() and when.strip(), name
+        assert name == "regress" or re.search(r"\d{4}\.\d{4,5}|DMD2", papers), (name, papers)
+        asked = " ".join(re.findall(r"`([^`]*)`", keys))
+        for key in re.sub(r":\s*\S+", "", asked).split():
+            assert key.split(".")[0] in kinds[name].model_fields, (name, key)
+
+
+def objectives_page() -> str:
+    return pages()["objective"].read_text(encoding="utf-8").partition("# Adding")[0]
+
+
+def union() -> object:
+    return typing.get_args(Stage)[0]
 
 
 def test_the_example_objective_trains(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from msdcli import nets
 from msdcli.diffusion.divergences import WEIGHTS
 from msdcli.diffusion.draws import Draws, Source
+from msdcli.diffusion.guidance import Guided
+from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.train.loop import gradients
 from msdcli.engine.train.passes import Passes
 from msdcli.objectives import Objective, objective_class
@@ -21,6 +23,7 @@ from msdcli.recipe.networks import UNetSettings
 from msdcli.recipe.stages import (
     AdmSettings,
     CdSettings,
+    DdoSettings,
     DmSettings,
     EdmSettings,
     FlowSettings,
@@ -76,10 +79,12 @@ def networks() -> list[nets.Denoiser]:
     return made
 
 
-def made(settings: StageSettings) -> Objective:
+def made(settings: StageSettings, *, guided: bool = False) -> Objective:
     student, teacher = networks()
+    teacher.requires_grad_(False)
     torch.manual_seed(1)
-    objective = objective_class(settings.objective)(settings, student, teacher.requires_grad_(False))
+    asked = Guided(teacher, scale=(1.0, 3.0), interval=(0.1, 50.0)) if guided else teacher
+    objective = objective_class(settings.objective)(settings, student, asked)
     with torch.no_grad():  # a fake network that is the teacher still has nothing to say
         for parameter in objective.nets.get("fake", torch.nn.Module()).parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -100,16 +105,26 @@ def pairs() -> tuple[Tensor, Tensor, Tensor]:
 EIGHT = EdmSettings(batch=8)
 
 
-def learned(settings: StageSettings, passes: int, steps: int = 3) -> tuple[list[Tensor], Objective]:
+def learned(
+    settings: StageSettings,
+    passes: int,
+    steps: int = 3,
+    *,
+    guided: bool = False,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> tuple[list[Tensor], Objective]:
     """The gradients of every turn of some steps, in so many slices; nothing is updated."""
-    objective, found = made(settings), list[Tensor]()
+    objective, found = made(settings, guided=guided), list[Tensor]()
     source = Source(Pictures(), [3, 4], pairs=pairs())
     for step in range(steps):
         for turn, (names, loss) in enumerate(objective.turns(step)):
             for name, net in objective.nets.items():
                 net.requires_grad_(name in names)
                 net.zero_grad()
-            draws, cut = partial(Draws, source, 8, (0, 0, 0, step), turn), Passes(EIGHT, micro_batch=8 // passes)
+            draws, cut = (
+                partial(Draws, source, 8, (0, 0, 0, step), turn),
+                Passes(EIGHT, group=group, micro_batch=8 // passes),
+            )
             gradients(objective, names, loss, draws, cut, source.device, Quiet())  # type: ignore[arg-type]
             params = [p.grad for name in names for p in objective.nets[name].parameters()]
             found.append(torch.cat([g.flatten() for g in params if g is not None]))
@@ -117,6 +132,8 @@ def learned(settings: StageSettings, passes: int, steps: int = 3) -> tuple[list[
 
 
 SETTINGS: Sequence[StageSettings] = [
+    EdmSettings(label_dropout=0.5),
+    DdoSettings(label_dropout=0.5),
     TsmSettings(),
     DmSettings(fake_updates=1),
     DmSettings(fake_updates=1, sigmas=[2.5, 0.5], weight="none", fake_sigma="lognormal", pairs="none"),
@@ -141,6 +158,16 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(settings: StageSettings) 
     for a, b in zip(whole, cut, strict=True):
         assert a.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+
+
+@pytest.mark.parametrize("settings", SETTINGS[2:], ids=lambda s: f"{s.objective}-{len(repr(s)) % 1000}")
+def test_nor_with_a_teacher_that_is_guided(settings: StageSettings) -> None:
+    """By a scale of each image's own; who asks the teacher learns something else than without."""
+    found = {cut: learned(settings, cut, steps=1, guided=True)[0] for cut in (1, 4)}
+    for a, b in zip(found[1], found[4], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
+    asks = settings.asks_teacher and getattr(settings, "dm_weight", 1) > 0
+    assert torch.equal(found[1][-1], learned(settings, 1, steps=1)[0][-1]) is not asks
 
 
 def test_reverse_kl_is_adm_bit_for_bit() -> None:

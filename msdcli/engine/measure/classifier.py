@@ -6,22 +6,25 @@ every one by heart, and nothing about their classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from scipy.special import bdtrc
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from msdcli.data.base import Dataset, fingerprint
-from msdcli.diffusion.draws import Source
+from msdcli.diffusion.draws import Draws, Source
 from msdcli.engine.checkpoints.model import MODEL, WEIGHTS, is_complete
 from msdcli.engine.checkpoints.tensors import load_tensors, load_weights, save_tensors
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.loop import TrainOptions, train
 from msdcli.metrics.inception import FeatureNetwork
 from msdcli.nets.classifier import Classifier
-from msdcli.objectives.classify import Classification
+from msdcli.objectives import Objective
+from msdcli.objectives.base import Turn
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir, file_hash, key, link, lock, read_json, write_json
@@ -33,6 +36,21 @@ FORMAT = 2  # of classifiers: another number where the code below or the network
 EVERY, MOST = 10, 5000  # one image in ten is held out, and no more than so many
 BATCH = 500
 SURE = 0.01  # how rarely guessing may be as often right, where the classifier is said to know something
+
+
+class Classification(Objective):
+    """-log p(c | y), with a little label smoothing so that features keep telling good images apart."""
+
+    def __init__(self, settings: StageSettings, student: Classifier, teacher: None = None) -> None:
+        self.student = student
+        self.nets = {"student": student}
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        yield ("student",), self.loss
+
+    def loss(self, draws: Draws) -> Tensor:
+        y, c = draws.real()
+        return F.cross_entropy(self.student(y), c, reduction="none", label_smoothing=0.05)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Kill a run again and again, at random moments, and hold its end against that of an undisturbed one.
 
-`python -m tests.engine.checkpoints.endurance FOLDER KILLS SEED` prints what it did as JSON. Processes are forked from
-one that has imported everything, so that moments fall on work and not on imports; the signal and what it leaves are the
-kernel's.
+`python -m tests.engine.checkpoints.endurance FOLDER KILLS SEED RECIPE` prints what it did as JSON. Processes are forked
+from one that has imported everything, so that moments fall on work and not on imports; the signal and what it leaves
+are the kernel's.
 """
 
 from __future__ import annotations
@@ -18,11 +18,19 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from tests.conftest import TINY
 
-RECIPE = (
-    TINY.replace("steps: 6,", "steps: 150,").replace("steps: 12,", "steps: 150,").replace("count: 64", "count: 256")
-)
+LONG = TINY.replace("steps: 6,", "steps: 150,").replace("steps: 12,", "steps: 150,").replace("count: 64", "count: 256")
+FEW = "steps: 60, batch: 16, log_every: 2, sigmas: [2.5, 0.5], fake_updates: 1"
+RECIPES = {
+    "dm": LONG,
+    # Two levels, figures of whole batches that are remembered, and a discriminator in the fake network.
+    "family": LONG.partition("stages:")[0]
+    + f"stages:\n  - {{objective: adm, divergence: js, ratio_rate: 0.5, {FEW}}}\n"
+    + f"  - {{objective: sid, divergence: kl, gan_weight: 0.1, {FEW}}}\nevaluation: {{samples: 200}}\n",
+}
 
 
 def start(folder: Path, name: str, *, largest: int | None = None) -> int:
@@ -60,7 +68,12 @@ def ended(pid: int, patience: float) -> int | None:
 
 
 def weights(run: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("model.safetensors"))}
+    """Every model as bytes, and every last checkpoint's tensors: networks, moments and what objectives remember."""
+    found = {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("model.safetensors"))}
+    for path in sorted(run.glob("students/*/*/state.safetensors")):
+        tensors = sorted(load_file(path).items())
+        found[str(path.relative_to(run))] = b"".join(k.encode() + v.numpy().tobytes() for k, v in tensors)
+    return found
 
 
 def truncate_one(run: Path, rng: random.Random) -> bool:
@@ -85,10 +98,10 @@ def check(folder: Path, wanted: dict[str, bytes]) -> None:
         assert steps == sorted(set(steps)), log
 
 
-def main(folder: Path, kills: int, seed: int) -> dict[str, int]:
+def main(folder: Path, kills: int, seed: int, recipe: str) -> dict[str, int]:
     rng, did = random.Random(seed), Counter[str]()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "tiny.yaml").write_text(RECIPES[recipe])
     begun = time.monotonic()
     assert ended(start(folder, "reference"), 250) == 0, (folder / "reference.log").read_text()
     undisturbed = time.monotonic() - begun
@@ -117,4 +130,4 @@ def main(folder: Path, kills: int, seed: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))

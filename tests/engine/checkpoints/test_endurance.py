@@ -16,9 +16,9 @@ from tests.conftest import ROOT, TINY, command, environment
 from tests.engine.train.test_distill import weights
 
 
-def endure(folder: Path, kills: int, seed: int) -> dict[str, int]:
+def endure(folder: Path, kills: int, seed: int, recipe: str) -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.checkpoints.endurance", str(folder), str(kills), str(seed)],
+        [sys.executable, "-m", "tests.engine.checkpoints.endurance", str(folder), str(kills), str(seed), recipe],
         cwd=ROOT,
         env=environment(),
         capture_output=True,
@@ -32,9 +32,11 @@ def endure(folder: Path, kills: int, seed: int) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1600)
-@pytest.mark.parametrize(("kills", "seed"), [(10, 0), (100, 1)])
-def test_a_run_outlives_kills_full_disks_and_truncated_checkpoints(tmp_path: Path, kills: int, seed: int) -> None:
-    did = endure(tmp_path, kills, seed)
+@pytest.mark.parametrize(("kills", "seed", "recipe"), [(10, 0, "dm"), (100, 1, "dm"), (10, 2, "family")])
+def test_a_run_outlives_kills_full_disks_and_truncated_checkpoints(
+    tmp_path: Path, kills: int, seed: int, recipe: str
+) -> None:
+    did = endure(tmp_path, kills, seed, recipe)
     assert did["kills"] == kills and did["finished runs"] >= 1
     if kills > 10:
         assert did["truncated checkpoints"] and did["full disks"] and did["fallbacks said"]

@@ -21,7 +21,7 @@ from msdcli.engine.distributed.group import ProcessGroup, slices
 from msdcli.errors import UserError
 from msdcli.rundir import read_lines
 from tests.conftest import TINY, Msd, distilled, environment
-from tests.engine.distributed import sharded
+from tests.engine.distributed import gradients, sharded
 
 LINES = {"teacher": "teacher/metrics.jsonl", "student": "students/0/0-adm/metrics.jsonl"}
 # Every kind of turn: two levels, of which a batch leaves the student at one, and figures of the whole batch.
@@ -137,6 +137,16 @@ def test_a_run_goes_on_with_another_number_of_processes(
         done = torchrun(tmp_path, *words, processes=processes) if processes > 1 else msd(*words)
         assert done.returncode == 0, done.stderr
     same_losses(tmp_path / "runs/tiny", tmp_path / "runs/whole")
+
+
+@pytest.mark.slow
+def test_gradients_of_two_processes_are_those_of_one_in_every_objective(tmp_path: Path) -> None:
+    done = launched(tmp_path, gradients.__file__, str(tmp_path / "two.safetensors"))
+    assert done.returncode == 0, done.stderr
+    both, alone = load_file(tmp_path / "two.safetensors"), gradients.of_all()
+    assert both.keys() == alone.keys()
+    for name, gradient in alone.items():
+        assert (both[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ def limited() -> Iterator[None]:
     [
         ("mlp", "adm fake"),
         pytest.param("unet", "adm fake", marks=pytest.mark.slow),
+        pytest.param("unet", "sid", marks=pytest.mark.slow),
         pytest.param("song", "adm teacher", marks=pytest.mark.slow),
         pytest.param("edm2", "dm", marks=pytest.mark.slow),
     ],

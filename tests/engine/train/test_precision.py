@@ -25,6 +25,7 @@ from msdcli.recipe.stages import (
     DmSettings,
     EctSettings,
     ScdSettings,
+    SidSettings,
     StageSettings,
     TsmSettings,
 )
@@ -43,6 +44,7 @@ STAGES = {
     "dm": DmSettings(batch=8, fake_updates=1),
     "adm fake": AdmSettings(batch=8, fake_updates=1, features="fake", head_weight=1.0),
     "adm teacher": AdmSettings(batch=8, fake_updates=1, features="teacher", head_weight=1.0),
+    "sid": SidSettings(batch=8, gan_weight=0.1, divergence="kl"),
     "tsm": TsmSettings(batch=8),
     "cd": CdSettings(batch=8),
     "ect": EctSettings(batch=8),
