@@ -193,6 +193,8 @@ def test_more_steps_may_resume_and_nothing_else_may_change() -> None:
     old = read(TINY).dump()
     assert differences(old, read(TINY, "stages.0.steps=7", "evaluation.samples=9").dump()) == []
     assert differences(old, read(TINY, "stages.0.steps=5").dump()) == ["stages.0.steps"]
+    assert differences(old, old | {"stages": [*old["stages"], *old["stages"]]}) == []
+    assert differences(old | {"stages": [*old["stages"], *old["stages"]]}, old) == ["stages"]
     assert differences(old, read(TINY, "seed=1", "stages.0.lr=2e-3").dump()) == ["seed", "stages.0.lr"]
 
 

@@ -85,6 +85,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
             "data.mirror: the teacher works on latents, and a mirrored picture's are not the picture's mirrored",
             hint="data.mirror=false; or mirror the files",
         )
+    partition.check_forgetting(recipe, data)
     teacher_stages.check(recipe, data, frozen.shape)
     with on_meta():
         objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]

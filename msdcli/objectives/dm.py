@@ -96,11 +96,32 @@ class DistributionMatching(Objective):
         with torch.no_grad():
             x, sigma = self.diffuse(y, draws)
             teacher = drawn(self.teacher, draws.uniform)
-            fake, target = self.guided_fake(draws)(x, sigma, c), teacher(x, sigma, c)
+            fake, target = self.guided_fake(draws)(x, sigma, c), teacher(x, sigma, self.taught(c, draws))
             gradient = d.matching_gradient(fake, target, y) if self.settings.weight == "dmd" else fake - target
             if (weight := self.divergence_weight(x, sigma, c, draws)) is not None:
                 gradient = gradient * d.per_image(weight, gradient)
-        return self.with_pairs(d.surrogate(y, gradient), draws)
+        return self.with_pairs(self.weighed(d.surrogate(y, gradient), c), draws)
+
+    def taught(self, c: Tensor, draws: Draws) -> Tensor:
+        """Return what the teacher is asked for where the student is asked for c: other classes than those to forget
+        (SFD, Chen et al. 2024, arXiv 2409.11219).
+        """
+        if (forget := self.settings.forget) is None:
+            return c
+        kept = [k for k in range(self.teacher.num_classes) if k not in forget.classes]
+        others = torch.tensor(kept if forget.instead == "random" else [forget.instead], device=c.device)
+        chosen = others[(draws.uniform("instead") * len(others)).long().to(c.device)]
+        return torch.where(self.forgotten(c), chosen, c)
+
+    def weighed(self, loss: Tensor, c: Tensor) -> Tensor:
+        """Return the losses of images, those of classes to forget by their weight."""
+        forget = self.settings.forget
+        return loss if forget is None else torch.where(self.forgotten(c), forget.weight * loss, loss)
+
+    def forgotten(self, c: Tensor) -> Tensor:
+        """Whether conditions are of classes to forget."""
+        assert self.settings.forget is not None
+        return torch.isin(c, torch.tensor(self.settings.forget.classes, device=c.device))
 
     def guided_fake(self, draws: Draws) -> DenoiserCall:
         """Return the fake network as the student looks at it: with the guidance that `fake_guidance` says."""

@@ -12,10 +12,16 @@ FREE_KEYS = (
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the dotted keys in which two dumped recipes differ and a resumed run may not."""
+    """Return the dotted keys in which two dumped recipes differ and a resumed run may not.
+
+    It may go on with more steps of its last stage, or with more stages after it.
+    """
+    before, after = old["stages"], new["stages"]
+    if len(after) > len(before):
+        return differences(old, new | {"stages": after[: len(before)]}) if before == after[: len(before)] else ["stages"]
     found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
-    last = f"stages.{len(new['stages']) - 1}.steps"
-    if last in found and len(old["stages"]) == len(new["stages"]) and value_at(new, last) > value_at(old, last):
+    last = f"stages.{len(after) - 1}.steps"
+    if last in found and len(before) == len(after) and value_at(new, last) > value_at(old, last):
         found.remove(last)
     return found
 

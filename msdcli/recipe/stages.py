@@ -75,10 +75,33 @@ class FakeSettings(Section):
     alpha: Positive = Field(32.0, description="lora: an adapter is multiplied by alpha / rank (SwiftBrush: 32)")
 
 
+class ForgetSettings(Section):
+    """What students are to forget: asked for it, they learn something else (SFD, arXiv 2409.11219)."""
+
+    classes: list[Annotated[int, Field(ge=0, lt=10**9)]] = Field(
+        min_length=1, description="numbers of the classes to forget, as `msd partition` lists them"
+    )
+    instead: Literal["random"] | Annotated[int, Field(ge=0, lt=10**9)] = Field(
+        "random", description="what the teacher is asked for instead: one other class, or any of those that are kept"
+    )
+    weight: Weight = Field(0.01, description="weight of the loss of an image of a class to forget (SFD: 0.01)")
+
+    @model_validator(mode="after")
+    def _something_else(self) -> Self:
+        if self.instead in self.classes:
+            raise ValueError(f"`instead` {self.instead} is one of the classes to forget")
+        return self
+
+
 class DmSettings(GeneratorSettings):
     """Distribution matching (DMD, arXiv 2311.18828; DMD2, arXiv 2405.14867)."""
 
     objective: Literal["dm"] = Field("dm", description="distribution matching")
+    forget: ForgetSettings | None = Field(
+        None,
+        description="classes to forget, without images or pairs: only the students that own them learn; all others "
+        "end the stage as they began it",
+    )
     fake: FakeSettings = Field(default_factory=FakeSettings, description="what the fake network is")
     fake_guidance: Literal["none", "same", "zero"] | FakeScale = Field(
         "none",
@@ -142,8 +165,16 @@ class DmSettings(GeneratorSettings):
             )
         return self
 
+    def _check_forgetting(self, before: StageSettings | None) -> None:
+        if self.needs_images or self.pairs_used != "none":
+            raise ValueError("`forget` must not see the classes to forget: `pairs: none`, and no loss on images")
+        if not isinstance(before, GeneratorSettings) or before.sigmas != self.sigmas:
+            raise ValueError("`forget` continues a stage that made students of the same `sigmas`: put it after one")
+
     def check_after(self, before: StageSettings | None) -> None:
         super().check_after(before)
+        if self.forget is not None:
+            self._check_forgetting(before)
         if isinstance(before, DmSettings) and before.fake != self.fake:
             raise ValueError("`fake` differs from that of the stage before, whose fake network it inherits")
 

@@ -99,6 +99,20 @@ def _needed(stage: StageSettings, recipe: Recipe, data: Dataset, labels: Tensor)
     return None
 
 
+def check_forgetting(recipe: Recipe, data: Dataset) -> None:
+    """Raise UserError where a stage is to forget what is not there."""
+    for stage in recipe.stages:
+        if (forget := getattr(stage, "forget", None)) is None:
+            continue
+        if recipe.has_prompts:
+            raise UserError(f"stage {stage.objective}: forget names classes, and the data are prompts")
+        named = [*forget.classes, *([] if forget.instead == "random" else [forget.instead])]
+        if (most := max(named)) >= len(data.class_names):
+            raise UserError(f"stage {stage.objective}: forget names class {most}, there are {len(data.class_names)}")
+        if len(set(forget.classes)) == len(data.class_names):
+            raise UserError(f"stage {stage.objective}: forget names every class")
+
+
 def _check_filled(parts: Partition | None, students: int, found: set[int], needs: str, names: Sequence[str]) -> None:
     """Raise UserError unless every student has a class among those found, or can have where parts are not known yet."""
     empty = [c for c in range(len(names)) if c not in found]

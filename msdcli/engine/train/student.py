@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from msdcli import nets, records
 from msdcli.diffusion import guidance
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws, Source
+from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.checkpoints import storage
 from msdcli.engine.checkpoints.files import DamagedError
 from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, save_model
@@ -33,6 +35,7 @@ from msdcli.objectives import Objective, objective_class
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import GeneratorSettings, StageSettings
 from msdcli.recipe.student import AdapterSettings
+from msdcli.rundir import building, read_json, write_json, writing
 from msdcli.seeds import derive, generator
 
 
@@ -100,7 +103,39 @@ def distill_student(student: Student, report: Report) -> None:
     """
     for number, (stage, folder) in enumerate(zip(student.recipe.stages, student.folders, strict=True)):
         if not student.group.broadcast(is_finished(folder, stage)):
-            train_stage(student, number, report)
+            (train_stage if concerns(stage, student) else hand_on)(student, number, report)
+
+
+def concerns(stage: StageSettings, student: Student) -> bool:
+    """Whether a stage is for this student: one that forgets is for the owners of what is to be forgotten."""
+    forget = getattr(stage, "forget", None)
+    return forget is None or bool(torch.isin(student.source.classes.cpu(), torch.tensor(forget.classes)).any())
+
+
+def hand_on(student: Student, number: int, report: Report) -> None:
+    """End a stage that does not concern a student as it began: with the model and the networks of the one before."""
+    before, folder, stage = student.folders[number - 1], student.folders[number], student.recipe.stages[number]
+    if student.group.is_leader:
+        folder.mkdir(parents=True, exist_ok=True)
+        newest = checkpoint_files.newest(before)
+        for path in [*before.glob("*.safetensors"), *([newest] if newest else [])]:
+            if path == newest or not path.name.startswith(("state", "best")):
+                _copy(path, folder / path.name)
+        nothing = {"seconds": 0.0, "images": 0.0, "flops": 0.0, "peak_bytes": 0}
+        record = {"steps": stage.steps, "stage": stage.model_dump(mode="json"), "cost": nothing, "handed_on": True}
+        write_json(folder / MODEL, read_json(before / MODEL) | record)
+        report(f"student {student.number} {stage.objective}: owns nothing to forget, and stays as it is")
+    student.group.broadcast(None)
+
+
+def _copy(path: Path, to: Path) -> None:
+    """Copy a file, or a checkpoint in parts, so that nobody finds half of it."""
+    if path.is_dir():
+        with building(to) as place:
+            shutil.copytree(path, place, dirs_exist_ok=True)
+    else:
+        with writing(to) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def train_stage(student: Student, number: int, report: Report) -> None:
