@@ -18,7 +18,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """
     before, after = old["stages"], new["stages"]
     if len(after) > len(before):
-        return differences(old, new | {"stages": after[: len(before)]}) if before == after[: len(before)] else ["stages"]
+        return (
+            differences(old, new | {"stages": after[: len(before)]}) if before == after[: len(before)] else ["stages"]
+        )
     found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
     last = f"stages.{len(after) - 1}.steps"
     if last in found and len(before) == len(after) and value_at(new, last) > value_at(old, last):
