@@ -36,7 +36,7 @@ partition: {students: 2}
 pairs: {count: 64, shard: 32}
 stages:
   - {objective: dm, steps: 6, batch: 16, fake_updates: 2, log_every: 2}
-evaluation: {samples: 200}
+evaluation: {samples: 200, judge: off}
 """
 
 QUICK = (

@@ -76,7 +76,7 @@ def test_an_unfit_teacher_stops_the_run_and_keeps_no_name(
 ) -> None:
     monkeypatch.setattr(teacher, "SURE", 10)
     monkeypatch.setattr(teacher, "UNFIT_SPREAD", 0.0)
-    done = msd("distill", "tiny.yaml")
+    done = msd("distill", "tiny.yaml", "evaluation.judge=stop")
     assert done.returncode == 2 and "not fit to be distilled" in done.stderr
     assert "evaluation.judge=tell" in done.stderr and Path("runs/tiny/samples/teacher.png").is_file()
     assert not list(Path("runs/tiny").glob("students/*/*/model.json"))
