@@ -38,7 +38,7 @@ class TruncatedConsistency(EasyConsistencyTuning):
         """The boundary for the lowest numbers; for the others ln(sigma) of Student's t, cut to what is above it."""
         given = self.truncation
         part, low, high = given.boundary_part, math.log(given.boundary), math.log(given.sigmas[0])
-        table = inverse_of_t(given.P_mean, given.P_std, given.P_df, low, high).to(u.device)
+        table = inverse_of_t(given.P_mean, given.P_std, given.P_df, low, high, u.device)
         place = ((u - part) / (1 - part)).clamp(0, 1) * (len(table) - 1)
         below = place.long().clamp(max=len(table) - 2)
         above = torch.lerp(table[below], table[below + 1], place - below).exp()
@@ -53,8 +53,20 @@ class TruncatedConsistency(EasyConsistencyTuning):
 
 
 @lru_cache(maxsize=8)
-def inverse_of_t(mean: float, scale: float, df: float, low: float, high: float, num: int = 8193) -> Tensor:
-    """Return where the distribution of Student's t, cut to [low, high], reaches 0, 1 / (num - 1), .. 1 (float32)."""
+def inverse_of_t(
+    mean: float,
+    scale: float,
+    df: float,
+    low: float,
+    high: float,
+    device: torch.device | str = "cpu",
+    *,
+    num: int = 8193,
+) -> Tensor:
+    """Return where the distribution of Student's t, cut to [low, high], reaches 0, 1 / (num - 1), .. 1 (float32).
+
+    It is copied to the device once, not in every step.
+    """
     import numpy as np
     from scipy.integrate import cumulative_trapezoid
 
@@ -63,4 +75,4 @@ def inverse_of_t(mean: float, scale: float, df: float, low: float, high: float, 
     grid = mean + width * np.sinh(np.linspace(math.asinh((low - mean) / width), math.asinh((high - mean) / width), num))
     density = (1 + ((grid - mean) / scale) ** 2 / df) ** (-(df + 1) / 2)
     mass = cumulative_trapezoid(density, grid, initial=0)
-    return torch.tensor(np.interp(np.linspace(0, mass[-1], num), mass, grid), dtype=torch.float32)
+    return torch.tensor(np.interp(np.linspace(0, mass[-1], num), mass, grid), dtype=torch.float32, device=device)
