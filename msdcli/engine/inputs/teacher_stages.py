@@ -49,8 +49,8 @@ def refine(
 ) -> Path:
     """Return the folder of the teacher in `folder` after the recipe's stages; runs share what each of them made.
 
-    A stage's product is named by everything that it depends on: the teacher before it, the data, its own keys, how the
-    reference is sampled, and seed and threads.
+    A stage's product is named by everything that it depends on: the teacher before it, the data and whether they are
+    mirrored, its own keys, how the reference is sampled, and seed and threads.
     """
     stages = recipe.teacher.stages
     if group.broadcast(has_been_through(folder, stages)):
@@ -80,7 +80,7 @@ def _after(
     reference, description = load_model(before)
     said = [description.get(name) for name in ("network", "shape", "num_classes", "sigma_data", "sha256")]
     sampled = [settings.solver.record(), recipe.pairs.count, recipe.pairs.seed, recipe.pairs.shard]
-    asked = [stage.model_dump(mode="json"), settings.seed, recipe.threads, number]
+    asked = [stage.model_dump(mode="json"), settings.seed, recipe.threads, number, recipe.data.mirrors]
     folder = run.shared / f"teacher-{key(stage.objective, FORMAT, said, fingerprint(data), sampled, asked)}"
     what = f"teacher {stage.objective}"
     with group.while_leader_holds(lambda: lock(folder, "the teacher", wait=report)):
@@ -89,7 +89,8 @@ def _after(
             return folder
         reference = reference.to(device)
         samples = Pairs(run, recipe, data, key("plain", said)).provide(reference, report)
-        source = Source(data, range(len(data.class_names)), pairs=samples, device=device)
+        everyone, mirror = range(len(data.class_names)), recipe.data.mirrors
+        source = Source(data, everyone, pairs=samples, mirror=mirror, device=device)
         network = load_model(before)[0].to(device).requires_grad_(True).train()
         objective = objective_class(stage.objective)(stage, network, reference)
         options, seeds = TrainOptions.of(recipe, group), ("teacher", settings.seed, number)
