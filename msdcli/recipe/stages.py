@@ -54,6 +54,11 @@ class TsmSettings(StageSettings):
     objective: Literal["tsm"] = Field("tsm", description="teacher score matching")
     P_mean: LogLevel = Field(-1.2, description="mean of ln(sigma)")
     P_std: float = Field(1.2, ge=1e-6, le=20, description="standard deviation of ln(sigma)")
+    features: Weight = Field(
+        0.0,
+        description="weight of a second loss, on the features of the blocks that student and teacher both have, as "
+        "shares of the teacher's (LAPTOP-Diff): for students of fewer blocks but as many channels; 0: none",
+    )
 
 
 Divergence = Literal["rkl", "kl", "js", "hellinger", "jeffreys", "softened_rkl", "neyman"]
