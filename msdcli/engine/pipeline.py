@@ -234,7 +234,7 @@ def prepare(
         claim.settle({"data": dataset.fingerprint_for(run, data), "teacher": theirs}, version)
     resolved = recipe
     if students:
-        resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report))
+        resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report, seen))
         resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
     parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen))
     return TrainingRun(run, resolved, seen, frozen, Pairs(run, recipe, seen, teacher_hash), parts, on, group)

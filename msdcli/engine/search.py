@@ -6,30 +6,34 @@ width, depth and attention are searched together, and what counts is measured he
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from msdcli import nets, records
+from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.engine import layers
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.counting import FlopCounter
 from msdcli.errors import UserError
 from msdcli.nets.meta import on_meta
 from msdcli.recipe import Recipe
-from msdcli.recipe.networks import Network, NetworkSettings, UNetSettings
+from msdcli.recipe.networks import Network, NetworkSettings, PrunedUNetSettings, UNetSettings
 from msdcli.recipe.student import StudentSettings
 from msdcli.rundir import RunDir, lock, write_json
 
 WIDTHS = [w / 20 for w in range(20, 2, -1)]
 DEPTHS = [1.0, 0.75, 0.5, 0.25]
 MEASURED = 16  # candidates that are timed: those whose operation count comes nearest to the target
+TRIES = 6  # of a target of latency, each with one that is drawn in
 CLOSE = 0.15  # how far under a target of parameters a candidate may lie
 
 
@@ -46,7 +50,7 @@ class Candidate:
         return vars(self) | {"network": self.network.model_dump(mode="json")}
 
 
-def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report) -> Recipe:
+def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report, data: Dataset | None = None) -> Recipe:
     """Return the recipe with its student's network settled; a search is made once per run and kept in student.json.
 
     This is a decision of the run and no cache: it depends on the recipe and the teacher, which cannot change in a run,
@@ -60,7 +64,9 @@ def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report) -> R
     path = run.root / "student.json"
     with lock(run.root, "the run directory", wait=report):
         if not path.exists():
-            chosen, tried = search(student, teacher)
+            chosen, tried = (
+                search(student, teacher) if data is None or not student.prune else prune(student, teacher, data)
+            )
             write_json(path, {"target": student.model_dump(mode="json"), "chosen": chosen.record(), "tried": tried})
             report(_said(chosen))
     chosen_network = records.read(path, records.Searched, "choice of a network")["chosen"]["network"]
@@ -73,7 +79,9 @@ def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report) -> R
 
 def _said(chosen: Candidate) -> str:
     keys = {
-        k: v for k, v in chosen.network.model_dump().items() if k in ("channels", "blocks", "attention", "arguments")
+        k: v
+        for k, v in chosen.network.model_dump().items()
+        if k in ("channels", "blocks", "attention", "arguments", "without")
     }
     return (
         f"student: chose {keys}: {chosen.parameters:.0%} of the teacher's parameters, {chosen.flops:.0%} of its "
@@ -109,6 +117,32 @@ def search(student: StudentSettings, teacher: Denoiser) -> tuple[Candidate, list
             + "or student.width and student.depth by hand",
         )
     return best, [c.record() for c in timed]
+
+
+def prune(student: StudentSettings, teacher: Denoiser, data: Dataset) -> tuple[Candidate, list[dict[str, Any]]]:
+    """Return the teacher without the blocks that cost the least, and all that were tried on the way to the target.
+
+    Shares of parameters add up exactly; of time they nearly do, so what was chosen is timed and the target drawn in.
+    """
+    plain = copy.deepcopy(teacher)  # without guidance
+    timed, target = student.parameters is None, student.parameters or student.latency or 1.0
+    blocks = layers.by_latency(plain, data) if timed else layers.by_parameters(plain, data)
+    size, work = _parameters(plain.settings, plain), _flops(plain.settings, plain)
+    goal, tried = target, list[Candidate]()
+    for _ in range(TRIES):
+        if (names := layers.cheapest(blocks, 1 - goal)) is None:
+            break
+        network = PrunedUNetSettings(**plain.settings.model_dump(exclude={"kind"}), without=names)
+        found = Candidate(network, _parameters(network, plain) / size, _flops(network, plain) / work)
+        tried.append(replace(found, latency=latency(found, plain)))
+        if (reached := (tried[-1].latency if timed else tried[-1].parameters) or 1.0) <= target * (1 + 1e-9):
+            return tried[-1], [c.record() for c in tried]
+        goal *= target / reached * 0.98
+    kind, least = ("latency", "parameters")[not timed], 1 - sum(block.saved for block in blocks)
+    raise UserError(
+        f"student: without any of its blocks the teacher has {least:.2f} of its {kind}, and {target:g} was asked for",
+        hint=f"a larger student.{kind}, or student.prune left out: then fewer channels are tried too",
+    )
 
 
 def candidates(teacher: Denoiser, span: tuple[float, float] = (0.0, 1.0)) -> list[Candidate]:

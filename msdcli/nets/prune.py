@@ -41,6 +41,14 @@ def prune(teacher: Denoiser, student: Denoiser) -> int:
     return copied
 
 
+@torch.no_grad()
+def keep_blocks(teacher: Denoiser, student: Denoiser) -> None:
+    """Give a student that is the teacher without some blocks the weights of the others."""
+    source = teacher.state_dict()
+    for name, target in student.state_dict().items():
+        target.copy_(source[name])
+
+
 def _plain(tensor: Tensor) -> list[tuple[int, ...]]:
     return [(size,) for size in tensor.shape]
 

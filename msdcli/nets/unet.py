@@ -64,9 +64,26 @@ class ResidualBlock(nn.Module):
         return x if self.attention is None else self.attention(x)
 
     def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2, mode="nearest") if self.resample == "up" else x
+        return resampled(x, self.resample)
+
+
+def resampled(x: Tensor, how: str) -> Tensor:
+    """Return an image at half (`down`) or twice (`up`) its size, else as it is."""
+    if how == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2, mode="nearest") if how == "up" else x
+
+
+class SkipBlock(nn.Module):
+    """What is left of a residual block without its branch and its attention: what it gives where both give zero."""
+
+    def __init__(self, block: ResidualBlock) -> None:
+        super().__init__()
+        self.skip, self.resample = block.skip, block.resample
+        self.scale = math.sqrt(0.5) if block.attention is None else 0.5
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.skip(resampled(x, self.resample)) * self.scale
 
 
 class Attention(nn.Module):
@@ -131,6 +148,8 @@ class UNet(nn.Module):
                 self.decoder[f"{at}x{at}_up"] = block((c,), c, sizes[level - 1], "up")
         self.norm_out = group_norm(c)
         self.conv_out = zeroed(Conv2d(c, image_channels, 3, padding=1))
+        for name in settings.left_out:
+            leave_out(self, name)
 
     @property
     def taps(self) -> list[str]:
@@ -164,3 +183,22 @@ class UNet(nn.Module):
             h = block(h, embedding)
             found.append(h)
         return [found[i] for i in numbers]
+
+
+def leave_out(net: nn.Module, name: str) -> ResidualBlock:
+    """Leave out a block of a U-Net by its name (middle, decoder.8x8_1); return it. ValueError where there is none."""
+    block = dict(net.named_modules()).get(name)
+    if not isinstance(block, ResidualBlock):
+        raise ValueError(f"without: there is no block {name!r}")
+    put(net, name, SkipBlock(block))
+    return block
+
+
+def put(net: nn.Module, name: str, block: nn.Module) -> None:
+    """Put a block in the place of that name."""
+    group, _, own = name.rpartition(".")
+    place = net.get_submodule(group)
+    if isinstance(place, nn.ModuleDict):
+        place[own] = block
+    else:
+        setattr(place, own, block)

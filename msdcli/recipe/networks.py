@@ -25,9 +25,25 @@ class UNetSettings(Section):
     embedding: int | None = Field(None, ge=1, le=65536, description="width of the embedding; 4 x channels if absent")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks while training")
 
+    @property
+    def left_out(self) -> list[str]:
+        """The blocks that it is without."""
+        return []
+
     def scaled(self, width: float, depth: float) -> UNetSettings:
         """Return a section with `width` times the channels and `depth` times the blocks."""
         return self.model_copy(update=_scaled(self.channels, width, self.blocks, depth))
+
+
+class PrunedUNetSettings(UNetSettings):
+    """A U-Net without some of its blocks; their inputs go on at the size and with the channels of their outputs."""
+
+    kind: Literal["pruned_unet"] = Field("pruned_unet", description="a U-Net without some blocks")  # type: ignore[assignment]
+    without: list[str] = Field([], max_length=4096, description="the blocks that are left out, e.g. decoder.8x8_1")
+
+    @property
+    def left_out(self) -> list[str]:
+        return self.without
 
 
 class MLPSettings(Section):
@@ -149,5 +165,5 @@ def _scaled(channels: int, width: float, blocks: int, depth: float) -> dict[str,
     return {"channels": max(1, round(channels * width)), "blocks": max(1, round(blocks * depth))}
 
 
-NetworkSettings = UNetSettings | MLPSettings | EdmNetworkSettings | DiffusersNetworkSettings
+NetworkSettings = UNetSettings | PrunedUNetSettings | MLPSettings | EdmNetworkSettings | DiffusersNetworkSettings
 Network = Annotated[NetworkSettings, Field(discriminator="kind")]

@@ -44,6 +44,11 @@ class StudentSettings(Section):
         description="students that are adapters of the teacher's network, whose weights all of them share: one network "
         "and K small files (needs `pip install 'msdcli[lora]'`)",
     )
+    prune: Literal["layers"] | None = Field(
+        None,
+        description="with `parameters` or `latency`: leave out those of the teacher's blocks that cost the least, and "
+        "begin with the weights of the others (LAPTOP-Diff); absent: fewer channels and blocks are searched",
+    )
     init: Literal["auto", "teacher", "pruned", "random"] = Field(
         "auto",
         description="first weights: the teacher's, those of its leading channels (for a smaller network), or random; "
@@ -58,6 +63,10 @@ class StudentSettings(Section):
             raise ValueError("give one of `width` and `depth`, `network`, `parameters`, `latency`, `adapter`")
         if self.adapter is not None and self.init not in ("auto", "teacher"):
             raise ValueError(f"`adapter` begins with the teacher's weights, not with `init: {self.init}`")
+        if self.prune is not None and (self.parameters is None) == (self.latency is None):
+            raise ValueError("`prune` needs a target: `parameters` or `latency`")
+        if self.prune is not None and self.init != "auto":
+            raise ValueError(f"`prune` begins with the weights of the blocks that stay, not with `init: {self.init}`")
         return self
 
     def network_for(self, teacher: NetworkSettings) -> NetworkSettings:

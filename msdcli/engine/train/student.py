@@ -30,9 +30,10 @@ from msdcli.engine.train.passes import Part, Passes
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection, BestAverage, StudentEvaluator
 from msdcli.errors import UserError
 from msdcli.nets.adapters import AdaptedDenoiser
-from msdcli.nets.prune import prune
+from msdcli.nets.prune import keep_blocks, prune
 from msdcli.objectives import Objective, objective_class
 from msdcli.recipe import Recipe
+from msdcli.recipe.networks import PrunedUNetSettings, UNetSettings
 from msdcli.recipe.stages import GeneratorSettings, StageSettings
 from msdcli.recipe.student import AdapterSettings
 from msdcli.rundir import building, read_json, write_json, writing
@@ -58,6 +59,11 @@ class Student:
 def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
     """Return a student as its first stage finds it, with the weights that `student.init` asks for."""
     settings, init = recipe.student.network_for(teacher.settings), recipe.student.init
+    if recipe.student.prune is not None and not isinstance(teacher.settings, UNetSettings):
+        raise UserError(
+            f"student.prune: layers is for U-Nets of kind unet, the teacher is of kind {teacher.settings.kind}",
+            hint="leave student.prune out: a network of fewer channels and blocks is searched",
+        )
     if recipe.student.adapter is not None:
         return _adapted(recipe, recipe.student.adapter, teacher, number)
     if init == "teacher" and settings != teacher.settings:
@@ -70,6 +76,8 @@ def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
         student = nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
     student.to(next(teacher.parameters()).device)
     student.prompts = teacher.prompts
+    if init == "auto" and isinstance(settings, PrunedUNetSettings):
+        keep_blocks(copy.deepcopy(teacher), student)
     if init == "pruned":
         prune(copy.deepcopy(teacher), student)  # a copy is plain, without guidance
     return student
