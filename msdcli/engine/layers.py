@@ -113,7 +113,7 @@ def noisy(data: Dataset, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def times(teacher: d.Denoiser) -> dict[str, float]:
-    """Return the seconds of an image without each block, and of the whole network by the name "": the least of turns."""
+    """Return the seconds of an image without each block, and of the whole network as "": the least of turns."""
     device = next(teacher.parameters()).device
     x, sigma = torch.zeros(1, *teacher.shape, device=device), torch.ones(1, device=device)
     c = torch.zeros(1, dtype=torch.int64, device=device)
