@@ -42,6 +42,7 @@ ROOMS = (
     {"checkpoints"},
     {"train", "pictures"},
     {"inputs", "estimate", "claim"},
+    {"layers"},
     {"sample", "search"},
     {"measure"},
     {"pipeline"},
