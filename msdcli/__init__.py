@@ -175,7 +175,7 @@ def export(
     """Write a run's students in a format to give away, checked against the run, as `msd export` does.
 
     Returns the record: `folder`, `max_difference`, `speed`, and at a lower precision `distance`. `options` are
-    precision, aot, max_resident, memory (bytes), bench, samples, license.
+    precision, aot, max_resident, memory (bytes), bench, samples, license, device.
     """
     from msdcli.engine.export import export as engine
     from msdcli.engine.export.format import ExportOptions

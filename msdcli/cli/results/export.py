@@ -30,7 +30,12 @@ def export(
         Literal["float32", "float16", "int8", "int8-static"],
         typer.Option(help="onnx, triton: of the weights; int8-static: of the layers too. The effect is measured."),
     ] = "float32",
-    aot: Annotated[bool, typer.Option("--aot", help="torch: compile ahead of time, for this machine's CPU.")] = False,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="torch: compile ahead of time, for a device of this machine.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="torch --aot: what to compile for, cpu or cuda; no other runs it.")
+    ] = "cpu",
     max_resident: Annotated[
         int | None, typer.Option(min=1, help="Time it with at most so many students in memory.")
     ] = None,
@@ -58,6 +63,7 @@ def export(
             bench,
             samples,
             license_,
+            device,
         )
     )
     target = out or directory.export / engine.folder_name(format_, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from msdcli import records
+from msdcli.diffusion.float32 import exact_float32
 from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import FORMAT, MODEL
+from msdcli.engine.distributed.device import resolve
 from msdcli.engine.export import card as export_card
 from msdcli.engine.export import speed as export_bench
 from msdcli.engine.export.format import (
@@ -33,6 +36,7 @@ from msdcli.rundir import RunDir, write_json
 FORMATS = ("bundle", "onnx", "torch", "diffusers", "triton")
 
 
+@exact_float32()  # it is compared with samples of the CPU
 def export(
     run: RunDir, folder: Path, kind: str = "bundle", *, options: ExportOptions | None = None, report: Report = silent
 ) -> dict[str, Any]:
@@ -70,7 +74,8 @@ def export(
 
 def folder_name(kind: str, options: ExportOptions) -> str:
     """What an export is called inside a run."""
-    return kind if options.precision == "float32" else f"{kind}-{options.precision}"
+    apart = (options.precision, "float32"), (options.device.replace(":", "-"), "cpu")
+    return "-".join([kind, *(value for value, usual in apart if value != usual)])
 
 
 def check(run: RunDir, folder: Path, kind: str, options: ExportOptions) -> sample.Students:
@@ -86,6 +91,16 @@ def check(run: RunDir, folder: Path, kind: str, options: ExportOptions) -> sampl
         raise UserError(f"format {kind} is float32; {options.precision} is for onnx and triton")
     if options.aot and kind != "torch":
         raise UserError(f"--aot is for format torch, not for {kind}")
+    if options.device != "cpu":
+        if not options.aot:
+            raise UserError(
+                f"--device {options.device}: only what is compiled ahead of time is for one device; all else is told "
+                "where to run when it is opened",
+                hint="--format torch --aot",
+            )
+        if not re.fullmatch(r"cuda(:\d+)?", options.device):
+            raise WrongValueError(f"device {options.device!r} does not exist: there are cpu, cuda and cuda:1")
+        resolve(options.device)
     check_folder(folder, "export of msd")
     if prepare := getattr(_module(kind), "check", None):
         prepare(students)

@@ -36,6 +36,7 @@ class ExportOptions:
     bench: bool = True
     samples: int | None = None
     license: str | None = None
+    device: str = "cpu"  # what is compiled ahead of time for
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.generator import Generator
 from msdcli.engine.export.format import with_router
+from msdcli.engine.export.given.students import device_record
 from msdcli.errors import UserError
 from msdcli.nets.edm.edm2 import bake
 from msdcli.recipe.networks import DiffusersNetworkSettings
@@ -36,15 +37,16 @@ class Unrolled(nn.Module):
         return Generator(self.net, self.sigmas)(z, labels, noise)
 
 
-def program(generator: Generator) -> ExportedProgram:
-    """Trace a student: unit noise `z` [n, *shape] float32 and `labels` [n] int64 to images; n is open.
+def program(generator: Generator, device: str = "cpu") -> ExportedProgram:
+    """Trace a student on a device: unit noise `z` [n, *shape] float32 and `labels` [n] int64 to images; n is open.
 
     A student of several steps has one input more, `noise` [n, steps - 1, *shape]: the unit noise between them.
     """
-    net = bake(copy.deepcopy(generator.net).cpu()).eval().requires_grad_(False)
+    net = bake(copy.deepcopy(generator.net).cpu()).to(device).eval().requires_grad_(False)
     example: tuple[Tensor, ...] = torch.zeros(3, *net.shape), torch.zeros(3, dtype=torch.int64)
     if generator.steps > 1:
         example = (*example, torch.zeros(3, generator.steps - 1, *net.shape))
+    example = tuple(tensor.to(device) for tensor in example)
     n = Dim("n", min=1, max=max_batch(net))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch's own, about itself
@@ -64,7 +66,7 @@ def max_batch(net: Denoiser) -> int:
 
 def write(source: ExportSource) -> ExportResult:
     """Write students/K/model.pt2 (model.aot.pt2 when compiled) and the router."""
-    aot = source.options.aot
+    aot, device = source.options.aot, source.options.device
     if aot:
         check_compiler()
     files, largest = [], MAX_BATCH
@@ -72,10 +74,11 @@ def write(source: ExportSource) -> ExportResult:
         largest = min(largest, max_batch(generator.net))
         path = source.folder / "students" / str(k) / ("model.aot.pt2" if aot else "model.pt2")
         path.parent.mkdir(parents=True)
-        traced = program(generator)
+        traced = program(generator, device)
         save_compiled(traced, path) if aot else torch.export.save(traced, path)
         files.append(path)
-    return with_router(source, "torch", files, {"aot": aot, "max_batch": largest})
+    built = {"compiled_for": device_record(device)} if aot else {}
+    return with_router(source, "torch", files, {"aot": aot, "max_batch": largest} | built)
 
 
 def check_compiler() -> None:
@@ -88,7 +91,7 @@ def check_compiler() -> None:
 
 
 def save_compiled(traced: ExportedProgram, path: Path) -> None:
-    """Compile for this machine's CPU and write one package."""
+    """Compile for the device that the program was traced on, of this machine, and write one package."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch._inductor.aoti_compile_and_package(traced, package_path=str(path))

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from msdcli.engine.export import static_int8
 from msdcli.engine.export import torch as export_torch
 from msdcli.engine.export.export import export
 from msdcli.engine.export.format import TOLERANCES, ExportOptions, RunStudents
+from msdcli.engine.export.given import students as router
 from msdcli.partition import Partition
 from msdcli.recipe import load
 from msdcli.recipe.networks import EdmNetworkSettings, MLPSettings, UNetSettings
@@ -287,6 +289,9 @@ def test_an_export_takes_the_place_of_an_older_one(small: Path, msd: Msd, tmp_pa
     [
         (["--format", "torch", "--precision", "int8"], "format torch is float32"),
         (["--format", "onnx", "--aot"], "--aot is for format torch"),
+        (["--format", "torch", "--device", "cuda"], "only what is compiled ahead of time is for one device"),
+        (["--format", "torch", "--aot", "--device", "gpu"], "device 'gpu' does not exist"),
+        (["--format", "torch", "--aot", "--device", "cuda:9"], "cuda:9 is not here"),
         (["--format", "diffusers"], "--format bundle or --format onnx takes any network"),
         (["--memory", "much"], "'much' is no amount of memory"),
     ],
@@ -305,6 +310,47 @@ def test_ahead_of_time_needs_a_compiler(msd: Msd, tmp_path: Path, monkeypatch: p
     done = msd("export", str(run), "--format", "torch", "--aot", "--out", "given")
     assert (done.returncode, "no C++ compiler" in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "given").exists()
+
+
+def test_what_is_compiled_says_for_which_device_and_refuses_others(
+    msd: Msd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a compiler that compiles nothing: the record, and who may open it."""
+    run, place = trained(tmp_path, SMALL), tmp_path / "given"
+    monkeypatch.setattr(export_torch, "save_compiled", torch.export.save)
+    monkeypatch.setattr(
+        torch._inductor, "aoti_load_package", lambda path: torch.export.load(path).module(), raising=False
+    )
+    done = msd("export", str(run), "--format", "torch", "--aot", "--out", "given", "--no-bench")
+    assert done.returncode == 0, done.stderr
+    record = read_json(place / "export.json")
+    assert record["compiled_for"] == router.device_record("cpu") and record["compiled_for"]["device"] == "cpu"
+    assert router.Students(place).sample([0]).shape[0] == 1
+    with pytest.raises(ValueError, match="compiled ahead of time for cpu, not for cuda:1"):
+        router.Students(place, device="cuda:1")
+    built = {"device": "cuda", "name": "NVIDIA A100", "capability": "8.0"}
+    write_json(place / "export.json", record | {"compiled_for": built})
+    with pytest.raises(ValueError, match="compiled ahead of time for cuda, and there is none here"):
+        router.Students(place)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(ValueError, match=r"NVIDIA A100 \(8\.0\); here is NVIDIA H100 \(9\.0\)"):
+        router.Students(place)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert router.Students(place).device == "cuda"
+
+
+@pytest.mark.parametrize(("built", "here", "runs"), [("AVX2", "AVX512", True), ("AVX512", "AVX2", False)])
+def test_compiled_for_a_cpu_of_fewer_instructions(
+    built: str, here: str, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = router.device_record("cpu") | {"capability": built}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: here)
+    with nullcontext() if runs else pytest.raises(ValueError, match=f"{built}.*here is .*{here}"):
+        router.refuse_other_device(record, "cpu")
+    with pytest.raises(ValueError, match="here is"):
+        router.refuse_other_device(record | {"name": "another machine"}, "cpu")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ class Students:
     """Every class belongs to one student, which is loaded when it is first asked.
 
     With `max_resident` (a number) or `memory` (bytes of model files) the one asked least recently makes room. Where
-    the models run: `device` (torch: cpu, cuda, ...) or `providers` (ONNX Runtime's).
+    the models run: `device` (torch: cpu, cuda, ...; if absent, what they were compiled for) or `providers` (ONNX
+    Runtime's). ValueError where they were compiled for another device.
     """
 
     def __init__(
@@ -35,7 +37,7 @@ class Students:
         *,
         max_resident: int | None = None,
         memory: int | None = None,
-        device: str = "cpu",
+        device: str | None = None,
         providers: Sequence[str] | None = None,
     ) -> None:
         self.folder = Path(__file__).parent if folder is None else Path(folder)
@@ -46,7 +48,10 @@ class Students:
         self.class_names: list[str] = self.record["class_names"]
         self.steps: int = self.record.get("steps", 1)  # network evaluations per image
         self.max_resident, self.memory = max_resident, memory
-        self.device, self.providers = device, providers
+        built: dict[str, str] = self.record.get("compiled_for", {"device": "cpu"})
+        self.device, self.providers = device or built["device"], providers
+        if self.record.get("aot"):
+            refuse_other_device(built, self.device)
         self.resident: dict[int, Student] = {}  # the last one asked is the last in line
 
     def sample(self, classes: Sequence[int | str], *, seed: int = 0) -> np.ndarray:
@@ -113,6 +118,42 @@ class Students:
             del self.resident[next(iter(self.resident))]
 
 
+CPU_LEVELS = ("DEFAULT", "AVX2", "AVX512")  # instructions of x86, as torch calls them; each has those before
+
+
+def device_record(device: str) -> dict[str, str]:
+    """Return what code that is compiled for a device of this machine needs: its kind, and what that one can do."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        return {"device": kind, "name": name, "capability": ".".join(map(str, capability))}
+    return {"device": kind, "name": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def refuse_other_device(built: dict[str, str], device: str) -> None:
+    """Raise ValueError unless code that was `built` for one device runs on this one."""
+    wanted, cure = f"these students were compiled ahead of time for {built['device']}", "--format torch runs anywhere"
+    if device.split(":")[0] != built["device"]:
+        raise ValueError(f"{wanted}, not for {device} (export.json: compiled_for); without --aot {cure}")
+    if "capability" not in built:
+        return
+    if built["device"] == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ValueError(f"{wanted}, and there is none here; without --aot {cure}")
+    here = device_record(device)
+    fits = here["capability"] == built["capability"]
+    if built["device"] == "cpu":
+        levels = [CPU_LEVELS.index(r["capability"]) if r["capability"] in CPU_LEVELS else -1 for r in (here, built)]
+        fits = here["name"] == built["name"] and (fits or levels[0] > levels[1] >= 0)
+    if not fits:
+        said = [f"{r['name']} ({r['capability']})" for r in (built, here)]
+        raise ValueError(f"{wanted} {said[0]}; here is {said[1]}; without --aot {cure}")
+
+
 def _open_onnx(path: Path, wanted: Students) -> Student:
     import onnxruntime
 
@@ -129,7 +170,7 @@ def _open_onnx(path: Path, wanted: Students) -> Student:
 def _open_torch(path: Path, wanted: Students) -> Student:
     import torch
 
-    if path.name.endswith(".aot.pt2"):  # compiled for the device that it was exported on
+    if path.name.endswith(".aot.pt2"):
         module: Any = torch._inductor.aoti_load_package(str(path))
     else:
         program = torch.export.load(path)
