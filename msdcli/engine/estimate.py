@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
@@ -27,17 +26,17 @@ from msdcli.engine.train.counting import (
     for_counting,
     forward_flops,
     num_parameters,
-    saved_bytes,
+    turn_bytes,
 )
 from msdcli.engine.train.precision import synchronize
 from msdcli.nets.meta import without_first_weights
-from msdcli.objectives import objective_class
+from msdcli.objectives import Objective, objective_class
 from msdcli.recipe import Recipe
 from msdcli.recipe.solver import SolverSettings
 from msdcli.recipe.stages import GeneratorSettings, StageSettings
 
-# Of every number that learns: weight, gradient and Adam's two moments.
-LEARNING_BYTES, FROZEN_BYTES = 16, 4
+# Of every number that learns: weight and Adam's two moments. Gradients are there while a network's turn lasts.
+LEARNING_BYTES, FROZEN_BYTES = 12, 4
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,13 @@ class StageCost:
 
     objective: str
     flops: float
-    state_bytes: int
-    activation_bytes: int
+    state_bytes: int  # weights, optimizers and the average, all the time
+    turn_bytes: int  # at most, gradients, activations and samples in one pass of a turn
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that tensors take at once."""
+        return self.state_bytes + self.turn_bytes
 
 
 @dataclass(frozen=True)
@@ -165,28 +169,22 @@ def stage_cost(
             if len(known) > 1:  # the first may make what later ones share; from the second on they are alike
                 known.append(known[-1])
                 continue
-            for name, net in objective.nets.items():
-                net.requires_grad_(name in names)
             with torch.device(device), FlopCounter() as counter:
-                with saved_bytes() as saved:
-                    value = loss(draws)
-                value.mean().backward()
+                peak = max(peak, turn_bytes(objective, names, loss, draws, passes=passes))
             known.append(counter.total)
-            peak = max(peak, sum(saved.values()))
     return StageCost(
         objective=stage.objective,
         flops=float(sum(map(sum, counted.values())) * passes * stage.steps) / objective.cycle,
-        state_bytes=_state_bytes(objective.nets, objective.product, teacher),
-        activation_bytes=peak,
+        state_bytes=_state_bytes(objective, teacher),
+        turn_bytes=peak,
     )
 
 
-def _state_bytes(nets: dict[str, nn.Module], product: str, teacher: Denoiser | None) -> int:
-    """Learning networks with their optimizers, the moving average, and the frozen teacher."""
-    size = LEARNING_BYTES * sum(num_parameters(net) for net in nets.values()) + FROZEN_BYTES * num_parameters(
-        nets[product]
-    )
-    return size + (FROZEN_BYTES * num_parameters(teacher) if teacher is not None else 0)
+def _state_bytes(objective: Objective, teacher: Denoiser | None) -> int:
+    """Learning networks with their optimizers, the moving average, the frozen teacher and what else is held frozen."""
+    nets, held = objective.nets, [getattr(objective, name) for name in objective.frozen]
+    frozen = [nets[objective.product], *held, *([] if teacher is None else [teacher])]
+    return LEARNING_BYTES * sum(map(num_parameters, nets.values())) + FROZEN_BYTES * sum(map(num_parameters, frozen))
 
 
 def measured_rate(net: Denoiser, device: torch.device, batch: int, seconds: float) -> float:
@@ -224,14 +222,15 @@ def lines(cost: Estimate) -> Sequence[str]:
     rows += [("evaluation", cost.evaluation_flops), (f"all, {cost.students} students", cost.flops)]
     told = [f"{what:<20} {flops:9.3g} FLOP {device_hours(flops):11,.2f} device-hours" for what, flops in rows if flops]
     memory = [
-        f"{stage.objective:<20} {(stage.state_bytes + stage.activation_bytes) / 2**30:9.3g} GiB "
-        f"({stage.state_bytes / 2**30:.3g} networks and optimizers, {stage.activation_bytes / 2**30:.3g} activations)"
+        f"{stage.objective:<20} {stage.peak_bytes / 2**30:9.3g} GiB "
+        f"({stage.state_bytes / 2**30:.3g} networks and optimizers, {stage.turn_bytes / 2**30:.3g} gradients and "
+        "activations)"
         for stage in cost.stages
     ]
     return [
         f"cost:      counted from one step of every stage; hours at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:g} TFLOP/s "
         f"({DEVICE})",
         *(f"           {line}" for line in told),
-        "memory:    of one student's training, on one device, in float32; micro_batch cuts the activations",
+        "memory:    at most, of one student's training on one device in float32; micro_batch cuts the activations",
         *(f"           {line}" for line in memory),
     ]

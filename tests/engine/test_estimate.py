@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from msdcli.engine import estimate, pipeline
-from msdcli.engine.train.counting import forward_flops, saved_bytes
+from msdcli.engine.inputs import dataset
+from msdcli.engine.train.counting import MemoryCounter, forward_flops, turn_bytes
 from msdcli.recipe import load, shipped
 from tests.conftest import Msd
 
@@ -52,12 +55,53 @@ def test_attention_is_counted_on_the_meta_device_as_on_the_cpu() -> None:
     assert counted == counter.get_total_flops() > 0
 
 
-def test_saved_bytes_are_those_of_the_activations() -> None:
+def test_bytes_are_those_of_what_is_alive_at_once() -> None:
+    """Activations are freed one by one in the backward pass, while gradients come: by hand, in units of a matrix."""
     with torch.device("meta"):
-        net = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Sigmoid())
-        with saved_bytes() as saved:
-            net(torch.empty(7, 3))
-    assert sum(saved.values()) == 4 * (7 * 3 + 7 * 5)  # the layer's input and the sigmoid's output
+        net = nn.Sequential(*[nn.Linear(100, 100, bias=False) for _ in range(4)])
+        with MemoryCounter() as memory, torch.no_grad():
+            net(torch.empty(100, 100))
+            assert memory.now == 0 and memory.peak == 3 * 40_000, "the first input, a layer's and its output"
+        with MemoryCounter() as memory:
+            x = torch.empty(100, 100)
+            y = net(x)
+            assert memory.now == memory.peak == 5 * 40_000, "every layer's input, and the output"
+            y.backward(torch.empty(100, 100))
+            # The third layer's backward pass: x and two activations, y, its gradient, that of the layer's output and of
+            # the last weight, and what the pass makes, the gradients of its input and of its weight.
+            assert memory.now == 6 * 40_000 and memory.peak == 9 * 40_000
+            del x, y
+            assert memory.now == 4 * 40_000, "the weights' gradients"
+
+
+def test_gradients_of_the_passes_before_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two passes a turn takes a gradient more than in one of half the batch, as long as it is not cut itself."""
+    with torch.device("meta"):
+        net = nn.Linear(100, 100, bias=False)
+        objective = SimpleNamespace(nets={"student": net})
+        one, two = (
+            turn_bytes(objective, ("student",), lambda _: net(torch.empty(2, 100)), None, passes=passes)  # type: ignore[arg-type]
+            for passes in (1, 2)
+        )
+    assert two - one == 40_000 and net.weight.grad is None
+
+
+# What the recipes say of an 80 GB card: counted, with a tenth of it for what is not (gaps, workspaces, the context).
+CARD = 80e9 * 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [*sorted(p.stem for p in shipped() if p.stem.startswith("imagenet64-msd4")), "sd15-msd4"]
+)
+def test_the_large_recipes_fit_a_card_as_they_say(name: str) -> None:
+    recipe = load(name)
+    data = dataset.look(recipe, planning=True)
+    teacher, student = pipeline.networks_on_meta(recipe, data, planning=True)
+    most = max(estimate.stage_cost(stage, student, teacher, recipe.micro_batch).peak_bytes for stage in recipe.stages)
+    said = re.search(r"(\d+) GiB in passes of (\d+) images", next(p for p in shipped() if p.stem == name).read_text())
+    assert said and (round(most / 2**30), recipe.micro_batch) == (int(said[1]), int(said[2]))
+    assert most < CARD
 
 
 def test_a_plan_needs_neither_weights_nor_data(msd: Msd, tmp_path: Path) -> None:

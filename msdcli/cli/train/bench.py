@@ -69,6 +69,8 @@ def _show(result: dict[str, Any]) -> None:
     for stage in result["stages"]:
         _show_stage(stage, result["peak_flops"])
     _show_sampling(result["sampling"])
+    if result["float32"] != "float32":
+        console.say(f"float32 is multiplied in {result['float32'].upper()} here, in training and sampling")
 
 
 def _show_stage(stage: dict[str, Any], peaks: dict[str, float]) -> None:
@@ -89,7 +91,8 @@ def _show_stage(stage: dict[str, Any], peaks: dict[str, float]) -> None:
             else []
         ),
     ]
-    title = f"{stage['objective']}: one update of the student, batch {stage['batch']}"
+    cut = "" if stage["micro_batch"] >= stage["batch"] else f" in passes of {stage['micro_batch']}"
+    title = f"{stage['objective']}: one update of the student, batch {stage['batch']}{cut}"
     console.table(f"{title}, {stage['flops_per_update'] / 1e9:.3g} GFLOP", ["", *columns], rows)
     console.say(f"bound by {stage['bound_by']}")
 

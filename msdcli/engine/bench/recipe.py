@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +21,7 @@ from torch import nn
 from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.ema import EMA
+from msdcli.diffusion.float32 import fast_float32, fast_name
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine import estimate, pipeline
 from msdcli.engine.bench import sampling as bench_sample
@@ -26,10 +29,11 @@ from msdcli.engine.bench.clock import NetworkTimer, peak_flops, ratios
 from msdcli.engine.distributed import device
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
 from msdcli.engine.inputs import dataset
-from msdcli.engine.tracking.events import Report
+from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import compiling, precision
-from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, saved_bytes
+from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, turn_bytes
 from msdcli.engine.train.loop import optimizers
+from msdcli.engine.train.passes import Passes
 from msdcli.nets.adapters import AdaptedDenoiser
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
@@ -93,8 +97,9 @@ class StageTrainer:
         student: Denoiser,
         on: torch.device,
         micro_batch: int | None = None,
+        report: Report = silent,
     ) -> None:
-        self.stage, self.on, self.micro_batch = stage, on, micro_batch
+        self.stage, self.on, self.passes = stage, on, Passes(stage, micro_batch=micro_batch, report=report)
         self.objective = objective_class(stage.objective)(stage, copy.deepcopy(student).requires_grad_(True), teacher)
         for net in self.objective.nets.values():
             net.to(on).train()
@@ -113,20 +118,19 @@ class StageTrainer:
         for learning in precision.learning(self.objective).values():
             learning.compute_in(precision.dtype(mode.precision))
         if mode.compiled:
-            compiling.compile_networks(self.objective)
+            compiling.compile_networks(self.objective, images=self.passes.images)
         else:
             compiling.undo(self.objective)
 
     def update(self, draws: RandomDraws) -> dict[str, float]:
-        """Return the seconds of one update of the student by turn: each kind is run once, and counted as often as it
-        comes. CPU time is what other processes on a shared machine disturb less.
+        """Return the seconds of one update of the student by turn. CPU time is what other processes on a shared machine
+        disturb less.
         """
         took, cpu = dict[str, float](), 0.0
-        for names, losses in self._kinds().items():
-            begun = time.process_time()
-            seconds = precision.timed(partial(self.turn, names, losses[0], draws), self.on)
-            cpu += len(losses) * (time.process_time() - begun)
-            took["+".join(names)] = len(losses) * seconds
+        for names, loss, times in self._turns():
+            begun, name = time.process_time(), "+".join(names)
+            took[name] = took.get(name, 0.0) + times * precision.timed(partial(self.turn, names, loss, draws), self.on)
+            cpu += times * (time.process_time() - begun)
         took["EMA"] = precision.timed(self.average, self.on)
         return took | {"update": sum(took.values())} | ({"CPU time": cpu} if self.on.type == "cpu" else {})
 
@@ -134,11 +138,11 @@ class StageTrainer:
         """Return the seconds of one update by network and by what is done, each waited for."""
         took: dict[str, float] = {}
         with self.timer.watching(self.objective):
-            for names, losses in self._kinds().items():
+            for names, loss, times in self._turns():
                 self.timer.seconds.clear()
-                self.turn(names, losses[0], draws)
+                self.turn(names, loss, draws)
                 for part, seconds in self.timer.seconds.items():
-                    took[part] = took.get(part, 0.0) + len(losses) * seconds
+                    took[part] = took.get(part, 0.0) + times * seconds
         return took | {"EMA": precision.timed(self.average, self.on)}
 
     def _kinds(self) -> dict[tuple[str, ...], list[Any]]:
@@ -147,15 +151,31 @@ class StageTrainer:
             kinds.setdefault(names, []).append(loss)
         return kinds
 
+    def _turns(self) -> Iterator[tuple[tuple[str, ...], Any, int]]:
+        """Yield an update's turns, and how often to count each: the first of a kind once, for it may make what later
+        ones share (`fake_batch: shared`); the second, like which all others are, for them too.
+        """
+        for names, losses in self._kinds().items():
+            yield names, losses[0], 1
+            if len(losses) > 1:
+                yield names, losses[1], len(losses) - 1
+
     def turn(self, names: tuple[str, ...], loss: Any, draws: RandomDraws) -> torch.Tensor:
         """Let the named networks learn from a loss; return its mean."""
         compiling.learn(self.objective, names)
-        passes, mean = draws.passes(self.micro_batch), torch.zeros((), device=self.on)
-        for own in passes:
-            value = loss(own).mean() / len(passes)
-            with self.timer.part("backward"):
-                value.backward()
-            mean += value.detach()
+
+        def attempt(_: Any) -> torch.Tensor:
+            for name in names:
+                self.optimizers[name].zero_grad()
+            passes, mean = draws.passes(self.passes.images), torch.zeros((), device=self.on)
+            for own in passes:
+                value = loss(own).mean() / len(passes)
+                with self.timer.part("backward"):
+                    value.backward()
+                mean += value.detach()
+            return mean
+
+        mean = self.passes.attempt(attempt, self.on)
         with self.timer.part("clip, optimizer"):
             for name in names:
                 if self.stage.clip is not None:
@@ -169,6 +189,7 @@ class StageTrainer:
         self.ema.update(self.objective.nets[self.objective.product], 0)
 
 
+@fast_float32()
 def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None = None) -> dict[str, Any]:
     """Measure every stage of a recipe, and sampling. `batch` replaces the stages' own, which on a CPU are
     otherwise cut to what takes a few seconds.
@@ -184,6 +205,7 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": chosen,
+        "float32": fast_name(on),
         "parameters": {"teacher": num_parameters(teacher), "student": num_parameters(student)},
         "peak_flops": {name: peak_flops(name, on) for name in dict.fromkeys([chosen, *others])},
         "stages": [],
@@ -191,9 +213,11 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
     for stage in recipe.stages:
         size = batch or fitting_batch(stage, student, on)
         report(f"{stage.objective}: {repeats} repeats at batch {size}")
-        trainer = StageTrainer(resized(stage, size), teacher, student, on, recipe.micro_batch)
+        trainer = StageTrainer(resized(stage, size), teacher, student, on, recipe.micro_batch, report)
         compared = modes(recipe, chosen, on, others)
-        figures = bench_stage(trainer, compared, RandomDraws(student, size, on), repeats=repeats, report=report)
+        compiled = any(mode.compiled for mode in compared)
+        with compiling.never_eagerly() if compiled else nullcontext():  # or its figures would be another mode's
+            figures = bench_stage(trainer, compared, RandomDraws(student, size, on), repeats=repeats, report=report)
         flops = estimate.stage_cost(trainer.stage, meta(student), meta(teacher), recipe.micro_batch).flops
         for figure in figures.values():
             figure["images_per_second"] = size / figure["seconds"]["update"]
@@ -203,6 +227,7 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
         measured: dict[str, Any] = {
             "objective": stage.objective,
             "batch": size,
+            "micro_batch": trainer.passes.images,
             "flops_per_update": flops,
             "own": own.name,
         }
@@ -288,7 +313,7 @@ def bench_stage(
             "parts": {} if mode.compiled else medians([trainer.parts(draws) for _ in range(2)]),
             "ratio": ratio(seconds[EAGER], seconds[mode.name]),
             "cpu_ratio": ratio(seconds[EAGER], seconds[mode.name], of="CPU time") if trainer.on.type == "cpu" else None,
-            "memory_bytes": memory.get(mode.name) or kept_bytes(trainer, draws),
+            "memory_bytes": memory.get(mode.name) or counted_bytes(trainer, draws),
         }
     return figures
 
@@ -307,27 +332,23 @@ def meta(net: Denoiser) -> Denoiser:
     return build(net, torch.device("meta"))
 
 
-def kept_bytes(trainer: StageTrainer, draws: RandomDraws) -> int:
-    """Weights, gradients, moments and average, and the most that a turn keeps for its backward pass: counted, where
-    the device does not tell.
-    """
-    most = 0
-    for names, losses in trainer._kinds().items():
-        compiling.learn(trainer.objective, names)
-        with saved_bytes() as saved:
-            losses[0](draws.passes(trainer.micro_batch)[0])
-        most = max(most, sum(saved.values()))
+def counted_bytes(trainer: StageTrainer, draws: RandomDraws) -> int:
+    """Weights, moments and average, and the most that a turn takes at once: counted, where the device does not tell."""
+    own = draws.passes(trainer.passes.images)
+    most = max(
+        turn_bytes(trainer.objective, names, losses[0], own[0], passes=len(own))
+        for names, losses in trainer._kinds().items()
+    )
     networks = [*vars(trainer.objective).values(), *trainer.objective.nets.values(), trainer.ema.net]
     weights = {p.data_ptr(): p.nbytes for n in networks if isinstance(n, nn.Module) for p in n.parameters()}
     moments = [t.nbytes for o in trainer.optimizers.values() for s in o.state.values() for t in s.values()]
-    gradients = [p.nbytes for net in trainer.objective.nets.values() for p in net.parameters()]
-    total: int = most + sum(weights.values()) + sum(moments) + sum(gradients)
+    total: int = most + sum(weights.values()) + sum(moments)
     return total
 
 
 def half_batch(trainer: StageTrainer, student: Denoiser, *, repeats: int) -> float | None:
-    """Return the time of an update at half the batch as a share of that at the whole one; None for a batch of one."""
-    whole, seconds = trainer.stage.batch, dict[int, list[float]]()
+    """Return the time of an update of half a pass's images as a share of that of all; None for a pass of one."""
+    whole, seconds = trainer.passes.images, dict[int, list[float]]()
     if whole < 2:
         return None
     for repeat in range(-1, max(2, repeats // 2)):

@@ -35,6 +35,8 @@ def measure(
     names = [str(k) for k in range(num_classes)]
     students = Students([], Partition([list(range(num_classes))], num_classes, "consecutive"), names, on)
     students.put(0, Generator(student, sigmas))
+    students.sample([0] * batch, batch=batch)
+    batch = min(batch, students.memory.largest)
     classes = [i % num_classes for i in range(batch)]
     x, sigma = torch.randn(batch, *student.shape, device=on), torch.full((batch,), sigmas[0], device=on)
     condition = torch.tensor(classes, device=on)

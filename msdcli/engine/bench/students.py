@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.float32 import fast_float32
 from msdcli.engine import pipeline
 from msdcli.engine.bench import recipe as bench
 from msdcli.engine.bench.clock import ratios, spread
@@ -231,7 +232,7 @@ class WorkerPool:
 def _serve(pipe: Connection, job: BenchJob) -> None:
     """Do what the pipe asks for until it closes: the process's side of a Way."""
     threaded: ThreadedStudents | None = None
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # who asks has gone
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt), fast_float32():  # who asks has gone
         try:
             while True:
                 what, given = pipe.recv()

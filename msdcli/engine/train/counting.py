@@ -5,8 +5,8 @@ ones, on the CPU.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import drawn
 from msdcli.nets.adapters import AdaptedDenoiser
 from msdcli.nets.meta import on_meta
+from msdcli.objectives import Objective
 from msdcli.recipe.networks import MLPSettings, UNetSettings
 
 # What a device multiplies where none is at hand to be measured: a third of what an A100 does in TF32, as convolutions
@@ -83,6 +84,54 @@ class KernelCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class MemoryCounter(TorchDispatchMode):
+    """Follows the bytes of all tensors that a block makes, as a device would hold them: `now`, and at most (`peak`).
+
+    What was there before, weights above all, is not counted; nor are an allocator's gaps and libraries' workspaces.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before = {storage._cdata for storage in _storages(args)}  # of what is changed in place, or seen in another way
+        for storage in _storages(result):
+            if storage._cdata not in before:
+                self.hold(storage)
+        return result
+
+    def hold(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def freed(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    if isinstance(values, Tensor):
+        yield values.untyped_storage()
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _storages(value)
+
+
 class MetaDraws(Draws):
     """Draws of the right shapes and of no numbers: those of one of `passes` equal passes over a batch."""
 
@@ -140,21 +189,22 @@ def for_counting(net: Denoiser, batch: int) -> Denoiser:
     return copied
 
 
-@contextmanager
-def saved_bytes() -> Iterator[dict[int, int]]:
-    """Give the bytes of every storage that is kept for the backward pass, weights aside."""
-    found: dict[int, int] = {}
-    alive: list[Any] = []  # a freed storage's number would be given out again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not isinstance(tensor, nn.Parameter) and storage._cdata not in found:
-            found[storage._cdata] = storage.nbytes()
-            alive.append(storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield found
+def turn_bytes(
+    objective: Objective, names: tuple[str, ...], loss: Callable[[Draws], Tensor], draws: Draws, *, passes: int
+) -> int:
+    """Return the most bytes that a pass of a turn takes at once: samples, activations and gradients, those of the
+    passes before it among them.
+    """
+    with MemoryCounter() as memory:
+        for name, net in objective.nets.items():
+            net.requires_grad_(name in names)
+            for param in net.parameters() if name in names and passes > 1 else ():
+                param.grad = torch.empty_like(param)
+        loss(draws).mean().backward()
+    for net in objective.nets.values():
+        net.zero_grad()
+    peak: int = memory.peak
+    return peak
 
 
 def forward_flops(net: Denoiser) -> int:
