@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from msdcli.errors import is_out_of_memory
+
+Result = TypeVar("Result")
 
 
 def to_stderr(text: str) -> None:
@@ -37,18 +40,25 @@ class DeviceBatch:
         count, done, start = len(tensors[0]), list[Tensor](), 0
         while start < count or not done:
             size = min(batch or max(count, 1), self.largest)
-            found = self._attempt(call, [t[start : start + size] for t in tensors])
+            pieces = [t[start : start + size] for t in tensors]
+            found = self._attempt(call, pieces, len(pieces[0]))
             if found is None:
                 continue  # with fewer
             done.append(found)
             start += size
         return done[0] if len(done) == 1 else torch.cat(done)
 
-    def _attempt(self, call: Callable[..., Tensor], pieces: list[Tensor]) -> Tensor | None:
+    def most(self, call: Callable[[int], Result], wanted: int) -> tuple[int, Result]:
+        """Return how many images, `wanted` or as many as memory has room for, and `call` of that number."""
+        while True:
+            size = min(wanted, self.largest)
+            if (found := self._attempt(call, [size], size)) is not None:
+                return size, found
+
+    def _attempt(self, call: Callable[..., Result], given: list[Any], size: int) -> Result | None:
         """Return the result, or None where there is too little memory for so many, but fewer can be tried."""
-        size = len(pieces[0])
         try:
-            return call(*pieces)
+            return call(*given)
         except Exception as error:
             if size <= 1 or not is_out_of_memory(error):
                 raise

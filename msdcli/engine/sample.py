@@ -16,6 +16,7 @@ from msdcli import records
 from msdcli.data.prompts import read_lines
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
+from msdcli.diffusion.float32 import fast_float32
 from msdcli.diffusion.generator import Generator, levels_of
 from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model
 from msdcli.engine.inputs.autoencoder import find, open_autoencoder
@@ -172,7 +173,8 @@ class Students:
 
         `noise` [n, steps - 1, *shape] is what a student of several steps takes between them.
         """
-        return self.student(number)(z, c, noise)
+        with fast_float32():
+            return self.student(number)(z, c, noise)
 
     def decode(self, y: Tensor) -> Tensor:
         """Return the pictures of a student's samples: the samples themselves, unless they are latents."""
@@ -180,7 +182,8 @@ class Students:
             return y
         if self._decoder is None:
             self._decoder = open_autoencoder(self.autoencoder, self.device)
-        return self._decoder.decode(y.to(self.device))
+        with fast_float32():
+            return self._decoder.decode(y.to(self.device))
 
     def put(self, number: int, generator: Generator) -> None:
         """Use this generator as student `number`, whatever its folder holds."""

@@ -21,6 +21,7 @@ import torch
 from msdcli.data.images import WHOLE, Share
 from msdcli.data.opening import content_hash
 from msdcli.diffusion.device_batch import DeviceBatch
+from msdcli.diffusion.float32 import exact_float32
 from msdcli.errors import UserError
 from msdcli.metrics.batches import ImageSource, batches_of, opened
 from msdcli.metrics.frechet import ReweightedFrechet, Statistics, frechet_distance, frechet_infinity
@@ -338,7 +339,7 @@ def collect(
 
 def _features(images: torch.Tensor, network: FeatureNetwork, batch_size: int, memory: DeviceBatch) -> torch.Tensor:
     size = min(batch_size, network.cpu_batch) if network.device.type == "cpu" else batch_size
-    with torch.no_grad():
+    with torch.no_grad(), exact_float32():
         return memory.map(lambda part: network.features(part.to(network.device)), images, batch=size)
 
 

@@ -117,6 +117,9 @@ class Recipe(Section):
     compile: Literal["auto"] | bool = Field(
         "auto", description="torch.compile of the networks; auto: on a GPU, where a stage is long enough to pay for it"
     )
+    deterministic: bool = Field(
+        False, description="on a GPU, the same bits after every resume, by slower kernels; without, up to rounding"
+    )
     checkpoint_seconds: float = Field(30.0, ge=0, le=10**9, description="time between two checkpoints")
     keep: int = Field(2, ge=1, le=1000, description="checkpoints kept of each stage: a damaged one costs only itself")
     max_skipped: int = Field(

@@ -7,7 +7,7 @@ from typing import Any
 # Keys that may change when a run resumes: nothing that is trained depends on them.
 FREE_KEYS = (
     *("name", "run", "workers", "checkpoint_seconds", "evaluation", "device"),
-    *("keep", "max_skipped", "micro_batch", "fsdp", "loggers", "compile"),
+    *("keep", "max_skipped", "micro_batch", "fsdp", "loggers", "compile", "deterministic"),
 )
 
 

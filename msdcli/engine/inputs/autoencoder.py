@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msdcli.data.base import Dataset
 from msdcli.data.latents import Latents
+from msdcli.diffusion.float32 import fast_float32
 from msdcli.engine.checkpoints.tensors import load_tensors, load_weights
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.autoencoder import Autoencoder, Geometry, build_autoencoder, geometry
@@ -78,7 +79,12 @@ def decoder(teacher: Path, device: torch.device) -> Decode:
     if folder is None:
         return lambda y: y
     opened = functools.cache(open_autoencoder)  # not before it is needed
-    return lambda y: opened(folder, device).decode(y.to(device))
+
+    def decode(y: Tensor) -> Tensor:
+        with fast_float32():
+            return opened(folder, device).decode(y.to(device))
+
+    return decode
 
 
 def shape_seen(data: Dataset, autoencoder: Path | None) -> tuple[int, ...]:

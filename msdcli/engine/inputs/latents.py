@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from msdcli.data import open_data
 from msdcli.data.base import Dataset, fingerprint, fingerprint_of_version_1
 from msdcli.data.latents import DTYPES, LATENTS, RECORD, Latents
+from msdcli.diffusion.device_batch import DeviceBatch
+from msdcli.diffusion.float32 import fast_float32
 from msdcli.engine.distributed import device
 from msdcli.engine.inputs import dataset, hub, importing
 from msdcli.engine.inputs import teacher as teachers
@@ -58,7 +61,7 @@ class LatentEncoder:
     """
 
     def __init__(self, data: Dataset, autoencoder: Path, settings: LatentSettings, shared: Path) -> None:
-        self.data, self.autoencoder, self.settings = data, autoencoder, settings
+        self.data, self.autoencoder, self.settings, self.memory = data, autoencoder, settings, DeviceBatch()
         self.shape = shape_seen(data, autoencoder)
         self.dtype = np.dtype(DTYPES[settings.dtype])
         # Moments depend on the pictures, the autoencoder (its weights and configuration, the scaling of latents among
@@ -140,11 +143,17 @@ class LatentEncoder:
 
     def _make(self, numbers: range, network: Autoencoder, report: Report, made: int, begun: float) -> None:
         on, step = network.shift.device, self.settings.batch
+        self.memory.say = report
+
+        def encoded(images: Tensor) -> Tensor:
+            with fast_float32():
+                return torch.stack(network.encode(images.to(on)), dim=1).cpu()
+
         with open(self.folder / LATENTS, "r+b") as file:
             file.seek(numbers.start * self.one)
             for start in range(numbers.start, numbers.stop, step):
                 part = range(start, min(start + step, numbers.stop))
-                moments = torch.stack(network.encode(self.data.images(part).to(on)), dim=1).cpu().numpy()
+                moments = self.memory.map(encoded, self.data.images(part)).numpy()
                 self._check(moments, part)
                 file.write(moments.astype(self.dtype).tobytes())
                 speed = (made + part.stop - numbers.start) / max(time.monotonic() - begun, 1e-9)

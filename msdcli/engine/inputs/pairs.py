@@ -14,6 +14,7 @@ from torch import Tensor
 from msdcli.data.base import Dataset, fingerprint, fingerprint_of_version_1, in_turn
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
+from msdcli.diffusion.float32 import fast_float32
 from msdcli.diffusion.guidance import drawn
 from msdcli.diffusion.sampler import solve
 from msdcli.diffusion.stitch import Stitch
@@ -65,7 +66,8 @@ def sample_teacher(
         z_, c_, u_ = (t.to(device) for t in chunk[:3])
         noise, uniform = solver_noise(seed, chunk[3].tolist(), tuple(z.shape[1:])), lambda purpose: u_
         ask = drawn(teacher, uniform) if stitch is None else stitch.to(device).call(teacher, c_, uniform)
-        return solve(ask, z_, c_, noise=noise, **options).cpu()
+        with fast_float32():
+            return solve(ask, z_, c_, noise=noise, **options).cpu()
 
     return (memory or DeviceBatch()).map(some, z, classes, u, at, batch=batch)
 

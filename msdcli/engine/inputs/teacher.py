@@ -20,8 +20,9 @@ from msdcli.engine.distributed.sharding import whole_state
 from msdcli.engine.inputs import autoencoder as autoencoders
 from msdcli.engine.inputs import hub, importing, prompts, stitches, teacher_stages
 from msdcli.engine.tracking.events import Report, silent
+from msdcli.engine.train import precision
 from msdcli.engine.train.loop import TrainOptions, train
-from msdcli.engine.train.student import is_finished, peak_memory
+from msdcli.engine.train.student import accelerate, computed_in, is_finished, peak_memory
 from msdcli.errors import MissingFileError, UserError
 from msdcli.nets.diffusers.autoencoder import Geometry
 from msdcli.nets.meta import on_meta as on_meta_device
@@ -53,12 +54,15 @@ def provide(
         path = hub.resolve(recipe.teacher.path)
         folder = group.leader_first(lambda: importing.located(run, path, report))
     else:
-        folder = group.broadcast(_own(run, recipe)) or run.shared / f"teacher-{teacher_key(recipe, data)}"
+        place = group.broadcast(_place(run, recipe, data, device, report) if group.is_leader else None)
+        assert place is not None, "the leader knows"
+        folder, settled = place
         with group.while_leader_holds(lambda: lock(folder, "the teacher", wait=report)):
             if group.broadcast(folder == run.teacher or is_finished(folder, recipe.teacher.training)):
                 report(f"teacher: reused from {folder}")
             else:
-                _train(folder, recipe, data, device, report, group)
+                trained_as = recipe.model_copy(update={"precision": settled})
+                _train(folder, trained_as, data, device, report, group)
     _check_fit(load_model(folder)[0], recipe, data, autoencoders.find(folder))
     folder = teacher_stages.refine(folder, run, recipe, data, device, report, group)
     if folder != run.teacher:
@@ -217,19 +221,44 @@ def _own(run: RunDir, recipe: Recipe) -> Path | None:
     return run.teacher
 
 
-def teacher_key(recipe: Recipe, data: Dataset) -> str:
-    """Name the teacher by everything that its weights depend on: the data, whether they are mirrored, its section, the
-    code that trains (FORMAT), and the threads, which move the last bits that training amplifies.
+def _place(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> tuple[Path, str]:
+    """Return the folder of the teacher that the recipe asks for, and the precision that it trains in.
 
-    Device, precision of matrix products and processes move such bits too; they are no part of what a recipe asks for,
-    and a teacher that another machine trained is as good. The path, source, latents, solver, guidance and stitch come
-    after training, or instead of it.
+    Under `precision: auto` either is as good, as for students: one that is begun is taken up, whichever that is; else
+    what this device is faster at is measured.
     """
-    section = recipe.teacher.model_dump(
-        mode="json", exclude={"path", "source", "latent", "stages", "solver", "guidance", "stitch"}
-    )
+    if (own := _own(run, recipe)) is not None:
+        return own, recipe.precision  # it is trained
+    folders = {kind: run.shared / f"teacher-{teacher_key(recipe, data, kind)}" for kind in ("float32", "bf16")}
+    if recipe.precision != "auto":
+        return folders[recipe.precision], recipe.precision
+    training = recipe.teacher.training
+    for begun in (lambda folder: is_finished(folder, training), Path.is_dir):
+        for kind, folder in folders.items():
+            if begun(folder):
+                return folder, kind
+    with on_meta_device():
+        like = new_network(recipe.teacher, data)
+    choice = precision.compare(recipe.teacher.network, like, training.batch, recipe.micro_batch, device, report)
+    if "ratio" in choice:
+        report(f"teacher: {precision.said(choice)}")
+    return folders[choice["chosen"]], choice["chosen"]
+
+
+def teacher_key(recipe: Recipe, data: Dataset, settled: str = "float32") -> str:
+    """Name the teacher by everything that its weights depend on: the data, whether they are mirrored, its section, the
+    code that trains (FORMAT), the precision that it trains in, and the threads, which move the last bits that training
+    amplifies.
+
+    Device and processes move such bits too; they are no part of what a recipe asks for, and a teacher that another
+    machine trained is as good. The path, source, latents, stages, solver, guidance and stitch come after
+    training, or instead of it.
+    """
+    low = [] if settled == "float32" else [settled]
+    after = {"path", "source", "latent", "stages", "solver", "guidance", "stitch"}
+    section = recipe.teacher.model_dump(mode="json", exclude=after)
     mirrored = ["mirror"] if recipe.data.mirrors else []
-    return key("teacher", FORMAT, fingerprint(data), section, recipe.threads, *mirrored)
+    return key("teacher", FORMAT, fingerprint(data), section, recipe.threads, *mirrored, *low)
 
 
 def new_network(settings: TeacherSettings, data: Dataset) -> Denoiser:
@@ -250,13 +279,17 @@ def _train(
         network.to(device)
     source = Source(data, range(len(data.class_names)), mirror=recipe.data.mirrors, device=device)
     objective = DenoisingScoreMatching(settings.training, network, None)
-    key_ = ("teacher", settings.seed)
-    state = train(
-        objective, settings.training, source, folder, key=key_, what="teacher", options=options, report=report
-    )
+    passes = options.passes(settings.training, report)
+    accelerate(objective, settings.training, source, recipe, options, passes, report)
+    how: dict[str, Any] = {"key": ("teacher", settings.seed), "what": "teacher", "options": options, "passes": passes}
+    state = train(objective, settings.training, source, folder, **how, report=report)
     product = whole_state(state.ema.denoiser, group)
     if group.is_leader:
-        record = {"steps": settings.training.steps, "cost": state.cost | peak_memory(device)}
+        record = {
+            "steps": settings.training.steps,
+            "cost": state.cost | peak_memory(device),
+            "computed_in": computed_in(recipe.precision, device),
+        }
         save_model(folder, state.ema.denoiser, record, product)
     group.broadcast(None)
 

@@ -10,6 +10,7 @@ from typing import Any
 from msdcli import records
 from msdcli.data.base import fingerprint, has_images, in_turn
 from msdcli.data.opening import content_hash
+from msdcli.diffusion import float32
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine import sample
@@ -187,6 +188,7 @@ def _record(
         "reference_sha256": _reference_hash(context),
         **notes,
         "solver": recipe.teacher.solver.record() | {"evaluations": recipe.teacher.solver.evaluations},
+        "computed_in": float32.record(context.device),
         "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
     } | context.metric.record
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from msdcli.data.opening import Images, content_hash, open_images
 from msdcli.diffusion.device_batch import DeviceBatch
+from msdcli.diffusion.float32 import EXACT
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed import launcher
 from msdcli.engine.measure import features, groups
@@ -118,6 +119,7 @@ def compare(request: Request, report: Report) -> dict[str, Any] | None:
         "reference": request.reference,
         "reference_sha256": content_hash(path),
         **_drawn(request),
+        "computed_in": {"features": EXACT},
     }
     return result | {
         "protocol": network.protocol,

@@ -13,6 +13,7 @@ from torch import Tensor
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
+from msdcli.diffusion.float32 import fast_float32
 from msdcli.diffusion.generator import Generator
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.inputs import autoencoder, pairs
@@ -137,7 +138,8 @@ class PartEvaluator:
 
     def _drawn(self, generator: Generator, z: Tensor, c: Tensor, noise: Tensor | None = None) -> Tensor:
         between = None if noise is None else noise.to(self.device)
-        return generator(z.to(self.device), c.to(self.device), between)
+        with fast_float32():
+            return generator(z.to(self.device), c.to(self.device), between)
 
     def _compare(self, parts: list[dict[str, Any] | None]) -> float | None:
         sets = [FeatureSet.from_arrays(arrays) for arrays in parts if arrays is not None]

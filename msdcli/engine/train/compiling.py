@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,15 @@ def compile_networks(objective: Objective, *, images: int = 1, backend: str = "i
             yield names, loss
 
     objective.turns = marked  # type: ignore[method-assign]
+
+
+@contextmanager
+def never_eagerly() -> Iterator[None]:
+    """Fail, rather than run eagerly, where networks have more variants than may be compiled."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 def waits_for_launches(net: Denoiser, images: int) -> bool:

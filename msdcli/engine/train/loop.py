@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from msdcli.diffusion.draws import Draws, Source
 from msdcli.diffusion.ema import EMA
+from msdcli.diffusion.float32 import fast_float32
 from msdcli.engine.checkpoints.manager import CheckpointManager
 from msdcli.engine.checkpoints.train_state import TrainState
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
@@ -44,12 +45,14 @@ class TrainOptions:
     max_skipped: int = 10
     micro_batch: int | None = None
     fsdp: bool = False
+    deterministic: bool = False
     group: ProcessGroup = SINGLE_PROCESS
 
     @classmethod
     def of(cls, recipe: Recipe, group: ProcessGroup) -> TrainOptions:
         fsdp = recipe.fsdp and group.size > 1
-        return cls(recipe.checkpoint_seconds, recipe.keep, recipe.max_skipped, recipe.micro_batch, fsdp, group)
+        pace = recipe.checkpoint_seconds, recipe.keep, recipe.max_skipped
+        return cls(*pace, recipe.micro_batch, fsdp, recipe.deterministic, group)
 
     def passes(self, stage: StageSettings, report: Report) -> Passes:
         """Return how a stage's batch goes through the networks."""
@@ -88,7 +91,8 @@ def train(
     told: dict[str, Any] = {"group": group, "max_skipped": options.max_skipped, "cycle": objective.cycle}
     log = TrainLog(folder / METRICS, state, stage, what, report, **told)
     selection.begin(state.step)
-    with resumable(WHOLE), interruptible() as stop, seeded_apart(source.device), checkpoints:
+    computing = fast_float32(deterministic=options.deterministic and source.device.type == "cuda")
+    with resumable(WHOLE), interruptible() as stop, seeded_apart(source.device), checkpoints, computing:
         while state.step < stage.steps:
             torch.manual_seed(layers_seed(key, state.step, group))
             set_learning_rates(state, stage)

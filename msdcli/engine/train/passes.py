@@ -114,11 +114,11 @@ class Passes:
 
 
 def _random_states(device: torch.device) -> list[torch.Tensor]:
-    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *on_device]
+    used = device.type == "cuda" and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if used else [])]
 
 
 def _restore(states: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)

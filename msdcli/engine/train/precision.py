@@ -2,6 +2,7 @@
 
 Weights that learn, their gradients, optimizers and averages are float32, as are preconditioning, statistics and losses;
 a frozen network's convolutions are held in bfloat16. Sampling and measuring are float32 whatever a student trained in.
+What float32 means on a GPU, `diffusion/float32.py` says: TF32 for networks that train and sample.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import nn
 
 from msdcli import nets, records
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.device_batch import DeviceBatch
+from msdcli.diffusion.float32 import fast_float32
 from msdcli.diffusion.guidance import Guided
-from msdcli.engine.tracking.events import Report
+from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train.counting import forward_flops
 from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
 from msdcli.nets.diffusers.prompt_store import stand_in
@@ -48,7 +51,7 @@ def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, device: torch.device
     with lock(run.root, "the run directory", wait=report):
         known = records.run(run.record_file)
         if KEY not in known:
-            known[KEY] = choose(recipe, teacher, device)
+            known[KEY] = choose(recipe, teacher, device, report)
             write_json(run.record_file, known)
             report(said(known[KEY]))
     return recipe.model_copy(update={KEY: known[KEY]["chosen"]})
@@ -60,15 +63,31 @@ def said(choice: dict[str, Any]) -> str:
     return f"precision: {choice['chosen']} ({why})"
 
 
-def choose(recipe: Recipe, teacher: Denoiser, device: torch.device) -> dict[str, Any]:
+def choose(recipe: Recipe, teacher: Denoiser, device: torch.device, report: Report = silent) -> dict[str, Any]:
     """Measure the student's network forward and backward in both types, and say which is used and why."""
     settings = recipe.student.network_for(teacher.settings)
-    flops = evaluation_flops(settings, teacher)
+    return compare(settings, teacher, recipe.stages[-1].batch, recipe.micro_batch, device, report)
+
+
+def compare(
+    settings: NetworkSettings,
+    like: Denoiser,
+    batch: int,
+    micro_batch: int | None,
+    device: torch.device,
+    report: Report = silent,
+) -> dict[str, Any]:
+    """Measure the network of a section, for the images and classes of another one, in both types.
+
+    At most `micro_batch` images of a `batch` are asked for at once, and half as many where memory is too small.
+    """
+    flops = evaluation_flops(settings, like)
     if flops < TINY_FLOPS:
         return {"chosen": "float32", "flops_per_image": flops}
-    most = min(recipe.stages[-1].batch, recipe.micro_batch or recipe.stages[-1].batch)
-    batch = max(1, min(most, int((2e10 if device.type == "cpu" else 1e13) / flops)))
-    seconds = measure(with_prompts(_build(settings, teacher)).to(device).train(), batch, device)
+    most = min(batch, micro_batch or batch)
+    most = max(1, min(most, int((2e10 if device.type == "cpu" else 1e13) / flops)))
+    net, memory = with_prompts(_build(settings, like)).to(device).train(), DeviceBatch(report)
+    batch, seconds = memory.most(lambda size: measure(net, size, device), most)
     ratio = seconds["float32"] / seconds["bf16"]
     chosen = "bf16" if ratio >= WORTH else "float32"
     return {"chosen": chosen, "ratio": round(ratio, 3), "seconds": seconds, "batch": batch, "device": str(device)}
@@ -93,7 +112,7 @@ def measure(net: Denoiser, batch: int, device: torch.device, *, repeats: int = 5
 
     times: dict[str, list[float]] = {"float32": [], "bf16": []}
     end = time.perf_counter() + SECONDS.get(device.type, SECONDS["cpu"])
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), fast_float32():
         for _ in range(1 + repeats):
             for name, seconds in times.items():
                 net.compute_in(dtype(name))

@@ -17,6 +17,7 @@ from msdcli import nets, records
 from msdcli.diffusion import guidance
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws, Source
+from msdcli.diffusion.float32 import fast_float32, fast_name
 from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.checkpoints import storage
 from msdcli.engine.checkpoints.files import DamagedError
@@ -178,6 +179,7 @@ def train_stage(student: Student, number: int, report: Report) -> None:
             "steps": stage.steps,
             "stage": stage.model_dump(mode="json"),
             "cost": state.cost | peak_memory(student.device),
+            "computed_in": computed_in(recipe.precision, student.device),
             **choice,
         }
         save_model(folder, state.ema.denoiser, record, product)
@@ -239,11 +241,16 @@ def accelerate(
             draws = partial(Draws, source, stage.batch, ("trial", 0), part=parts[0])
             compiling.run_turns(objective, lambda turn: draws(turn))
 
-        with seeded_apart(source.device):
+        with seeded_apart(source.device), fast_float32():
             passes.attempt(one_pass, source.device)
 
     how: dict[str, Any] = {"wanted": recipe.compile, "steps": stage.steps, "passes": passes, "device": source.device}
     compiling.prepare(objective, trial, **how, report=report)
+
+
+def computed_in(settled: str, device: torch.device) -> str:
+    """Return what a network multiplied in while it trained, for its record: bf16, tf32 or float32."""
+    return settled if settled == "bf16" else fast_name(device)
 
 
 def is_finished(folder: Path, stage: StageSettings) -> bool:

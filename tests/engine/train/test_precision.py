@@ -211,3 +211,62 @@ def test_a_bf16_run_resumes_to_the_same_bits_and_saves_float32(
     assert any(not torch.equal(whole[k], plain[k]) for k in plain)
     refused = msd("distill", "tiny.yaml", "precision=float32")
     assert refused.returncode == 2 and "precision" in refused.stderr
+
+
+# The teacher, and too little memory for the measurement.
+
+
+@pytest.mark.parametrize(("words", "chosen"), [((), "bf16"), (("precision=float32",), "float32")])
+def test_the_teacher_trains_in_the_precision_of_the_students(
+    words: tuple[str, ...], chosen: str, msd: Msd, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "TINY_FLOPS", 0.0)
+    monkeypatch.setattr(precision, "measure", lambda *_: {"float32": 1.0, "bf16": 0.5})
+    seen, lower = list[str](), precision.lower
+    monkeypatch.setattr(precision, "lower", lambda o, kind, **keys: (seen.append(kind), lower(o, kind, **keys))[1])
+    tried, prepare = list[str](), compiling.prepare
+    monkeypatch.setattr(
+        compiling, "prepare", lambda o, *rest, **keys: (tried.append(type(o).__name__), prepare(o, *rest, **keys))[1]
+    )
+    assert msd("distill", "tiny.yaml", "--student", "0", *words).returncode == 0
+    assert seen == [chosen, chosen] and tried == ["DenoisingScoreMatching", "DistributionMatching"]
+    record = json.loads((tmp_path / "runs/tiny/teacher/model.json").read_text())
+    assert record["computed_in"] == chosen
+    assert all(t.dtype == torch.float32 for t in load_file(tmp_path / "runs/tiny/teacher/model.safetensors").values())
+
+
+def test_teachers_of_both_precisions_are_kept_apart_and_auto_takes_what_is_there(
+    msd: Msd, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "TINY_FLOPS", 0.0)
+    fast = {"float32": 1.0, "bf16": 0.5}
+    monkeypatch.setattr(precision, "measure", lambda *_: fast)
+
+    def teacher(run: str, *words: str) -> bytes:
+        assert msd("distill", "tiny.yaml", "--student", "0", f"run=runs/{run}", *words).returncode == 0
+        return (tmp_path / "runs" / run / "teacher/model.safetensors").read_bytes()
+
+    plain, low = teacher("a", "precision=float32"), teacher("b", "precision=bf16")
+    assert plain != low
+    assert len([*(tmp_path / "runs/.shared").glob("teacher-*")]) == 2
+    measured, compare = list[Any](), precision.compare
+    monkeypatch.setattr(precision, "compare", lambda *given: (measured.append(given), compare(*given))[1])
+    assert teacher("c", "pairs.seed=3") == plain
+    assert len(measured) == 1, "for the students alone: a teacher is there"
+
+
+def test_half_as_many_images_are_measured_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "TINY_FLOPS", 0.0)
+    asked, told = list[int](), list[object]()
+
+    def measure(net: Denoiser, batch: int, device: torch.device) -> dict[str, float]:
+        asked.append(batch)
+        if batch > 10:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34.00 GiB.")
+        return {"float32": 1.0, "bf16": 2.0}
+
+    monkeypatch.setattr(precision, "measure", measure)
+    net = build("unet")
+    found = precision.compare(net.settings, net, 48, None, CPU, told.append)
+    assert (asked, found["batch"], found["chosen"], len(told)) == ([48, 24, 12, 6], 6, "float32", 1)
+    assert precision.compare(net.settings, net, 48, 4, CPU)["batch"] == 4, "never more than micro_batch"
