@@ -264,8 +264,8 @@ def test_samples_that_differ_are_exit_1_and_leave_what_was_there(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "given").rglob("*")}
     whole = export_torch.program
 
-    def slightly_off(generator: Generator) -> Any:
-        return whole(Generator(generator.net, tuple(sigma * 1.001 for sigma in generator.sigmas)))
+    def slightly_off(generator: Generator, device: str) -> Any:
+        return whole(Generator(generator.net, tuple(sigma * 1.001 for sigma in generator.sigmas)), device)
 
     monkeypatch.setattr(export_torch, "program", slightly_off)
     done = msd("export", str(run), "--format", "torch", "--out", "given")
