@@ -14,7 +14,8 @@ import msdcli
 from msdcli.diffusion.denoiser import Denoiser, one_step
 from msdcli.diffusion.draws import Batch
 from msdcli.errors import UserError
-from msdcli.objectives import cd, dm, edm
+from msdcli.objectives import dm, edm
+from msdcli.objectives.consistency import cd
 from msdcli.recipe import load, load_any
 from msdcli.recipe.stages import CdSettings, EdmSettings
 from tests.conftest import Msd

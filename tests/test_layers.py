@@ -142,11 +142,18 @@ def test_rooms_and_files_stay_small() -> None:
     assert long.keys() <= {"nets.edm.pickles"}, long
 
 
+def objective_files() -> list[Path]:
+    """The files of objectives, and what all share; two of one name would be one objective."""
+    files = [path for path in (PACKAGE / "objectives").rglob("*.py") if path.name != "__init__.py"]
+    assert len({path.stem for path in files}) == len(files)
+    return files
+
+
 def test_objectives_know_only_what_they_continue() -> None:
     """An objective is one file; `adm` and `sid` are `dm` continued, `tcm` is `ect`, and say so."""
-    folder = ROOT / "msdcli" / "objectives"
-    for path in folder.glob("*.py"):
-        others = {name.split(".")[1] for name in imports(path) if name.startswith("objectives.")} - {"base"}
+    for path in objective_files():
+        of = [name.rpartition(".")[0] for name in imports(path) if name.startswith("objectives.")]
+        others = {name.rpartition(".")[2] for name in of} - {"base"}
         assert others == {"adm": {"dm"}, "sid": {"dm"}, "tcm": {"ect"}}.get(path.stem, set()), path.name
 
 
@@ -165,5 +172,5 @@ def test_every_objective_has_its_keys_and_every_key_its_objective() -> None:
     from msdcli.recipe.stages import Stage
 
     named = {member.model_fields["objective"].default for member in get_args(get_args(Stage)[0])}
-    files = {p.stem for p in (ROOT / "msdcli" / "objectives").glob("*.py")} - {"__init__", "base"}
+    files = {path.stem for path in objective_files()} - {"base"}
     assert named | {"ddo"} == files, "ddo is a stage of the teacher"

@@ -94,7 +94,7 @@ def test_all_mistakes_at_once_with_line_key_value_and_nearest_name() -> None:
     assert lines[0] == "3 mistakes in the recipe"
     assert "  r.yaml:4: wrkers: no such key; did you mean `workers`?" in lines
     assert "  r.yaml:11: partition.students: is 'two': input should be a valid integer" in lines
-    known = "edm, tsm, regress, flow, dm, adm, sid, cd, ect, tcm, scd"
+    known = "edm, tsm, regress, flow, dm, adm, sid, cd, ect, tcm, scd, progressive"
     assert f"  r.yaml:14: stages.0.objective: is 'dmm', not one of {known}; did you mean `dm`?" in lines
 
 

@@ -29,6 +29,7 @@ from msdcli.engine.train.counting import (
     turn_bytes,
 )
 from msdcli.engine.train.precision import synchronize
+from msdcli.engine.train.student import with_teachers
 from msdcli.nets.meta import without_first_weights
 from msdcli.objectives import Objective, objective_class
 from msdcli.recipe import Recipe
@@ -90,7 +91,10 @@ def estimate(
     return Estimate(
         teacher_flops=_teacher_flops(recipe, teacher, sampling),
         pairs_flops=float(recipe.pairs.count * sampling) if recipe.needs_pairs else 0.0,
-        stages=[stage_cost(stage, student, teacher, recipe.micro_batch) for stage in recipe.stages],
+        stages=[
+            stage_cost(stage, student, own, recipe.micro_batch)
+            for stage, own in with_teachers(recipe.stages, student, teacher)
+        ],
         evaluation_flops=float(samples * recipe.stages[-1].evaluations * forward_student + more * sampling),
         students=recipe.partition.students,
         selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),

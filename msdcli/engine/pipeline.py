@@ -34,7 +34,7 @@ from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.tracking.formatting import evaluations, plural
 from msdcli.engine.tracking.loggers import logged
 from msdcli.engine.train import precision
-from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network
+from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network, with_teachers
 from msdcli.errors import CONTINUES, WHOLE, UserError, WrongValueError, resumable
 from msdcli.nets.meta import on_meta
 from msdcli.partition import Partition
@@ -88,7 +88,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     partition.check_forgetting(recipe, data)
     teacher_stages.check(recipe, data, frozen.shape)
     with on_meta():
-        objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]
+        objectives = [check_stage(stage, student, own) for stage, own in with_teachers(recipe.stages, student, frozen)]
     of_teacher = [*([] if recipe.teacher.path else [recipe.teacher.training]), *recipe.teacher.stages]
     for stage in [*of_teacher, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -45,6 +46,15 @@ class StageSettings(Section):
         """Which of the teacher's pairs of noise and image the stage is trained on."""
         return "none"
 
+    @property
+    def is_teacher(self) -> bool:
+        """Whether what the stage makes is the teacher of the stages after it."""
+        return False
+
+    def expanded(self) -> Sequence[Self]:
+        """Return the stages that this one stands for: itself, or several, one after the other."""
+        return [self]
+
     def check_after(self, before: StageSettings | None) -> None:
         """Raise ValueError where the stage cannot come after `before` (None: it is the first)."""
 
@@ -55,6 +65,9 @@ class StageSettings(Section):
     def asks_teacher(self) -> bool:
         """Whether the loss asks the teacher, and not only for its samples."""
         return True
+
+    def check_before(self, after: StageSettings | None) -> None:
+        """Raise ValueError where the stage cannot come before `after` (None: it is the last)."""
 
     @property
     def evaluations(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -10,12 +11,14 @@ from msdcli.recipe.consistency_stages import CdSettings, EctSettings, ScdSetting
 from msdcli.recipe.pair_stages import FlowSettings, RegressSettings
 from msdcli.recipe.section import Batch, Fraction, LogLevel, Positive, Section, Span, Weight
 from msdcli.recipe.stage_base import GeneratorSettings, PairsOf, SelectSettings, StageSettings
+from msdcli.recipe.trajectory_stages import ProgressiveSettings
 
 __all__ = [
     "CdSettings",
     "EctSettings",
     "FlowSettings",
     "GeneratorSettings",
+    "ProgressiveSettings",
     "RegressSettings",
     "ScdSettings",
     "SelectSettings",
@@ -59,6 +62,19 @@ class TsmSettings(StageSettings):
         description="weight of a second loss, on the features of the blocks that student and teacher both have, as "
         "shares of the teacher's (LAPTOP-Diff): for students of fewer blocks but as many channels; 0: none",
     )
+    becomes: Literal["student", "teacher"] = Field(
+        "student",
+        description="what its product is to later stages; teacher: the student's average is their teacher too, in the "
+        "place of the recipe's. Of a guided one this is guided distillation (arXiv 2210.03142), at half its cost",
+    )
+
+    @property
+    def is_teacher(self) -> bool:
+        return self.becomes == "teacher"
+
+    def check_before(self, after: StageSettings | None) -> None:
+        if self.is_teacher and after is None:
+            raise ValueError("`becomes: teacher` needs a stage after it, to teach")
 
 
 Divergence = Literal["rkl", "kl", "js", "hellinger", "jeffreys", "softened_rkl", "neyman"]
@@ -329,19 +345,32 @@ Stage = Annotated[
     | CdSettings
     | EctSettings
     | TcmSettings
-    | ScdSettings,
+    | ScdSettings
+    | ProgressiveSettings,
     Field(discriminator="objective"),
 ]
 
 
-def in_order(stages: list[Stage]) -> list[Stage]:
-    """Return stages each of which can come after the one before. ValueError else."""
+MOST_STAGES = 16
+
+
+def in_order(given: list[Stage]) -> list[Stage]:
+    """Return the stages that the given ones stand for. ValueError where one cannot come where it does."""
+    stages: list[Stage] = [own for stage in given for own in stage.expanded()]
+    if len(stages) > MOST_STAGES:
+        raise ValueError(f"{len(stages)} stages, counting every round of `repeat`; at most {MOST_STAGES}")
     for number, stage in enumerate(stages):
         try:
             stage.check_after(stages[number - 1] if number else None)
+            stage.check_before(stages[number + 1] if number + 1 < len(stages) else None)
         except ValueError as error:
             raise ValueError(f"stage {number}, {stage.objective}: {error}") from None
     return stages
+
+
+def teacher_stage(stages: Sequence[StageSettings], number: int) -> int | None:
+    """Return which stage made the teacher of stage `number`; None: it is the recipe's."""
+    return next((k for k in reversed(range(number)) if stages[k].is_teacher), None)
 
 
 Stages = Annotated[list[Stage], AfterValidator(in_order)]

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from msdcli.diffusion.denoiser import per_image
 from msdcli.diffusion.draws import Draws, Source
-from msdcli.objectives.cd import ConsistencyDistillation
+from msdcli.objectives.consistency.cd import ConsistencyDistillation
 from msdcli.recipe.stages import CdSettings
 from tests.gaussians import GaussianDenoiser
 from tests.objectives.test_adm import REAL, VAR, Cloud

@@ -20,9 +20,9 @@ from msdcli.diffusion.paths import consistency_tangent, derivative_along, layers
 from msdcli.engine.train.loop import SkippingRAdam, optimizers
 from msdcli.errors import UserError
 from msdcli.objectives import objective_class
-from msdcli.objectives.ect import EasyConsistencyTuning
-from msdcli.objectives.scd import ContinuousConsistencyDistillation
-from msdcli.objectives.tcm import TruncatedConsistency, inverse_of_t
+from msdcli.objectives.consistency.ect import EasyConsistencyTuning
+from msdcli.objectives.consistency.scd import ContinuousConsistencyDistillation
+from msdcli.objectives.consistency.tcm import TruncatedConsistency, inverse_of_t
 from msdcli.recipe import Recipe, load_any
 from msdcli.recipe.networks import MLPSettings, UNetSettings
 from msdcli.recipe.stages import EctSettings, ScdSettings, TcmSettings

@@ -27,6 +27,7 @@ from msdcli.recipe.stages import (
     DmSettings,
     EdmSettings,
     FlowSettings,
+    ProgressiveSettings,
     RegressSettings,
     SidSettings,
     StageSettings,
@@ -149,6 +150,7 @@ SETTINGS: Sequence[StageSettings] = [
     RegressSettings(),
     RegressSettings(flow_weight=1.0),
     FlowSettings(anneal=1.0),
+    ProgressiveSettings(intervals=2),
 ]
 
 

@@ -14,7 +14,7 @@ from msdcli.engine.checkpoints.model import load_model, save_model
 from msdcli.errors import UserError
 from msdcli.nets.discriminator import Head
 from msdcli.objectives.adm import AdversarialDistributionMatching
-from msdcli.objectives.cd import ConsistencyDistillation
+from msdcli.objectives.consistency.cd import ConsistencyDistillation
 from msdcli.objectives.dm import DistributionMatching
 from msdcli.recipe.networks import UNetSettings
 from msdcli.recipe.stages import AdmSettings, CdSettings, DmSettings

@@ -34,6 +34,7 @@ from msdcli.engine.train import compiling, precision
 from msdcli.engine.train.counting import MetaDraws, forward_flops, num_parameters, turn_bytes
 from msdcli.engine.train.loop import optimizers
 from msdcli.engine.train.passes import Passes
+from msdcli.engine.train.student import with_teachers
 from msdcli.nets.adapters import AdaptedDenoiser
 from msdcli.objectives import objective_class
 from msdcli.recipe import Recipe
@@ -210,15 +211,15 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
         "peak_flops": {name: peak_flops(name, on) for name in dict.fromkeys([chosen, *others])},
         "stages": [],
     }
-    for stage in recipe.stages:
+    for stage, own_teacher in with_teachers(recipe.stages, student, teacher):
         size = batch or fitting_batch(stage, student, on)
         report(f"{stage.objective}: {repeats} repeats at batch {size}")
-        trainer = StageTrainer(resized(stage, size), teacher, student, on, recipe.micro_batch, report)
+        trainer = StageTrainer(resized(stage, size), own_teacher, student, on, recipe.micro_batch, report)
         compared = modes(recipe, chosen, on, others)
         compiled = any(mode.compiled for mode in compared)
         with compiling.never_eagerly() if compiled else nullcontext():  # or its figures would be another mode's
             figures = bench_stage(trainer, compared, RandomDraws(student, size, on), repeats=repeats, report=report)
-        flops = estimate.stage_cost(trainer.stage, meta(student), meta(teacher), recipe.micro_batch).flops
+        flops = estimate.stage_cost(trainer.stage, meta(student), meta(own_teacher), recipe.micro_batch).flops
         for figure in figures.values():
             figure["images_per_second"] = size / figure["seconds"]["update"]
             figure["flops_per_second"] = flops / figure["seconds"]["update"]

@@ -36,7 +36,7 @@ from msdcli.partition import (
 )
 from msdcli.recipe import PartitionSettings, Recipe
 from msdcli.recipe.data import PromptsSettings
-from msdcli.recipe.stages import StageSettings
+from msdcli.recipe.stages import StageSettings, teacher_stage
 from msdcli.rundir import RunDir
 
 LISTED = 12  # classes, in a message
@@ -101,9 +101,15 @@ def _needed(stage: StageSettings, recipe: Recipe, data: Dataset, labels: Tensor)
 
 def check_forgetting(recipe: Recipe, data: Dataset) -> None:
     """Raise UserError where a stage is to forget what is not there."""
-    for stage in recipe.stages:
+    for number, stage in enumerate(recipe.stages):
         if (forget := getattr(stage, "forget", None)) is None:
             continue
+        if teacher_stage(recipe.stages, number) is not None:
+            raise UserError(
+                f"stage {stage.objective}: forget asks the teacher for classes of other students, and the teacher is "
+                "what a stage before made of this one's alone",
+                hint="leave becomes: teacher out",
+            )
         if recipe.has_prompts:
             raise UserError(f"stage {stage.objective}: forget names classes, and the data are prompts")
         named = [*forget.classes, *([] if forget.instead == "random" else [forget.instead])]

@@ -30,7 +30,7 @@ from msdcli.objectives.edm import DenoisingScoreMatching
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings
-from msdcli.recipe.stages import DmSettings
+from msdcli.recipe.stages import DmSettings, teacher_stage
 from msdcli.recipe.teacher import LatentShapeSettings, TeacherSettings
 from msdcli.rundir import RunDir, key, link, lock, read_json
 from msdcli.seeds import generator
@@ -176,19 +176,26 @@ def _check_without_class(teacher: Denoiser, recipe: Recipe) -> None:
 
 def check_fake_guidance(recipe: Recipe, teacher: Denoiser) -> None:
     """Raise UserError where a stage asks its fake network without a class, and it would not know what to say."""
-    stages = [stage for stage in recipe.stages if isinstance(stage, DmSettings)]
     guidance = recipe.teacher.guidance
-    # `same` of a teacher that is not guided is none; of one with a guide it asks nobody without a class.
-    without_asking = {"none", "same"} if guidance is None or guidance.guide is not None else {"none"}
-    asking = [s for s in stages if s.fake_label_dropout or s.fake_guidance not in without_asking]
-    if asking and teacher.num_classes == 0 and not teacher.reads_text:
-        raise UserError(f"stage {asking[0].objective}: fake_guidance: this teacher knows no classes")
-    if any(not stage.fake_label_dropout for stage in asking) and _label_dropout(teacher, recipe) == 0:
-        raise UserError(
-            f"stage {asking[0].objective}: fake_guidance: this teacher never trained without a class, and neither does "
-            "the fake network",
-            hint="fake_label_dropout=0.1 in the stage, or teacher.training.label_dropout=0.1",
-        )
+    for number, stage in enumerate(recipe.stages):
+        if not isinstance(stage, DmSettings):
+            continue
+        made = teacher_stage(recipe.stages, number) is not None
+        # `same` of a teacher that is not guided is none; of one with a guide it asks nobody without a class.
+        unguided = made or guidance is None or guidance.guide is not None
+        if not stage.fake_label_dropout and stage.fake_guidance in ({"none", "same"} if unguided else {"none"}):
+            continue
+        if teacher.num_classes == 0 and not teacher.reads_text:
+            raise UserError(f"stage {stage.objective}: fake_guidance: this teacher knows no classes")
+        if stage.fake_label_dropout:
+            continue
+        if made or _label_dropout(teacher, recipe) == 0:  # a student that became the teacher had a class every time
+            raise UserError(
+                f"stage {stage.objective}: fake_guidance: this teacher never trained without a class, and neither does "
+                "the fake network",
+                hint="fake_label_dropout=0.1 in the stage"
+                + ("" if made else ", or teacher.training.label_dropout=0.1"),
+            )
 
 
 def _makes(net: Denoiser) -> tuple[tuple[int, ...], int, bool]:

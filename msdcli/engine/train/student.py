@@ -30,12 +30,12 @@ from msdcli.engine.train.loop import TrainOptions, seeded_apart, train
 from msdcli.engine.train.passes import Part, Passes
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection, BestAverage, StudentEvaluator
 from msdcli.errors import UserError
-from msdcli.nets.adapters import AdaptedDenoiser
+from msdcli.nets.adapters import AdaptedDenoiser, merged
 from msdcli.nets.prune import keep_blocks, prune
 from msdcli.objectives import Objective, objective_class
 from msdcli.recipe import Recipe
 from msdcli.recipe.networks import PrunedUNetSettings, UNetSettings
-from msdcli.recipe.stages import GeneratorSettings, StageSettings
+from msdcli.recipe.stages import GeneratorSettings, StageSettings, teacher_stage
 from msdcli.recipe.student import AdapterSettings
 from msdcli.rundir import building, read_json, write_json, writing
 from msdcli.seeds import derive, generator
@@ -93,6 +93,25 @@ def _adapted(recipe: Recipe, adapter: AdapterSettings, teacher: Denoiser, number
 def unguided(teacher: Denoiser) -> Denoiser:
     """Return a teacher without its guidance, in the same memory."""
     return teacher.plain if isinstance(teacher, guidance.Guided) else teacher
+
+
+def with_teachers(
+    stages: Sequence[StageSettings], student: Denoiser, teacher: Denoiser
+) -> list[tuple[StageSettings, Denoiser]]:
+    """Return every stage with a network like its teacher: the recipe's, or the student, where a stage made it."""
+    made = [teacher_stage(stages, number) is not None for number in range(len(stages))]
+    whole = merged(student) if any(made) else student
+    return [(stage, whole if own else teacher) for stage, own in zip(stages, made, strict=True)]
+
+
+def teacher_of(student: Student, number: int, *, own: bool) -> Denoiser:
+    """Return the teacher of a stage: the recipe's (with `own` a copy), or what an earlier stage made to be one."""
+    made = teacher_stage(student.recipe.stages, number)
+    if made is None:
+        return guidance.copied(student.teacher) if own else student.teacher
+    teacher = merged(load_model(student.folders[made], lambda: unguided(student.teacher))[0])
+    teacher.prompts = student.teacher.prompts
+    return teacher if own else teacher.to(student.device)  # its owner shards it, which moves it
 
 
 def check_stage(stage: StageSettings, student: Denoiser, teacher: Denoiser) -> Objective:
@@ -154,7 +173,7 @@ def train_stage(student: Student, number: int, report: Report) -> None:
     network = new_network(recipe, student.teacher, student.number)
     with torch.random.fork_rng(devices=[]):  # heads that the objective makes begin the same in every process
         torch.manual_seed(derive("networks", recipe.seed, student.number, number))
-        teacher = guidance.copied(student.teacher) if options.fsdp else student.teacher
+        teacher = teacher_of(student, number, own=options.fsdp)
         objective = objective_class(stage.objective)(stage, network, teacher)
     for net in objective.nets.values():
         net.train()

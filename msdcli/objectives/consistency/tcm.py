@@ -11,7 +11,7 @@ from torch import Tensor
 
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
-from msdcli.objectives.ect import EasyConsistencyTuning
+from msdcli.objectives.consistency.ect import EasyConsistencyTuning
 from msdcli.recipe.stages import TcmSettings
 
 

@@ -1,0 +1,1 @@
+"""Consistency models: one answer along a whole path of the teacher or of the data."""
