@@ -49,7 +49,8 @@ NOT_QUICK = ("test_guidance.py", "test_evaluate.py")  # whole runs, and other pr
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what a change of the mathematics is tried on first."""
+    """Mark what a change of the mathematics is tried on first; the longest test begins first, so that nobody waits."""
+    items.sort(key=lambda item: item.name != "test_lint_and_types_are_clean")
     for item in items:
         other = any(item.get_closest_marker(name) for name in ("slow", "gpu", "weights"))
         if item.path.relative_to(ROOT / "tests").parts[0] in QUICK and item.path.name not in NOT_QUICK and not other:

@@ -125,11 +125,11 @@ def test_alias_bomb_ends_at_once() -> None:
     assert "aliases" in refusal(bomb)
 
 
-def test_two_hundred_mutated_recipes_are_refused_by_line_and_key(msd: Msd, tmp_path: Path) -> None:
+def test_a_hundred_mutated_recipes_are_refused_by_line_and_key(msd: Msd, tmp_path: Path) -> None:
     """Every kind of mistake in every shipped recipe; what a mutation leaves good passes."""
     rng, refused = random.Random(0), 0
     sources = [yaml.safe_dump(load(path).dump(), sort_keys=False) for path in shipped()]
-    while refused < 200:
+    while refused < 100:
         tree = yaml.safe_load(rng.choice(sources))
         path = mutate(tree, rng)
         file = tmp_path / "mutated.yaml"

@@ -53,7 +53,7 @@ def test_a_request_reads_every_student_once_though_only_one_may_stay(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, load = list[Path](), sample.load_model
-    monkeypatch.setattr(sample, "load_model", lambda folder: (read.append(folder), load(folder))[1])
+    monkeypatch.setattr(sample, "load_model", lambda folder, *base: (read.append(folder), load(folder, *base))[1])
     students = msdcli.load(finished)
     students.max_resident = 1
     students.sample(list(range(8)), batch=2)

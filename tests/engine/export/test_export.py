@@ -97,7 +97,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("unet", "edm2") else pytest.param(kind, marks=pytest.mark.slow) for kind in NETWORKS]
+)
 def test_programs_and_graphs_are_the_network_for_any_batch(tmp_path: Path, kind: str) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 
@@ -502,6 +504,7 @@ def test_two_steps_are_unrolled_and_checked_against_the_run(tmp_path: Path, kind
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_size_of_a_graph_does_not_grow_with_its_steps(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     net = network(UNetSettings(channels=64, multipliers=[1], blocks=1, attention=[], embedding=32))

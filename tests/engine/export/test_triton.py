@@ -200,6 +200,7 @@ def routed(repository: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Server, C
     return server, ask
 
 
+@pytest.mark.slow
 def test_two_steps_are_routed_with_the_noise_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxscript")
     run = trained(tmp_path, SMALL, "[2.5, 0.5]")

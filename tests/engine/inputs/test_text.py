@@ -332,7 +332,7 @@ def test_embedding_is_taken_up_after_a_kill(place: Path, monkeypatch: pytest.Mon
         assert (place / "cut" / name).read_bytes() == (place / "whole" / name).read_bytes()
 
 
-@pytest.mark.parametrize("make", [sd_pipeline, sd3_pipeline])
+@pytest.mark.parametrize("make", [pytest.param(sd_pipeline, marks=pytest.mark.slow), sd3_pipeline])
 def test_a_teacher_of_real_size_is_timed_and_distilled(
     make: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

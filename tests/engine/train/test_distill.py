@@ -75,7 +75,7 @@ def test_more_steps_continue_a_finished_run(finished: Path, msd: Msd, tmp_path: 
     assert (fewer.returncode, "stages.0.steps differ" in fewer.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigkill_at_any_moment_loses_nothing(finished: Path, msd: Msd, tiny: Path, seed: int) -> None:
     """Kill the run (and with it its workers) again and again; the end is bit-equal to an undisturbed run."""
     rng = random.Random(seed)

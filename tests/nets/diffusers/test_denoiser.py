@@ -146,7 +146,7 @@ def test_written_and_read_again_scaled_and_refused(msd: Msd, tmp_path: Path) -> 
     for change, said in (
         ({"vae": ["diffusers", "AutoencoderKL"]}, "needs its autoencoder"),
         ({"vqvae": ["diffusers", "VQModel"]}, "VQ"),
-        ({"unet": ["os", "system"]}, "knows"),
+        ({"unet": ["os", "system"]}, r"\(unet: system\), which msd does not read; it reads unet: UNet2DModel"),
     ):
         (tmp_path / "p/model_index.json").write_text(json.dumps(index | change))
         with pytest.raises(UserError, match=said):
