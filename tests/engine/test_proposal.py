@@ -42,6 +42,7 @@ def test_a_folder_gets_a_recipe(msd: Msd, tmp_path: Path) -> None:
     assert "more than the classes (2)" in msd("recipes", "new", "pets", "other.yaml", "--students", "3").stderr
 
 
+@pytest.mark.slow
 def test_more_time_buys_a_larger_network_and_more_steps(tmp_path: Path) -> None:
     save(tmp_path / "a", (16, 16), grey=False)
     short, long = (proposal.propose(str(tmp_path), minutes=m, students=1) for m in (1, 600))

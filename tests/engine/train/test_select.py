@@ -264,7 +264,8 @@ def test_the_next_stage_goes_on_from_the_last_networks(msd: Msd, tmp_path: Path,
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("fsdp", ["true", pytest.param("false", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", ["true", "false"])
 def test_two_processes_choose_as_one(chosen: Path, tmp_path: Path, fsdp: str) -> None:
     (tmp_path / "tiny.yaml").write_text(CHOOSING)
     done = torchrun(tmp_path, "distill", "tiny.yaml", f"fsdp={fsdp}", "--student", "0")

@@ -180,7 +180,7 @@ def test_no_objective_waits_with_any_guidance(name: str, tmp_path: Path) -> None
         assert steps(objective, settings, tmp_path / f"{stage}-{how}") > 100, (stage, how)
 
 
-@pytest.mark.parametrize("how", GUIDANCE)
+@pytest.mark.parametrize("how", [*GUIDANCE[:2], *(pytest.param(how, marks=pytest.mark.slow) for how in GUIDANCE[2:])])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_no_solver_waits_for_the_device(solver: str, how: str) -> None:
     teacher, draws = guided(network("mlp"), how), MetaDraws((2,), 4)
