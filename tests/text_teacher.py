@@ -15,13 +15,9 @@ with warnings.catch_warnings():
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
 
-UNET = {
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 1,
-    "block_out_channels": [8, 16],
-    "norm_num_groups": 4,
+from tests.tiny_unet import TINY_UNET
+
+UNET = TINY_UNET | {
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     "cross_attention_dim": 16,

@@ -119,6 +119,11 @@ class Guided(Denoiser):
         return copy.deepcopy(self.plain, memo)
 
 
+def unguided(teacher: Denoiser) -> Denoiser:
+    """Return a teacher without its guidance, in the same memory."""
+    return teacher.plain if isinstance(teacher, Guided) else teacher
+
+
 def copied(teacher: Denoiser) -> Denoiser:
     """Return a copy of a teacher with its guidance, if it has any."""
     if not isinstance(teacher, Guided):

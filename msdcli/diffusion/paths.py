@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from msdcli.diffusion.denoiser import per_image
+from msdcli.diffusion.denoiser import Denoiser, per_image
+from msdcli.diffusion.draws import Draws
+from msdcli.diffusion.guidance import drawn
 from msdcli.errors import UserError
+
+
+def path_end(
+    path: Literal["teacher", "data"], teacher: Denoiser, x: Tensor, sigma: Tensor, c: Tensor, y: Tensor, draws: Draws
+) -> Tensor:
+    """Return where the path through x is headed: for the teacher's answer, or for the image y that x was made from."""
+    return drawn(teacher, draws.uniform)(x, sigma, c) if path == "teacher" else y
 
 
 def layers_draws(like: Tensor) -> Callable[[], None]:

@@ -13,7 +13,7 @@ import torch
 
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.diffusion.guidance import Guided
+from msdcli.diffusion.guidance import Guided, unguided
 from msdcli.diffusion.sampler import evaluated_levels
 from msdcli.diffusion.stitch import Stitch
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
@@ -103,7 +103,7 @@ def estimate(
 
 def _teacher_flops(recipe: Recipe, teacher: Denoiser, sampling: float) -> float:
     """Operations of the teacher's training and of its stages, each with the samples of its reference."""
-    settings, plain = recipe.teacher, teacher.plain if isinstance(teacher, Guided) else teacher
+    settings, plain = recipe.teacher, unguided(teacher)
     trained = 0.0 if settings.path else stage_cost(settings.training, teacher, None, recipe.micro_batch).flops
     stages = (stage_cost(stage, copy.deepcopy(plain), plain, recipe.micro_batch).flops for stage in settings.stages)
     return trained + sum(stages) + len(settings.stages) * recipe.pairs.count * sampling

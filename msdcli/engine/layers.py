@@ -7,16 +7,17 @@ the time that each block takes on this device, which is what users pay for.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msdcli.data.base import Dataset
 from msdcli.diffusion import denoiser as d
+from msdcli.engine.train.counting import num_parameters
+from msdcli.engine.train.precision import timed
 from msdcli.nets.unet import ResidualBlock, SkipBlock, leave_out, put
 from msdcli.seeds import generator
 
@@ -57,12 +58,12 @@ def removable(teacher: d.Denoiser) -> list[str]:
 
 def by_parameters(teacher: d.Denoiser, data: Dataset) -> list[BlockCost]:
     """Measure what every block costs; saved is its share of the parameters."""
-    total = sum(p.numel() for p in teacher.parameters())
+    total = num_parameters(teacher)
     saved = {}
     for name in removable(teacher):
         block = teacher.net.get_submodule(name)
         assert isinstance(block, ResidualBlock)
-        saved[name] = (_size(block) - _size(SkipBlock(block))) / total
+        saved[name] = (num_parameters(block) - num_parameters(SkipBlock(block))) / total
     return [BlockCost(name, cost, saved[name]) for name, cost in costs(teacher, data).items()]
 
 
@@ -72,10 +73,6 @@ def by_latency(teacher: d.Denoiser, data: Dataset) -> list[BlockCost]:
     whole = seconds.pop("")
     found = costs(teacher, data)
     return [BlockCost(name, cost, max(0.0, 1 - seconds[name] / whole)) for name, cost in found.items()]
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 @contextmanager
@@ -119,17 +116,10 @@ def times(teacher: d.Denoiser) -> dict[str, float]:
     c = torch.zeros(1, dtype=torch.int64, device=device)
     took: dict[str, list[float]] = {name: [] for name in ["", *removable(teacher)]}
 
-    def once() -> float:
-        begun = time.perf_counter()
-        teacher(x, sigma, c)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - begun
-
     for repeat in range(-1, REPEATS):
         for name, seconds in took.items():
             with without(teacher, name) if name else nullcontext():
-                once()
+                teacher(x, sigma, c)
                 if repeat >= 0:
-                    seconds.append(once())
+                    seconds.append(timed(lambda: teacher(x, sigma, c), device))
     return {name: min(seconds) for name, seconds in took.items()}

@@ -6,7 +6,6 @@ width, depth and attention are searched together, and what counts is measured he
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import statistics
@@ -20,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from msdcli import nets, records
 from msdcli.data.base import Dataset
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.guidance import unguided
 from msdcli.engine import layers
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.counting import FlopCounter
@@ -124,7 +124,7 @@ def prune(student: StudentSettings, teacher: Denoiser, data: Dataset) -> tuple[C
 
     Shares of parameters add up exactly; of time they nearly do, so what was chosen is timed and the target drawn in.
     """
-    plain = copy.deepcopy(teacher)  # without guidance
+    plain = unguided(teacher)
     timed, target = student.parameters is None, student.parameters or student.latency or 1.0
     blocks = layers.by_latency(plain, data) if timed else layers.by_parameters(plain, data)
     size, work = _parameters(plain.settings, plain), _flops(plain.settings, plain)

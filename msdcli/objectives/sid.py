@@ -52,10 +52,8 @@ class ScoreIdentity(DistributionMatching):
     def matching_loss(self, y: Tensor, c: Tensor, draws: Draws) -> Tensor:
         sigma = self.sigma = d.continuous_karras(draws.uniform("sigma"), self.settings.sigma_span)
         x = y + d.per_image(sigma, y) * draws.normal("noise")
-        D_t, D_f = (
-            drawn(self.teacher, draws.uniform)(x, sigma, self.taught(c, draws)),
-            self.guided_fake(draws)(x, sigma, c),
-        )
+        D_t = drawn(self.teacher, draws.uniform)(x, sigma, self.taught(c, draws))
+        D_f = self.guided_fake(draws)(x, sigma, c)
         logit = self.logits(x, sigma, c) if self.settings.gan_weight > 0 else None
         loss = identity_loss(y, D_t, D_f, self.settings, logit)
         if logit is not None:

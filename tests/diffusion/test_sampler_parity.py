@@ -24,26 +24,17 @@ from msdcli.engine.inputs import importing
 from msdcli.recipe.networks import UNetSettings
 from tests.gaussians import mixture
 from tests.nets.edm.edm_format import shake
+from tests.tiny_unet import TINY_UNET
 
 pytestmark = pytest.mark.filterwarnings("default")
 
-UNET = {
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 1,
-    "block_out_channels": [8, 16],
-    "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-}
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def pipeline(folder: Path, prediction: str) -> Any:
     """Save a tiny random DDPM pipeline as the library does; return its network."""
     torch.manual_seed(0)
-    net = shake(diffusers.UNet2DModel(**UNET)).eval().requires_grad_(False)
+    net = shake(diffusers.UNet2DModel(**TINY_UNET)).eval().requires_grad_(False)
     net.save_pretrained(folder / "unet")
     scheduler = diffusers.DDPMScheduler(prediction_type=prediction, **BETAS)
     scheduler.save_pretrained(folder / "scheduler")

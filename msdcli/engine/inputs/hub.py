@@ -8,6 +8,7 @@ from typing import Any
 
 from msdcli.engine.checkpoints.model import MODEL, WEIGHTS
 from msdcli.errors import UserError
+from msdcli.nets.diffusers.files import weight_files
 from msdcli.rundir import read_json
 
 PREFIX = "hub:"
@@ -98,14 +99,7 @@ def by_hand(name: str) -> str:
 
 def _is_here(path: Path) -> bool:
     """Whether weights are here, in one file or in several with their index."""
-    index = path.with_name(f"{path.name}.index.json")
-    if path.is_file() or not index.is_file():
-        return path.is_file()
-    listed = read_json(index)
-    places = listed.get("weight_map") if isinstance(listed, dict) else None
-    if not isinstance(places, dict):
-        raise UserError(f"{index} lists no weights")
-    return all((path.parent / str(shard)).is_file() for shard in places.values())
+    return all(file.is_file() for file in weight_files(path))
 
 
 def _parsed(name: str) -> re.Match[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from msdcli import records
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.draws import Source
-from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, save_model
+from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, predicts, save_model
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.distributed.sharding import whole_state
 from msdcli.engine.inputs.pairs import Pairs
@@ -78,7 +79,7 @@ def _after(
 ) -> Path:
     settings, stage = recipe.teacher, recipe.teacher.stages[number]
     reference, description = load_model(before)
-    said = [description.get(name) for name in ("network", "shape", "num_classes", "sigma_data", "sha256")]
+    said = predicts(description)
     sampled = [settings.solver.record(), recipe.pairs.count, recipe.pairs.seed, recipe.pairs.shard]
     asked = [stage.model_dump(mode="json"), settings.seed, recipe.threads, number, recipe.data.mirrors]
     folder = run.shared / f"teacher-{key(stage.objective, FORMAT, said, fingerprint(data), sampled, asked)}"
@@ -91,7 +92,7 @@ def _after(
         samples = Pairs(run, recipe, data, key("plain", said)).provide(reference, report)
         everyone, mirror = range(len(data.class_names)), recipe.data.mirrors
         source = Source(data, everyone, pairs=samples, mirror=mirror, device=device)
-        network = load_model(before)[0].to(device).requires_grad_(True).train()
+        network = copy.deepcopy(reference).requires_grad_(True).train()
         objective = objective_class(stage.objective)(stage, network, reference)
         options, seeds = TrainOptions.of(recipe, group), ("teacher", settings.seed, number)
         state = train(objective, stage, source, folder, key=seeds, what=what, options=options, report=report)

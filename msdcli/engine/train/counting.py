@@ -28,7 +28,16 @@ from msdcli.recipe.networks import MLPSettings, UNetSettings
 DEVICE, PEAK_FLOPS, UTILISATION = "A100, TF32", 156e12, 0.3
 
 
-class FlopCounter(TorchDispatchMode):
+class _Eager(TorchDispatchMode):
+    """A mode that torch does not wrap for its compiler, which it would import for that: a second of every process."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """What torch asks before it wraps `__torch_dispatch__`."""
+        return False
+
+
+class FlopCounter(_Eager):
     """Counts the floating-point operations of a block in `total`: those of torch's FlopCounterMode, by its formulas.
 
     That one also tells modules apart, and makes torch import its compiler, which takes a second of every process.
@@ -42,11 +51,6 @@ class FlopCounter(TorchDispatchMode):
 
         self._formulas: dict[Any, Callable[..., int]] = flop_registry
         self.total: int = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """What torch asks before it wraps the method below for its compiler."""
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -63,7 +67,7 @@ class FlopCounter(TorchDispatchMode):
         return result
 
 
-class KernelCounter(TorchDispatchMode):
+class KernelCounter(_Eager):
     """Counts, in `total`, the operations of a block that a GPU has a kernel launched for: all but views and memory."""
 
     NONE = ("empty", "detach", "_unsafe_view", "_reshape_alias", "_assert", "lift_fresh")
@@ -71,10 +75,6 @@ class KernelCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -84,7 +84,7 @@ class KernelCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class MemoryCounter(TorchDispatchMode):
+class MemoryCounter(_Eager):
     """Follows the bytes of all tensors that a block makes, as a device would hold them: `now`, and at most (`peak`).
 
     What was there before, weights above all, is not counted; nor are an allocator's gaps and libraries' workspaces.
@@ -94,10 +94,6 @@ class MemoryCounter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._alive: dict[int, weakref.ref[Any]] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from msdcli import nets, records
-from msdcli.diffusion import guidance
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Draws, Source
 from msdcli.diffusion.float32 import fast_float32, fast_name
+from msdcli.diffusion.guidance import copied, unguided
 from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.checkpoints import storage
 from msdcli.engine.checkpoints.files import DamagedError
@@ -78,9 +78,9 @@ def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
     student.to(next(teacher.parameters()).device)
     student.prompts = teacher.prompts
     if init == "auto" and isinstance(settings, PrunedUNetSettings):
-        keep_blocks(copy.deepcopy(teacher), student)
+        keep_blocks(unguided(teacher), student)
     if init == "pruned":
-        prune(copy.deepcopy(teacher), student)  # a copy is plain, without guidance
+        prune(unguided(teacher), student)
     return student
 
 
@@ -88,11 +88,6 @@ def _adapted(recipe: Recipe, adapter: AdapterSettings, teacher: Denoiser, number
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("network", recipe.seed, number).initial_seed())
         return AdaptedDenoiser(unguided(teacher), adapter)
-
-
-def unguided(teacher: Denoiser) -> Denoiser:
-    """Return a teacher without its guidance, in the same memory."""
-    return teacher.plain if isinstance(teacher, guidance.Guided) else teacher
 
 
 def with_teachers(
@@ -108,7 +103,7 @@ def teacher_of(student: Student, number: int, *, own: bool) -> Denoiser:
     """Return the teacher of a stage: the recipe's (with `own` a copy), or what an earlier stage made to be one."""
     made = teacher_stage(student.recipe.stages, number)
     if made is None:
-        return guidance.copied(student.teacher) if own else student.teacher
+        return copied(student.teacher) if own else student.teacher
     teacher = merged(load_model(student.folders[made], lambda: unguided(student.teacher))[0])
     teacher.prompts = student.teacher.prompts
     return teacher if own else teacher.to(student.device)  # its owner shards it, which moves it

@@ -35,6 +35,20 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def weight_files(path: Path) -> list[Path]:
+    """Return a network's files of weights: the one at `path`, or the shards beside it that its index lists. UserError
+    for a damaged index.
+    """
+    index = path.with_name(f"{path.name}.index.json")
+    if path.is_file() or not index.is_file():
+        return [path]
+    places = read_object(index).get("weight_map")
+    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise UserError(f"{index} lists no safetensors beside it")
+    return [path.with_name(name) for name in names]
+
+
 def import_diffusers() -> Any:
     """Return the library. UserError where it is not installed."""
     try:

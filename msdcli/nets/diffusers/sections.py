@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from msdcli.errors import UserError
-from msdcli.nets.diffusers.files import read_index, read_object
+from msdcli.nets.diffusers.files import read_index, read_object, weight_files
 from msdcli.nets.diffusers.text_encoder import describe
 from msdcli.recipe.networks import DiffusersNetworkSettings
 
@@ -48,19 +48,7 @@ def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, list[Path]]:
         )
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
-    return section, weight_files(folder / part)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return a network's files of weights: one, or the shards that its index lists. UserError for a damaged index."""
-    index = folder / f"{WEIGHTS}.index.json"
-    if (folder / WEIGHTS).is_file() or not index.is_file():
-        return [folder / WEIGHTS]
-    places = read_object(index).get("weight_map")
-    names = sorted({str(name) for name in places.values()}) if isinstance(places, dict) else []
-    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-        raise UserError(f"{index} lists no safetensors beside it")
-    return [folder / name for name in names]
+    return section, weight_files(folder / part / WEIGHTS)
 
 
 def _unknown(folder: Path, index: dict[str, Any]) -> str:

@@ -26,13 +26,15 @@ class TextDenoiser(DiffusersDenoiser):
     """D(x, sigma, condition), condition [n] int64 numbers of prompts; a negative one is the empty prompt."""
 
     reads_text = True
+    sizes: Tensor | None  # what SDXL is told of a picture [1, 6]
 
     def __init__(self, net: nn.Module, settings: DiffusersNetworkSettings, log_sigmas: Tensor) -> None:
         super().__init__(net, settings, log_sigmas)
         self.num_classes = 0  # whatever the configuration says
         self.form = settings.text_form
         side = PIXELS_PER_LATENT * settings.config["sample_size"]
-        self.sizes = (side, side, 0, 0, side, side)  # of a picture that was neither scaled nor cut
+        sizes = torch.tensor([[side, side, 0, 0, side, side]], dtype=torch.float32)  # neither scaled nor cut
+        self.register_buffer("sizes", sizes if self.form == "sdxl" else None, persistent=False)
 
     @property
     def embedding_shapes(self) -> tuple[tuple[int, int], tuple[int]]:
@@ -68,7 +70,8 @@ class TextDenoiser(DiffusersDenoiser):
         if self.form == "sd3":
             more["pooled_projections"] = pooled.to(dtype)
         elif self.form == "sdxl":
-            sizes = torch.tensor([self.sizes], device=x_t.device, dtype=dtype).expand(len(x_t), -1)
+            assert self.sizes is not None
+            sizes = self.sizes.to(dtype).expand(len(x_t), -1)
             more["added_cond_kwargs"] = {"text_embeds": pooled.to(dtype), "time_ids": sizes}
         with self._computing():
             y: Tensor = self.net(x_t, timestep=t, encoder_hidden_states=tokens, return_dict=False, **more)[0]

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
-from msdcli.diffusion.guidance import drawn
-from msdcli.diffusion.paths import layers_draws
+from msdcli.diffusion.paths import layers_draws, path_end
 from msdcli.objectives.base import Objective, Turn
 from msdcli.recipe.stages import EctSettings
 
@@ -64,13 +63,17 @@ class EasyConsistencyTuning(Objective):
 
     def step_down(self, x: Tensor, sigma: Tensor, r: Tensor, c: Tensor, y: Tensor, draws: Draws) -> Tensor:
         """Return x_r: less of the same noise on the image, or one Euler step down the teacher's ODE."""
-        D = drawn(self.teacher, draws.uniform)(x, sigma, c) if self.settings.path == "teacher" else y
+        D = path_end(self.settings.path, self.teacher, x, sigma, c, y, draws)
         return D + d.per_image(r / sigma, x) * (x - D)
 
     def target(self, x_r: Tensor, r: Tensor, c: Tensor) -> Tensor:
         """f(x_r, r), which is x_r itself where no noise is left."""
         asked = torch.where(r > 0, r, torch.ones_like(r))  # ln(0) is no number
-        return torch.where(d.per_image(r > 0, x_r), d.consistency(self.student, x_r, asked, c), x_r)
+        return torch.where(d.per_image(r > 0, x_r), self.answer(x_r, asked, c), x_r)
+
+    def answer(self, x: Tensor, sigma: Tensor, c: Tensor) -> Tensor:
+        """f(x, sigma), where some noise is left."""
+        return d.consistency(self.student, x, sigma, c)
 
     def weight(self, sigma: Tensor, r: Tensor) -> Tensor:
         """The weight of an image's distance."""

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
-from msdcli.diffusion.guidance import drawn
-from msdcli.diffusion.paths import consistency_tangent, derivative_along, layers_draws
+from msdcli.diffusion.paths import consistency_tangent, derivative_along, layers_draws, path_end
 from msdcli.objectives.base import Objective, Turn
 from msdcli.recipe.stages import ScdSettings
 
@@ -44,7 +43,7 @@ class ContinuousConsistencyDistillation(Objective):
         sigma = self.sigma = d.truncated_lognormal(draws.uniform("sigma"), settings.P_mean, settings.P_std, span)
         x = y + d.per_image(sigma, y) * draws.normal("noise")
         with torch.no_grad():
-            D_ode = drawn(self.teacher, draws.uniform)(x, sigma, c) if settings.path == "teacher" else y
+            D_ode = path_end(settings.path, self.teacher, x, sigma, c, y, draws)
         repeat = layers_draws(x)
         how, step = settings.derivative, settings.derivative_step
         dD = derivative_along(self.student, x, sigma, c, D_ode, how=how, step=step)

@@ -44,12 +44,12 @@ class TruncatedConsistency(EasyConsistencyTuning):
         above = torch.lerp(table[below], table[below + 1], place - below).exp()
         return torch.where(u < part, torch.full_like(u, given.boundary), above.to(u.dtype))
 
-    def target(self, x_r: Tensor, r: Tensor, c: Tensor) -> Tensor:
-        """f(x_r, r) of the student from the boundary up, of the frozen network below it."""
-        asked = torch.where(r > 0, r, torch.ones_like(r))
-        own = d.consistency(self.student, x_r, asked.clamp(min=self.truncation.boundary), c)
-        below = torch.where(d.per_image(r > 0, x_r), d.consistency(self.first, x_r, asked, c), x_r)
-        return torch.where(d.per_image(r >= self.truncation.boundary, x_r), own, below)
+    def answer(self, x: Tensor, sigma: Tensor, c: Tensor) -> Tensor:
+        """f(x, sigma) of the student from the boundary up, of the frozen network below it."""
+        boundary = self.truncation.boundary
+        own = super().answer(x, sigma.clamp(min=boundary), c)
+        below = d.consistency(self.first, x, sigma, c)
+        return torch.where(d.per_image(sigma >= boundary, x), own, below)
 
 
 @lru_cache(maxsize=8)

@@ -29,14 +29,9 @@ from msdcli.recipe.networks import DiffusersNetworkSettings
 from msdcli.recipe.stages import Stage
 from tests.device import HostWaitError, NoWaiting
 from tests.engine.train.test_precision import NETWORKS
+from tests.tiny_unet import TINY_UNET
 
-UNET2D = {
-    "sample_size": 8,
-    "in_channels": 3,
-    "out_channels": 3,
-    "layers_per_block": 1,
-    "block_out_channels": [8, 16],
-    "norm_num_groups": 4,
+UNET2D = TINY_UNET | {
     "attention_head_dim": 4,
     "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],

@@ -23,20 +23,11 @@ from msdcli.nets.diffusers.building import build_diffusers
 from msdcli.recipe import StudentSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings
 from tests.conftest import Msd
+from tests.tiny_unet import TINY_UNET
 
 pytestmark = pytest.mark.filterwarnings("default")
 
-UNET = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "layers_per_block": 1,
-    "block_out_channels": [8, 16],
-    "norm_num_groups": 4,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "num_class_embeds": 10,
-}
+UNET = TINY_UNET | {"in_channels": 1, "out_channels": 1, "num_class_embeds": 10}
 DIT = {
     "num_attention_heads": 2,
     "attention_head_dim": 4,
