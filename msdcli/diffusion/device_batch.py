@@ -1,7 +1,8 @@
-"""How many images a device is asked for at once while samples are drawn and measured."""
+"""How much of a device's memory is asked for: by a process that keeps data there, and by a batch of samples."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,11 +13,23 @@ from torch import Tensor
 from msdcli.errors import is_out_of_memory
 
 Result = TypeVar("Result")
+PROCESSES = "MSD_PROCESSES_ON_DEVICE"  # the variable by which workers know how many they are on one device
 
 
 def to_stderr(text: str) -> None:
     """Say it where it does not mix with results."""
     print(text, file=sys.stderr)
+
+
+def free_share(device: torch.device) -> int:
+    """Return the bytes that are free on a GPU, divided by the processes of this run that share it; elsewhere 0.
+
+    They begin together, and each sees as free what the others are about to take.
+    """
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // int(os.environ.get(PROCESSES, "1"))
 
 
 def release() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from msdcli.data.base import StoredImages, to_float
+from msdcli.diffusion.device_batch import free_share
 from msdcli.seeds import generator
 
 if TYPE_CHECKING:
@@ -73,11 +74,11 @@ def resident(data: Dataset, numbers: Tensor, device: torch.device) -> Tensor | N
     """Return the images of `numbers` on the device, in the type they are kept in, or None to fetch every batch.
 
     What is stored in a file stays there, memory-mapped, on a CPU, where all processes share it, and on a GPU unless it
-    fits into half of the memory that is free.
+    fits into half of this process' share of the memory that is free.
     """
     if not isinstance(data, StoredImages):
         return data.images(numbers.tolist()).to(device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    free = free_share(device)
     if not free or len(numbers) * data.stored(numbers[:1].tolist()).nbytes > free // 2:
         return None
     chunks = [data.stored(chunk.tolist()).to(device) for chunk in numbers.split(10_000)]

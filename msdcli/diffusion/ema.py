@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,18 @@ class EMA:
         """Move towards `net`, after its update number `num_updates` (from 0)."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
         torch._foreach_lerp_([*map(_own, self.net.parameters())], [*map(_own, net.parameters())], 1 - decay)
-        for average, buffer in zip(self.net.buffers(), net.buffers(), strict=True):
-            average.copy_(buffer)
+        for averages, buffers in _alike(self.net.buffers(), net.buffers()):
+            torch._foreach_copy_(averages, buffers)
+
+
+def _alike(some: Iterable[Tensor], others: Iterable[Tensor]) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
+    """Return pairs of tensors in lists of one type and device each, which one kernel copies (counters are integers)."""
+    found: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for one, other in zip(some, others, strict=True):
+        ones, theirs = found.setdefault((one.dtype, one.device), ([], []))
+        ones.append(one)
+        theirs.append(other)
+    return found.values()
 
 
 def _own(param: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ def prepare(
     group.broadcast(None)
     if not dataset.is_as_begun(run, data):  # before an hour of training with them
         raise begun_otherwise(run, "data")
-    on = device.prepare(recipe) if group.size == 1 else distributed.local_device(recipe.device)
+    on = device.prepare(recipe) if group.size == 1 else device.local_device(recipe.device)
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
     if claim is not None:

@@ -1,7 +1,10 @@
 """The solvers on a Gaussian teacher, whose probability-flow ODE has an exact solution."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msdcli.data.toy2d import Toy2d
 from msdcli.diffusion.draws import Draws, Source
@@ -68,3 +71,41 @@ def test_ema_is_the_recursion_it_says() -> None:
         decay = min(0.9, (1 + t) / (10 + t))
         wanted = decay * wanted + (1 - decay) * t
     torch.testing.assert_close(ema.net.weight, wanted)
+
+
+class Buffered(torch.nn.Module):
+    """A network with many buffers: numbers of two types, and a counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+        for i in range(20):
+            self.register_buffer(f"mean{i}", torch.randn(i + 1))
+            self.register_buffer(f"half{i}", torch.randn(2).bfloat16(), persistent=False)
+            self.register_buffer(f"count{i}", torch.tensor(i))
+
+
+class Counting(TorchDispatchMode):
+    """Notes what is done to tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_average_takes_over_all_buffers_of_a_type_at_once() -> None:
+    torch.manual_seed(0)
+    ema, net = EMA(Buffered(), 0.9), Buffered()
+    ema.update(net, 0)
+    for average, buffer in zip(ema.net.buffers(), net.buffers(), strict=True):
+        assert average is not buffer and average.dtype == buffer.dtype and torch.equal(average, buffer)
+    with torch.device("meta"):
+        ema, net = EMA(Buffered(), 0.9), Buffered()
+    with Counting() as counter:
+        ema.update(net, 0)
+    changes = [name for name in counter.seen if "detach" not in name]
+    assert sorted(changes) == ["aten._foreach_copy_"] * 3 + ["aten._foreach_lerp_"], "60 buffers of three types"

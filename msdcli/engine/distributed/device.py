@@ -1,11 +1,14 @@
-"""The device a recipe asks for, and the number of CPU threads."""
+"""The device that a recipe asks for and a process computes on, its random numbers, and the number of CPU threads."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+from msdcli.engine.distributed.launcher import local_rank, share
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe
 
@@ -27,6 +30,30 @@ def resolve(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device: mps is not available on this machine", hint="device=cpu")
     return device
+
+
+def own_gpu() -> torch.device:
+    """Return the GPU of this process: of those that it sees, the one with its number on the machine, counted round.
+
+    Where a launcher lets every process see one GPU only, all numbers lead to that one.
+    """
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+
+def local_device(name: str) -> torch.device:
+    """Return the device called `name`; of several GPUs each process on a machine takes its own."""
+    if name.startswith("cuda:") and share()[1] > 1:
+        raise UserError(f"device: {name} is one GPU, and each process needs its own", hint="device=cuda")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return own_gpu()
+    return resolve(name)
+
+
+@contextmanager
+def seeded_apart(device: torch.device) -> Iterator[None]:
+    """Give the global generators, the CPU's and the device's, back as they were; other devices are left alone."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 def num_devices(device: torch.device) -> int:

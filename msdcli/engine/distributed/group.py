@@ -12,23 +12,14 @@ import torch
 from torch import Tensor, distributed
 
 from msdcli.data.images import Share
-from msdcli.engine.distributed import device
-from msdcli.engine.distributed.launcher import local_rank, share
+from msdcli.engine.distributed.device import own_gpu
+from msdcli.engine.distributed.launcher import share
 from msdcli.engine.distributed.sharded_tensors import is_sharded
 from msdcli.errors import ElsewhereError, UserError, WorkerError, explain
 from msdcli.metrics.evaluate import FeatureSet
 
 Value = TypeVar("Value")
 BUCKET = 25 * 2**20  # bytes of gradients that travel in one message, as in torch's DDP
-
-
-def local_device(name: str) -> torch.device:
-    """Return the device called `name`; of several GPUs each process on a machine takes its own."""
-    if name.startswith("cuda:") and share()[1] > 1:
-        raise UserError(f"device: {name} is one GPU, and each process needs its own", hint="device=cuda")
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{local_rank()}"
-    return device.resolve(name)
 
 
 class ProcessGroup:
@@ -231,7 +222,7 @@ def join_torchrun() -> Iterator[ProcessGroup]:
     """
     rank, size = share()
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        torch.cuda.set_device(own_gpu())
     _meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield ProcessGroup(rank, size, _on_hosts())

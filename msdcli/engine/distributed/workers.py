@@ -15,6 +15,8 @@ from typing import IO
 
 import torch
 
+from msdcli.diffusion.device_batch import PROCESSES
+from msdcli.engine.distributed.device import num_devices
 from msdcli.engine.distributed.interrupt import WORKER, interruptible
 from msdcli.engine.tracking.events import Progress, Report, silent
 from msdcli.errors import DONE, INTERRUPTED, STOPPED, USER, Interrupted, Preempted, UserError, WorkerError
@@ -97,7 +99,7 @@ def run(run_dir: RunDir, count: int, device: torch.device, report: Report, *, th
             f"{count} processes of {each} each share the CPU; `threads: {threads}` makes a run repeatable to the bit"
         )
     with interruptible() as stop:
-        workers = [Worker(run_dir, _environment(i, device, threads), events) for i in range(count)]
+        workers = [Worker(run_dir, _environment(i, count, device, threads), events) for i in range(count)]
         ended: list[Worker] = []
         told = False
         while len(ended) < count:
@@ -124,14 +126,16 @@ def run(run_dir: RunDir, count: int, device: torch.device, report: Report, *, th
         raise stop.error("all workers")
 
 
-def _environment(number: int, device: torch.device, threads: int | None = None) -> dict[str, str]:
-    """Give each worker one GPU where there are several, and its share of the CPU."""
+def _environment(number: int, count: int, device: torch.device, threads: int | None = None) -> dict[str, str]:
+    """Give worker `number` of `count` one GPU where there are several, and its share of the CPU and of the GPU."""
     environment = dict(os.environ)
+    devices = num_devices(device)
+    environment[PROCESSES] = str(len(range(number % devices, count, devices)))
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
+    if devices > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+        names = visible.split(",") if visible else [str(i) for i in range(devices)]
         environment["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
     return environment
 

@@ -13,6 +13,7 @@ from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.float32 import EXACT
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed import launcher
+from msdcli.engine.distributed.device import local_device
 from msdcli.engine.measure import features, groups
 from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.measure.rows import MAX_CLASSES, Measurement, Row, left_out
@@ -67,7 +68,7 @@ def check(images: Path, reference: str | None, options: FidOptions) -> Request:
             theirs = _classes(source)
     if options.groups and not classes & theirs:
         raise UserError("--group: both sides must be images with labels", hint="a dataset.json beside them")
-    where = distributed.local_device(options.device or "auto")
+    where = local_device(options.device or "auto")
     network = open_network(protocol, weights=options.weights, device=where)
     asked = groups.parse(options.groups, classes & theirs)
     return Request(images, reference, options, asked, options.samples or have, have, network)

@@ -17,6 +17,7 @@ from msdcli.diffusion.ema import EMA
 from msdcli.diffusion.float32 import fast_float32
 from msdcli.engine.checkpoints.manager import CheckpointManager
 from msdcli.engine.checkpoints.train_state import TrainState
+from msdcli.engine.distributed.device import seeded_apart
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.interrupt import interruptible
 from msdcli.engine.distributed.sharded_tensors import norm_of, split
@@ -199,13 +200,6 @@ def gradient_norm(net: nn.Module, clip: float | None) -> Tensor:
 def layers_seed(key: tuple[int | str, ...], step: int, group: ProcessGroup) -> int:
     """Return the seed of what layers draw from the global generator, dropout above all: each process its own."""
     return derive(*key, step, "layers", *([] if group.is_leader else [group.rank]))
-
-
-@contextmanager
-def seeded_apart(device: torch.device) -> Iterator[None]:
-    """Give the global generators back as they were."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def optimizers(networks: dict[str, nn.Module], stage: StageSettings) -> dict[str, torch.optim.Optimizer]:

@@ -21,6 +21,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.float32 import fast_float32
 from msdcli.diffusion.guidance import Guided
+from msdcli.engine.distributed.device import seeded_apart
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train.counting import forward_flops
 from msdcli.nets.diffusers.denoiser import DiffusersDenoiser
@@ -112,7 +113,7 @@ def measure(net: Denoiser, batch: int, device: torch.device, *, repeats: int = 5
 
     times: dict[str, list[float]] = {"float32": [], "bf16": []}
     end = time.perf_counter() + SECONDS.get(device.type, SECONDS["cpu"])
-    with torch.random.fork_rng(), fast_float32():
+    with seeded_apart(device), fast_float32():
         for _ in range(1 + repeats):
             for name, seconds in times.items():
                 net.compute_in(dtype(name))

@@ -22,11 +22,12 @@ from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.checkpoints import storage
 from msdcli.engine.checkpoints.files import DamagedError
 from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, save_model
+from msdcli.engine.distributed.device import seeded_apart
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.sharding import shard
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train import compiling, precision
-from msdcli.engine.train.loop import TrainOptions, seeded_apart, train
+from msdcli.engine.train.loop import TrainOptions, train
 from msdcli.engine.train.passes import Part, Passes
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection, BestAverage, StudentEvaluator
 from msdcli.errors import UserError

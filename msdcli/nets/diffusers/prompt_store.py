@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msdcli.diffusion.device_batch import free_share
+
 TOKENS, POOLED = "tokens.bin", "pooled.bin"
 
 
@@ -17,8 +19,8 @@ class PromptStore:
     """Prompt number i as vectors [length, width] and pooled [pooled width]; number -1 is the empty prompt.
 
     Rows start with the empty prompt, so number i is row i + 1. The rows may lie in a file, memory-mapped; on a GPU they
-    are kept where they fit into a quarter of the memory that is free. A network refers to its store and does not
-    contain it: no copy is made with the network, and no weight file holds it.
+    are kept where they fit into a quarter of this process' share of the free memory. A network refers to its store and
+    does not contain it: no copy is made with the network, and no weight file holds it.
     """
 
     def __init__(self, tokens: Tensor, pooled: Tensor) -> None:
@@ -66,8 +68,7 @@ class PromptStore:
         if device.type == "cpu":
             return self._tokens, self._pooled
         if device not in self._resident:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-            fits = self._tokens.nbytes + self._pooled.nbytes <= free // 4
+            fits = self._tokens.nbytes + self._pooled.nbytes <= free_share(device) // 4
             self._resident[device] = (self._tokens.to(device), self._pooled.to(device)) if fits else None
         return self._resident[device]
 

@@ -48,10 +48,10 @@ def test_students_per_device_are_that_many_processes_on_each(monkeypatch: pytest
     assert device.with_students_per_device(recipe(device="cuda"), 2).workers == 8
     assert device.with_students_per_device(recipe(device="cuda:3"), 2).workers == 2
     assert device.with_students_per_device(recipe(device="cpu", workers=7), 2).workers == 2
-    given = [workers._environment(i, CUDA)["CUDA_VISIBLE_DEVICES"] for i in range(8)]
+    given = [workers._environment(i, 8, CUDA)["CUDA_VISIBLE_DEVICES"] for i in range(8)]
     assert given == ["0", "1", "2", "3", "0", "1", "2", "3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [workers._environment(i, CUDA)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["5", "7", "5"]
+    assert [workers._environment(i, 3, CUDA)["CUDA_VISIBLE_DEVICES"] for i in range(3)] == ["5", "7", "5"]
 
 
 def test_cores_are_shared_out_where_nothing_says_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,8 +60,8 @@ def test_cores_are_shared_out_where_nothing_says_how_many_threads(monkeypatch: p
     assert [device.share_of_threads(recipe(), CPU, n) for n in (2, 4, 9)] == [3, 1, 1]
     assert device.share_of_threads(recipe(threads=4), CPU, 2) is None
     assert device.share_of_threads(recipe(), CUDA, 2) is None
-    assert "OMP_NUM_THREADS" not in workers._environment(0, CPU)
-    assert workers._environment(0, CPU, 3)["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in workers._environment(0, 2, CPU)
+    assert workers._environment(0, 2, CPU, 3)["OMP_NUM_THREADS"] == "3"
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert device.share_of_threads(recipe(), CPU, 2) is None, "the user has said it"
 
