@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +12,9 @@ from torch import Tensor, distributed
 from msdcli.data.images import Share
 from msdcli.engine.distributed.device import own_gpu
 from msdcli.engine.distributed.launcher import share
+from msdcli.engine.distributed.rendezvous import failed_before, meet, on_hosts, somebody_may_die
 from msdcli.engine.distributed.sharded_tensors import is_sharded
-from msdcli.errors import ElsewhereError, UserError, WorkerError, explain
+from msdcli.errors import ElsewhereError, UserError, explain
 from msdcli.metrics.evaluate import FeatureSet
 
 Value = TypeVar("Value")
@@ -26,11 +25,18 @@ class ProcessGroup:
     """The processes that do one piece of work together; a group of one talks to nobody.
 
     Process 0 leads: it decides, writes and reports. Gradients travel over the devices' own links (nccl, or gloo on
-    CPUs), everything else over gloo on the hosts, where waiting for an hour is no error and no device is held up.
+    CPUs), everything else over gloo on the hosts, where waiting for an hour is no error and no device is held up. Only
+    the votes of a training step, which everybody reaches soon, end after a while, and say who is missing.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, hosts: distributed.ProcessGroup | None = None) -> None:
-        self.rank, self.size, self._hosts = rank, size, hosts
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        hosts: distributed.ProcessGroup | None = None,
+        votes: distributed.ProcessGroup | None = None,
+    ) -> None:
+        self.rank, self.size, self._hosts, self._votes = rank, size, hosts, votes
         self._apart: ProcessGroup | None = None
         self._vote: tuple[Tensor, Any] | None = None
 
@@ -41,13 +47,13 @@ class ProcessGroup:
     @contextmanager
     def host_process_group(self) -> Iterator[distributed.ProcessGroup | None]:
         """Lend what torch's own collectives on the hosts take as their group."""
-        with _somebody_may_die():
+        with somebody_may_die():
             yield self._hosts
 
     def duplicate(self) -> ProcessGroup:
         """Return the same processes for a thread, whose words never mix with those of this one; all must ask."""
         if self._apart is None:
-            self._apart = ProcessGroup(self.rank, self.size, _on_hosts() if self.size > 1 else None)
+            self._apart = ProcessGroup(self.rank, self.size, on_hosts() if self.size > 1 else None)
         return self._apart
 
     def broadcast(self, value: Value) -> Value:
@@ -55,7 +61,7 @@ class ProcessGroup:
         if self.size == 1:
             return value
         said = [value if self.is_leader else None]
-        with _somebody_may_die():
+        with somebody_may_die():
             distributed.broadcast_object_list(said, src=0, group=self._hosts, device=torch.device("cpu"))
         return said[0]  # type: ignore[return-value]
 
@@ -64,7 +70,7 @@ class ProcessGroup:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with _somebody_may_die():
+        with somebody_may_die():
             distributed.all_gather_object(found, value, group=self._hosts)
         return found
 
@@ -88,7 +94,7 @@ class ProcessGroup:
         """Return the average of all processes' numbers, on the CPU."""
         numbers = numbers.detach().double().cpu() if self.size > 1 else numbers.cpu()
         if self.size > 1:
-            with _somebody_may_die():
+            with somebody_may_die():
                 distributed.all_reduce(numbers, group=self._hosts)
         return numbers / self.size if self.size > 1 else numbers
 
@@ -100,10 +106,10 @@ class ProcessGroup:
         if self.size == 1:
             return wish
         before, vote = self._vote, torch.tensor([wish])
-        with _somebody_may_die():
+        with somebody_may_die():
             self._vote = (
                 vote,
-                distributed.all_reduce(vote, op=distributed.ReduceOp.MAX, group=self._hosts, async_op=True),
+                distributed.all_reduce(vote, op=distributed.ReduceOp.MAX, group=self._votes, async_op=True),
             )
             votes = [v for v in (before, self._vote if last else None) if v is not None]
             for _, handle in votes:
@@ -162,13 +168,13 @@ class _Messages:
     def send(self, tensors: list[Tensor]) -> None:
         """Let `tensors` travel in one message."""
         flat = torch.cat([x.flatten() for x in tensors]) if len(tensors) > 1 else tensors[0].flatten()
-        with _somebody_may_die():
+        with somebody_may_die():
             self._travelling.append((tensors, flat, distributed.all_reduce(flat, async_op=True)))
 
     def receive(self) -> None:
         """Wait for all that was sent and put the averages in its place."""
         for tensors, flat, handle in self._travelling:
-            with _somebody_may_die():
+            with somebody_may_die():
                 handle.wait()
             flat /= self.size
             parts = flat.split([x.numel() for x in tensors])
@@ -206,15 +212,6 @@ def _buckets(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _somebody_may_die() -> Iterator[None]:
-    """Say in one sentence that a neighbour is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise WorkerError("another process of this run has ended") from error
-
-
-@contextmanager
 def join_torchrun() -> Iterator[ProcessGroup]:
     """Join the processes that torchrun started, for as long as the block lasts.
 
@@ -223,44 +220,15 @@ def join_torchrun() -> Iterator[ProcessGroup]:
     rank, size = share()
     if torch.cuda.is_available():
         torch.cuda.set_device(own_gpu())
-    _meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    meet("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield ProcessGroup(rank, size, _on_hosts())
+        yield ProcessGroup(rank, size, on_hosts(), on_hosts(patient=False))
     except BaseException as error:
-        code = _failed_before(rank, explain(error)[0])
+        code = failed_before(rank, explain(error)[0])
         if code is not None:
             raise ElsewhereError(code) from error
         raise
     distributed.destroy_process_group()
-
-
-def _meet(backend: str) -> None:
-    """Wait for the other processes. UserError where the launcher's variables lead to nobody."""
-    try:
-        distributed.init_process_group(backend)
-    except (RuntimeError, ValueError, OSError) as error:
-        where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
-        raise UserError(
-            f"the processes of this run could not meet at {where}: {str(error).splitlines()[0][:200]}",
-            hint="torchrun sets MASTER_ADDR and MASTER_PORT; for one process, unset WORLD_SIZE and RANK",
-        ) from error
-
-
-def _on_hosts() -> distributed.ProcessGroup:
-    """Return a group of all processes that waits as long as it takes; all must ask."""
-    group = distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    assert isinstance(group, distributed.ProcessGroup), "every process is in this group"
-    return group
-
-
-def _failed_before(rank: int, code: int) -> int | None:
-    """Note that this process ends with `code`; return the code of the one that ended before it, if one did."""
-    try:
-        store = distributed.distributed_c10d._get_default_store()
-        first, said = store.compare_set("msd/ended", "", f"{rank} {code}").decode().split()
-    except (RuntimeError, ValueError):
-        return code  # the store went away with whoever kept it
-    return None if int(first) == rank else int(said)
 
 
 def gather_features(part: FeatureSet, share: Share) -> FeatureSet | None:
@@ -268,7 +236,7 @@ def gather_features(part: FeatureSet, share: Share) -> FeatureSet | None:
     rank, num_ranks = share
     if num_ranks == 1:
         return part
-    _meet("gloo")  # arrays on the host, whatever the device
+    meet("gloo")  # arrays on the host, whatever the device
     try:
         gathered: list[Any] | None = [None] * num_ranks if rank == 0 else None
         distributed.gather_object(part.to_arrays(), gathered)

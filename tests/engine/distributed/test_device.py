@@ -42,8 +42,8 @@ def test_what_computes_and_what_talks_are_on_one_gpu(
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda on: current.append(torch.device("cuda", torch.device(on).index))
     )
-    monkeypatch.setattr(group, "_meet", lambda backend: None)
-    monkeypatch.setattr(group, "_on_hosts", lambda: None)
+    monkeypatch.setattr(group, "meet", lambda backend: None)
+    monkeypatch.setattr(group, "on_hosts", lambda **_: None)
     monkeypatch.setattr(distributed, "destroy_process_group", lambda: None)
     with group.join_torchrun():
         assert current == [device.local_device("auto")] == [device.local_device("cuda")] == [torch.device("cuda", own)]
