@@ -89,6 +89,74 @@ def has_images(data: Dataset) -> bool:
     return bool(getattr(data, "has_images", True))
 
 
+# A part of the data that is kept out of training.
+
+
+class Subset:
+    """Some of a data set's images, in the order of `numbers`."""
+
+    def __init__(self, whole: Dataset, numbers: Tensor) -> None:
+        self.whole, self.numbers = whole, numbers
+        self.shape, self.class_names = whole.shape, whole.class_names
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def images(self, numbers: Sequence[int]) -> Tensor:
+        return self.whole.images(self._theirs(numbers))
+
+    def labels(self, numbers: Sequence[int]) -> Tensor:
+        return self.whole.labels(self._theirs(numbers))
+
+    def images_hash(self) -> str:
+        """Return a hash of all images of the whole, and of which of them these are."""
+        return hashlib.sha256(images_hash(self.whole).encode() + self.numbers.numpy().tobytes()).hexdigest()
+
+    def _theirs(self, numbers: Sequence[int]) -> list[int]:
+        found: list[int] = self.numbers[list(numbers)].tolist()
+        return found
+
+
+class StoredSubset(Subset):
+    """Some of the images of a data set that keeps them in a file."""
+
+    def stored(self, numbers: Sequence[int]) -> Tensor:
+        assert isinstance(self.whole, StoredImages)
+        return self.whole.stored(self._theirs(numbers))
+
+
+def subset(whole: Dataset, numbers: Tensor) -> Subset:
+    return (StoredSubset if isinstance(whole, StoredImages) else Subset)(whole, numbers)
+
+
+def split(data: Dataset, share: float | None) -> tuple[Dataset, Dataset]:
+    """Return the images to train on and those to measure against: a `share` of every class that is held out; without
+    one, all of them twice. UserError where too few are held out to be measured against.
+    """
+    if share is None:
+        return data, data
+    held = held_out(data.labels(range(len(data))), share)
+    if len(held) < 2:
+        raise UserError(
+            f"data.held_out: {share:g} of {len(data):,} images are too few to measure a distance against",
+            hint="leave it out: distances are measured against all images",
+        )
+    rest = torch.ones(len(data), dtype=torch.bool)
+    rest[held] = False
+    return subset(data, rest.nonzero().flatten()), subset(data, held)
+
+
+def held_out(labels: Tensor, share: float) -> Tensor:
+    """Return the numbers of a `share` of every class's images, in ascending order and the same ones for equal labels:
+    of each class one at least, and of a class of one image none.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive("split", len(labels))))
+    found = []
+    for own in (order[labels[order] == k] for k in labels.unique()):
+        found.append(own[: max(1, round(share * len(own))) if len(own) > 1 else 0])
+    return torch.cat(found).sort().values
+
+
 # What a data set is, as a name for what is made from it.
 
 FINGERPRINT = 2  # the version of what `fingerprint` hashes: run.json says by which one a run was begun

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from msdcli.data.base import held_out
 from msdcli.data.files.labels import empty_classes
 from msdcli.data.folder import BadPicture, PictureFiles, refusal
 from msdcli.errors import UserError
@@ -35,6 +36,7 @@ class Survey:
     class_names: list[str]
     per_class: list[int]
     bad: list[BadPicture]
+    held_out: int = 0  # of all pictures, how many the recipe keeps out of training
 
     def lines(self) -> list[str]:
         """Return what was seen, for people."""
@@ -57,6 +59,8 @@ class Survey:
         each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         count = len(self.class_names)
         found.append(f"{count:,} {'class' if count == 1 else 'classes'} of {each} pictures")
+        if self.held_out:
+            found.append(f"{self.held_out:,} pictures are held out of training: distances are measured against these")
         return found
 
     def remarks(self, sigma_data: float | None = None) -> list[str]:
@@ -88,6 +92,7 @@ class Survey:
             "mean": self.mean,
             "standard_deviation": self.deviation,
             "classes": dict(zip(self.class_names, self.per_class, strict=True)),
+            "held_out": self.held_out,
             "bad": {b.name: b.reason for b in self.bad},
         }
 
@@ -111,14 +116,15 @@ def survey(pictures: PictureFiles, most: int = MOST) -> Survey:
                 bad.append(numbers_of)
             else:
                 sums += numbers_of
-    per_class = np.bincount(pictures.labels(range(count)).numpy(), minlength=len(pictures.class_names)).tolist()
+    labels, share = pictures.labels(range(count)), pictures.settings.held_out
+    per_class = np.bincount(labels.numpy(), minlength=len(pictures.class_names)).tolist()
     mean = deviation = None
     if sums[0]:
         mean = float(sums[1] / sums[0])
         deviation = math.sqrt(max(0.0, float(sums[2] / sums[0]) - mean * mean))
     return Survey(
         *(pictures.settings.path, count, len(numbers), sizes.most_common(), grey, mean, deviation),
-        *(pictures.class_names, per_class, bad),
+        *(pictures.class_names, per_class, bad, 0 if share is None else len(held_out(labels, share))),
     )
 
 

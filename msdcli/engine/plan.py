@@ -48,6 +48,7 @@ class Plan:
         steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
         kinds, what = "prompts" if recipe.has_prompts else "classes", "images" if self.has_images else "rows"
         made = f"{recipe.data.label}, {self.images:,} {what} of {list(self.shape)} in {self.conditions} {kinds}"
+        made += " to train on" if self.pictures is not None and self.pictures.held_out else ""
         if recipe.data.name == "none":
             made = f"none: {self.conditions} classes of {list(self.shape)}, which are the teacher's"
         embeddings = f"prompts:   {self.embedding_bytes / 2**30:,.3g} GiB of embeddings"

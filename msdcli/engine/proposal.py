@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +40,8 @@ BATCH = 64
 ENOUGH = 2500  # the teacher's steps below which a larger network is no gain
 LEAST = 50  # a student's steps, below which fewer students are made
 TEACHER, SAMPLES, STUDENTS = 0.5, 0.15, 0.25  # parts of the time; the rest is the classifier's and the measurements'
+# Images held out of training: a distance to fewer says little, one to more is hardly surer.
+FEWEST_HELD_OUT, MOST_HELD_OUT = 500, 10_000
 SECONDS = 1.0  # of measuring how fast this device is
 
 
@@ -96,7 +98,22 @@ def _data(folder: str) -> tuple[FolderSettings, Survey, list[str]]:
         assumed.append(
             f"{len(seen.bad):,} of {seen.looked_at:,} pictures cannot be used and are left out (on_bad: skip)"
         )
-    return data, seen, [*why, *assumed, "pictures are not mirrored: `mirror: true` where left and right do not matter"]
+    share, kept = _held_out(seen)
+    if share is not None:
+        data = data.model_copy(update={"held_out": share})
+        seen = replace(seen, held_out=round(share * seen.pictures))
+    return data, seen, [*why, *assumed, kept, "pictures are not mirrored: `mirror: true` where left and right do not matter"]
+
+
+def _held_out(seen: Survey) -> tuple[float | None, str]:
+    """Choose the part of the pictures that is held out, where a tenth of them is enough to measure by."""
+    if seen.pictures < 10 * FEWEST_HELD_OUT:
+        return None, (
+            "all pictures are trained on, and distances are measured against the same ones: they are too few to spare "
+            "any (`held_out: 0.1` keeps a tenth of every class out of training)"
+        )
+    share = float(f"{min(0.1, MOST_HELD_OUT / seen.pictures):.2g}")
+    return share, f"{share:g} of every class is held out of training, to measure distances against (held_out)"
 
 
 def _fitted(seen: Survey) -> tuple[dict[str, object], list[str]]:

@@ -92,6 +92,13 @@ class FolderSettings(DataSection):
     mirror: bool = Field(
         False, description="teach with pictures mirrored left to right at random; never where they are measured"
     )
+    held_out: float | None = Field(
+        None,
+        gt=0,
+        le=0.5,
+        description="part of every class's pictures that nothing is trained on and that distances are measured "
+        "against, such as 0.1; absent: none, and distances are measured against all",
+    )
     labels: bool = Field(True, description="false: one class for all")
     classes: Count | None = Field(None, description="how many classes there must be")
     count: Count | None = Field(None, description="how many pictures there must be")

@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from msdcli.data import open_data
-from msdcli.data.base import in_turn
+from msdcli.data.base import fingerprint, held_out, in_turn, split
 from msdcli.data.toy2d import SHAPES
+from msdcli.errors import UserError
 from msdcli.recipe.data import DigitsSettings, FolderSettings, GlyphsSettings, Toy2dSettings
 
 
@@ -79,3 +82,26 @@ def test_files_sorted_by_class_are_sampled_from_all_classes(tmp_path: Path) -> N
     assert few.min() >= 4 and few.sum() == 40
     assert data.labels(in_turn(data, range(200))).bincount().tolist() == [50] * 4, "a whole turn is all of the data"
     assert in_turn(data, range(200, 210)) == in_turn(data, range(10))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=200).map(torch.tensor), st.floats(0.01, 0.5))
+def test_a_share_of_every_class_is_held_out(labels: torch.Tensor, share: float) -> None:
+    held = held_out(labels, share)
+    assert torch.equal(held, held_out(labels, share)) and torch.equal(held, held.unique())
+    for k in labels.unique():
+        n, away = int((labels == k).sum()), int((labels[held] == k).sum())
+        assert away == (0 if n == 1 else max(1, round(share * n))) < n
+
+
+def test_held_out_images_are_apart_from_those_that_are_trained_on() -> None:
+    data = open_data(DigitsSettings())
+    train, held = split(data, 0.1)
+    assert (len(train), len(held)) == (1618, 179) and train.class_names == held.class_names == data.class_names
+    every = torch.cat([train.images(range(len(train))), held.images(range(len(held)))])
+    assert torch.equal(every.sum((1, 2, 3)).sort().values, data.images(range(1797)).sum((1, 2, 3)).sort().values)
+    assert set(held.labels(range(179)).tolist()) == set(range(10))
+    names = {fingerprint(part) for part in (data, train, held, split(data, 0.2)[0])}
+    assert len(names) == 4 and fingerprint(split(data, 0.1)[0]) in names
+    assert split(data, None) == (data, data)
+    with pytest.raises(UserError, match="too few to measure"):
+        split(open_data(Toy2dSettings(points=8)), 0.5)

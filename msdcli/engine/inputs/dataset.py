@@ -12,10 +12,19 @@ import PIL
 
 from msdcli import records
 from msdcli.data import open_data, prompts
-from msdcli.data.base import FINGERPRINT, Dataset, fingerprint, fingerprint_of_version_1
+from msdcli.data.base import FINGERPRINT, Dataset, fingerprint, fingerprint_of_version_1, split
 from msdcli.data.conditions import Conditions
 from msdcli.data.files.labels import empty_classes
-from msdcli.data.folder import PIXELS, RECORD, SHOWN, BadPicture, DecodedPictures, PictureFiles, refusal
+from msdcli.data.folder import (
+    PIXELS,
+    RECORD,
+    SHOWN,
+    BadPicture,
+    DecodedPictures,
+    ExpectedPictures,
+    PictureFiles,
+    refusal,
+)
 from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.inputs import hub, importing
 from msdcli.engine.tracking.events import Progress, Report
@@ -30,7 +39,25 @@ FORMAT = 2  # of decoded pictures: another number where the code below decodes o
 
 
 def provide(run: RunDir, recipe: Recipe, report: Report) -> Dataset:
-    """Return the data set, after decoding it if nobody has. UserError listing the pictures that cannot be used."""
+    """Return the data to train on, after decoding them if nobody has. UserError listing the pictures that cannot be
+    used.
+    """
+    return provide_parts(run, recipe, report)[0]
+
+
+def provide_parts(run: RunDir, recipe: Recipe, report: Report) -> tuple[Dataset, Dataset]:
+    """Return the data to train on and those that distances are measured against: all of them in both places, unless the
+    recipe holds some out.
+    """
+    return split(_whole(run, recipe, report), held_out_of(recipe))
+
+
+def held_out_of(recipe: Recipe) -> float | None:
+    """The part of every class's pictures that the recipe keeps out of training."""
+    return recipe.data.held_out if isinstance(recipe.data, FolderSettings) else None
+
+
+def _whole(run: RunDir, recipe: Recipe, report: Report) -> Dataset:
     settings = recipe.data
     if isinstance(settings, PromptsSettings):
         return _prompts(run, recipe, settings, report)
@@ -47,13 +74,14 @@ def provide(run: RunDir, recipe: Recipe, report: Report) -> Dataset:
 
 
 def look(recipe: Recipe, *, planning: bool = False) -> Dataset:
-    """Open a recipe's data as they lie, decoding what is asked for. With `planning`, data that are not here yet are
-    what the recipe says of them. Prompts alone have the shape of what the teacher makes.
+    """Open the data that a recipe trains on as they lie, decoding what is asked for. With `planning`, data that are not
+    here yet are what the recipe says of them, whole. Prompts alone have the shape of what the teacher makes.
     """
     if isinstance(recipe.data, NoDataSettings):
         return conditions_of_teacher(RunDir(recipe.run_dir), recipe, planning=planning)
     made = made_by_teacher(recipe, planning=planning) if recipe.has_prompts else None
-    return open_data(recipe.data, planning=planning, made=made)
+    data = open_data(recipe.data, planning=planning, made=made)
+    return data if isinstance(data, ExpectedPictures) else split(data, held_out_of(recipe))[0]
 
 
 def conditions_of_teacher(run: RunDir, recipe: Recipe, *, planning: bool = False) -> Conditions:
@@ -120,10 +148,10 @@ def _decoded(run: RunDir, settings: FolderSettings, pictures: PictureFiles, repo
     """Return the folder with the decoded pictures."""
     # Pixels depend on the files, on size, channels, crop, resize and pad, and on the code; numbers and classes on the
     # files, on on_bad and labels. (`source`, `count` and `classes` decide nothing: they are said, or checked; `mirror`
-    # is for training. Without `pad` the name is that of the time before there was one.) What is left is
+    # and `held_out` are for training. Without `pad` the name is that of the time before there was one.) What is left is
     # Pillow: another version may decode a JPEG to other last bits. That is no reason to refuse a run its data, and the
     # hash of the pixels themselves names all that is made from them.
-    section = settings.model_dump(mode="json", exclude={"source", "count", "classes", "mirror"})
+    section = settings.model_dump(mode="json", exclude={"source", "count", "classes", "mirror", "held_out"})
     if settings.pad == "none":
         del section["pad"]
     files = pictures.fingerprint()

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msdcli.data import open_data
 from msdcli.data.base import Dataset, fingerprint, fingerprint_of_version_1
 from msdcli.data.latents import DTYPES, LATENTS, RECORD, Latents
 from msdcli.diffusion.device_batch import DeviceBatch
@@ -199,7 +198,7 @@ def encode(recipe: Recipe, report: Report) -> dict[str, Any]:
     """
     run, on = RunDir(recipe.run_dir), device.prepare(recipe)
     source = _latent_teacher(recipe)
-    teachers.on_meta(recipe, open_data(recipe.data))  # does it fit?
+    teachers.on_meta(recipe, dataset.look(recipe))  # does it fit?
     data = dataset.provide(run, recipe, report)
     folder = source if find(source) else importing.located(run, source, report)
     found = provide(run, recipe, data, folder, on, report, always=True)
@@ -211,7 +210,7 @@ def encode(recipe: Recipe, report: Report) -> dict[str, Any]:
 
 def plan(recipe: Recipe) -> list[str]:
     """Return what `encode` would do, after checking it; nothing is written."""
-    data, source = open_data(recipe.data), _latent_teacher(recipe)
+    data, source = dataset.look(recipe), _latent_teacher(recipe)
     teachers.on_meta(recipe, data)
     shape = shape_seen(data, importing.find_autoencoder(source))
     size = len(data) * 2 * int(np.prod(shape)) * np.dtype(DTYPES[recipe.latents.dtype]).itemsize

@@ -35,6 +35,7 @@ from msdcli.seeds import derive
 
 MAX_REFERENCE = 50_000
 REPLICATES = 100  # of the bootstrap where no number is asked for and features have at most
+HELD_OUT = "held-out data"
 CHANGED = "The data have changed since the run was begun: the students were made from others."
 
 
@@ -44,12 +45,14 @@ CHANGED = "The data have changed since the run was begun: the students were made
 class EvaluationContext:
     """A run under one network: what measuring it once and watching it have in common."""
 
-    def __init__(self, run: RunDir, options: FidOptions, report: Report) -> None:
+    def __init__(self, run: RunDir, options: FidOptions, report: Report, *, choosing: bool = False) -> None:
+        """`choosing`: what is measured decides something of the students, which held-out images must not."""
         refuse_seed(options)
         self.run, self.options, self.report = run, options, report
         self.recipe = run.recipe()
         self.device = device.prepare(self.recipe) if options.device is None else device.resolve(options.device)
-        self.data = dataset.provide(run, self.recipe, report)
+        self.data, held_out = dataset.provide_parts(run, self.recipe, report)
+        self.reference = self.data if choosing else held_out
         self.warnings = [] if dataset.is_as_begun(run, self.data) else [CHANGED]
         self.planar = len(self.data.shape) == 1
         names = self.data.class_names
@@ -59,6 +62,9 @@ class EvaluationContext:
         if self.planar and (options.lean or options.save):
             raise UserError("points are no pictures: they cannot be saved, and are measured one by one")
         self.metric = metric_of(run, self.recipe, self.data, options, self.device, report)
+        if self.against_held_out:
+            said = f"{self.metric.protocol}, against {len(self.reference):,} images held out of training"
+            self.metric = replace(self.metric, protocol=said)
         self.warnings += self.metric.warnings
         memory = DeviceBatch(report)
         self.extractor = features.FeatureExtractor(
@@ -69,22 +75,27 @@ class EvaluationContext:
         # A seed of its own, never the noise of the pairs that the students were trained on.
         self.seed = derive("evaluation", self.recipe.evaluation.seed)
 
+    @property
+    def against_held_out(self) -> bool:
+        """Whether samples are compared with images that nothing was trained on."""
+        return self.reference is not self.data and self.options.reference is None
+
     def replicates(self, dimension: int) -> int:
         if self.options.bootstrap is not None:
             return self.options.bootstrap
         return REPLICATES if dimension <= CHEAP and not self.options.lean else 0
 
     def real(self) -> Reference:
-        """The reference: the data, or what the user names."""
+        """The reference: the data, or what of them is held out of training, or what the user names."""
         if self.options.reference:
             options: dict[str, Any] = {"batch": self.batch, "workers": self.options.workers, "report": self.report}
             return features.of_reference(self.options.reference, self.metric.network, **options)
         largest = max(self.count, MAX_REFERENCE) if self.planar else MAX_REFERENCE
-        numbers = in_turn(self.data, range(min(len(self.data), largest)))
+        numbers = in_turn(self.reference, range(min(len(self.reference), largest)))
         if not has_images(self.data):
             raise UserError("there are no pictures to compare with", hint="--reference a folder of pictures")
-        depends = fingerprint(self.data), len(numbers)  # which images these are follows from how many
-        return self._cached(lambda: features.of_data(self.data, numbers, self.extractor), "data", *depends)
+        depends = fingerprint(self.reference), len(numbers)  # which images these are follows from how many
+        return self._cached(lambda: features.of_data(self.reference, numbers, self.extractor), "data", *depends)
 
     def teacher(self) -> FeatureSet:
         """The teacher's samples; they depend on the teacher, its solver, the pairs' seed, how many they are and, for
@@ -172,7 +183,7 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> M
 def _record(
     context: EvaluationContext, students: sample.Students, measured: FeatureSet, notes: dict[str, Any]
 ) -> dict[str, Any]:
-    recipe, options = context.recipe, context.options
+    recipe = context.recipe
     return {
         "samples": context.count,
         "seed": recipe.evaluation.seed,
@@ -184,13 +195,19 @@ def _record(
         "network": context.metric.network.record() | {"dimension": measured.moments.dimension},
         "teacher_sha256": records.model(context.run.teacher / MODEL).get("sha256"),
         "students_sha256": [records.trained(f / MODEL)["sha256"] for f in students.folders],
-        "students_against": "teacher" if context.planar else options.reference or "data",
+        "students_against": _against(context),
         "reference_sha256": _reference_hash(context),
         **notes,
         "solver": recipe.teacher.solver.record() | {"evaluations": recipe.teacher.solver.evaluations},
         "computed_in": float32.record(context.device),
         "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
     } | context.metric.record
+
+
+def _against(context: EvaluationContext) -> str:
+    if context.planar:
+        return "teacher"
+    return context.options.reference or (HELD_OUT if context.against_held_out else "data")
 
 
 def _notes(context: EvaluationContext) -> tuple[dict[str, Any], list[str]]:
@@ -202,7 +219,7 @@ def _notes(context: EvaluationContext) -> tuple[dict[str, Any], list[str]]:
 
 def _reference_hash(context: EvaluationContext) -> str:
     if context.options.reference is None:
-        return fingerprint(context.data)
+        return fingerprint(context.reference)
     return content_hash(features.find_reference(context.options.reference))
 
 

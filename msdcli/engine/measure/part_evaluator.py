@@ -59,7 +59,8 @@ def check(recipe: Recipe, data: Dataset, group: ProcessGroup, *, planning: bool)
 class PartEvaluator:
     """Measures samples for the conditions of one part, which are drawn as frequent as in the data.
 
-    Pictures are compared with the data, points with the teacher's samples, as in `msd fid`. The noise is the same at
+    Pictures are compared with the data, points with the teacher's samples, as in `msd fid`, but with the images that are
+    trained on: what is held out chooses nothing. The noise is the same at
     every step, and that of no pair and of no final measurement. The processes of a group share the samples.
     """
 
@@ -77,7 +78,7 @@ class PartEvaluator:
         protocol = stage.select.protocol
         # A published protocol's features are many and large: the distance needs no more than their moments.
         options = FidOptions(protocol=protocol, device=str(device), lean=protocol != "data")
-        context = group.leader_first(lambda: EvaluationContext(run, options, report))
+        context = group.leader_first(lambda: EvaluationContext(run, options, report, choosing=True))
         self.metric, self.samples, self.sigmas = context.metric.name, stage.select.samples, tuple(stage.sigmas)
         self.feature_metric, self.device, self.group, self.batch = context.metric, device, group, context.batch
         self.extractor = features.FeatureExtractor(

@@ -102,7 +102,7 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         against = result.get("students_against") or "data"
         whose = (
             ("students", against, "1 evaluation an image"),
-            ("teacher", "data", f"{facts.evaluations} evaluations"),
+            ("teacher", "data" if against == "teacher" else against, f"{facts.evaluations} evaluations"),
         )
         for who, other, said in whose:
             if line := row(result, who):

@@ -25,6 +25,7 @@ CURE = (
     "keep the teacher's pairs, make more of them, train the fake network more often, lower the learning rate "
     "(msd docs troubleshooting: mode collapse)"
 )
+AGAINST = {"data": "the data", "held-out data": "the held-out data", "teacher": "the teacher's samples"}
 COMPANIONS = {
     "recall": "are less varied than the teacher's",
     "coverage": "reach fewer of the real images than the teacher's",
@@ -89,7 +90,7 @@ def _how_good(facts: RunFacts) -> list[str]:
     students, teacher = row(result, "students"), row(result, "teacher")
     if students is None:
         return []
-    against = "the teacher's samples" if result.get("students_against") == "teacher" else "the data"
+    against = AGAINST.get(result.get("students_against") or "data", "the reference")
     text = (
         f"By {metric} ({result['protocol']}) {students['samples']:,} samples of the students are "
         f"{measured(students, metric)} from {against}, at {evaluations(facts.steps)} each."
