@@ -102,7 +102,8 @@ def _data(folder: str) -> tuple[FolderSettings, Survey, list[str]]:
     if share is not None:
         data = data.model_copy(update={"held_out": share})
         seen = replace(seen, held_out=round(share * seen.pictures))
-    return data, seen, [*why, *assumed, kept, "pictures are not mirrored: `mirror: true` where left and right do not matter"]
+    mirror = "pictures are not mirrored: `mirror: true` where left and right do not matter"
+    return data, seen, [*why, *assumed, kept, mirror]
 
 
 def _held_out(seen: Survey) -> tuple[float | None, str]:

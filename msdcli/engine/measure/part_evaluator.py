@@ -59,9 +59,9 @@ def check(recipe: Recipe, data: Dataset, group: ProcessGroup, *, planning: bool)
 class PartEvaluator:
     """Measures samples for the conditions of one part, which are drawn as frequent as in the data.
 
-    Pictures are compared with the data, points with the teacher's samples, as in `msd fid`, but with the images that are
-    trained on: what is held out chooses nothing. The noise is the same at
-    every step, and that of no pair and of no final measurement. The processes of a group share the samples.
+    Pictures are compared with the data, points with the teacher's samples, as in `msd fid`, but with the images that
+    are trained on: what is held out chooses nothing. The noise is the same at every step, and that of no pair and of no
+    final measurement. The processes of a group share the samples.
     """
 
     def __init__(
