@@ -7,6 +7,7 @@ run it on one directory at once: each takes the students that nobody else is at.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from msdcli.data.base import FINGERPRINT, Dataset, has_images
 from msdcli.diffusion.denoiser import Denoiser
+from msdcli.diffusion.device_batch import release
 from msdcli.diffusion.draws import Source
 from msdcli.engine import pictures, sample, search
 from msdcli.engine.checkpoints import disk
@@ -33,7 +35,7 @@ from msdcli.engine.measure.teacher import Verdict
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.tracking.formatting import evaluations, plural
 from msdcli.engine.tracking.loggers import logged
-from msdcli.engine.train import precision
+from msdcli.engine.train import compiling, precision
 from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network, with_teachers
 from msdcli.errors import CONTINUES, WHOLE, UserError, WrongValueError, resumable
 from msdcli.nets.meta import on_meta
@@ -136,6 +138,7 @@ def distill(
         num_workers = 1 if alone else device.num_workers(recipe, training.device)
         if num_workers > 1 and training.unfinished(everyone):
             threads = device.share_of_threads(recipe, training.device, num_workers)
+            training.leave_device()
             with resumable(WHOLE):
                 workers.run(training.run, num_workers, training.device, report, threads=threads)
         else:
@@ -293,6 +296,16 @@ class TrainingRun:
                 if self.group.broadcast(self.unfinished([number])):
                     distill_student(self._student(number, report), report)
 
+    def leave_device(self) -> None:
+        """Hold no network on the device, for others are about to train there."""
+        self.teacher.to("cpu")
+        if self.teacher.prompts is not None:
+            self.teacher.prompts.leave_devices()
+        self.pairs.forget_networks()
+        compiling.forget()
+        gc.collect()  # what trained the teacher refers to itself
+        release()
+
     def _student(self, number: int, report: Report) -> Student:
         pairs = self.pairs.provide(self.teacher.to(self.device), report) if self.recipe.needs_pairs else None
         if self.recipe.fsdp and self.group.size > 1:
@@ -319,7 +332,9 @@ def preview(training: TrainingRun, *, rows: int = 32, columns: int = 16, points:
     per_class = points if planar else columns
     asked = [c for c in classes for _ in range(per_class)]
     mine = sample.load(training.run.root, training.device).sample(asked).split(per_class)
-    theirs = training.pairs.examples(training.teacher, classes, per_class if planar else columns // 2)
+    theirs = training.pairs.examples(
+        training.teacher.to(training.device), classes, per_class if planar else columns // 2
+    )
     if theirs is not None:
         decode = autoencoder.decoder(training.run.teacher, training.device)
         theirs = [decode(y).cpu() for y in theirs]

@@ -182,6 +182,10 @@ class Pairs:
             self._stitch = self._load_stitch(teacher)
         return self._stitch
 
+    def forget_networks(self) -> None:
+        """Let go of the small networks; they are read again when they are needed."""
+        self._stitch = None
+
     @property
     def seed(self) -> int:
         """The seed of everything that is drawn for pairs."""

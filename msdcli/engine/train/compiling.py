@@ -126,6 +126,12 @@ def undo(objective: Objective) -> None:
     vars(objective).pop("turns", None)
 
 
+def forget() -> None:
+    """Let go of all compiled code, and of the memory in which CUDA graphs run."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def eagerly() -> AbstractContextManager[object]:
     """Run compiled networks as they are written, so that their operations can be counted."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds

@@ -64,6 +64,10 @@ class PromptStore:
         tokens, pooled = (rows[row].to(device, non_blocking=True).float() for rows in kept)
         return tokens, pooled
 
+    def leave_devices(self) -> None:
+        """Let go of the rows that devices keep; the next look-up decides anew."""
+        self._resident.clear()
+
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         if device.type == "cpu":
             return self._tokens, self._pooled
