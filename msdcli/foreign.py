@@ -1,10 +1,13 @@
-"""Files of other people, looked at before they are read: what they are, how large, and whether they are here at all."""
+"""What other people made: their files, looked at before they are read (what they are, how large, and whether they are
+here at all), and which of their packages are installed.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
 import unicodedata
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from msdcli.errors import MissingFileError, UserError
@@ -67,3 +70,14 @@ def check_file(path: Path, *, most: int | None = None) -> None:
         raise UserError(f"{shown(str(path))} {POINTER_SAYS}", hint=POINTER_HINT)
     if most is not None and size > most:
         raise UserError(f"{shown(str(path))} has {size:,} bytes, the limit is {most:,}")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the version of each package; `not installed` of one that is absent, or run from its files."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

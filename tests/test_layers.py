@@ -33,7 +33,7 @@ BELOW = {
     "objectives": {"diffusion", "nets", "recipe", "errors"},
     "engine": {"sweep", "objectives", "metrics", "diffusion", "nets", "data", "partition", "routing", "rundir"}
     | {"outputs", "records", "recipe", "noise", "seeds", "foreign", "errors"},
-    "cli": {"partition", "sweep", "engine", "console", "recipe", "rundir", "outputs", "errors"},
+    "cli": {"partition", "sweep", "engine", "console", "recipe", "rundir", "outputs", "foreign", "errors"},
 }
 # The rooms of the engine from the lowest to the highest: each may import those before it.
 ROOMS = (

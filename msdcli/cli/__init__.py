@@ -66,9 +66,9 @@ for verb in (
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import importlib.metadata
+        from msdcli.foreign import versions
 
-        console.say(f"msd {importlib.metadata.version('msdcli')}")
+        console.say(f"msd {versions('msdcli')['msdcli']}")
         raise typer.Exit
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from msdcli import records
 from msdcli.data.base import Dataset
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import LockedError, UserError
+from msdcli.foreign import versions
 from msdcli.recipe import Recipe
 from msdcli.recipe.changes import differences
 from msdcli.rundir import Presence, RunDir, discard, holder_of, lock, sweep_temporaries, write_json
@@ -50,7 +50,7 @@ class Claim:
         if student is not None and (holder := holder_of(run.student(student))):
             raise LockedError(f"student {student} is being worked on by {holder}", hint="`msd status RUN` shows it")
         described = {
-            "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
+            "versions": versions("msdcli", "torch"),
             "class_names": [] if recipe.has_prompts else data.class_names,
             "shape": list(data.shape),
         }

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from msdcli.data.opening import content_hash
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.float32 import exact_float32
 from msdcli.errors import UserError
+from msdcli.foreign import versions
 from msdcli.metrics.batches import ImageSource, batches_of, opened
 from msdcli.metrics.frechet import ReweightedFrechet, Statistics, frechet_distance, frechet_infinity
 from msdcli.metrics.inception import FeatureNetwork, open_network
@@ -180,7 +180,7 @@ class FeatureSet:
             "reference_count": reference.count,
             "dimension": self.moments.dimension,
             "labels": {str(label): count for label, count in self.moments.counts().items() if label >= 0},
-            "versions": _versions(),
+            "versions": versions(*PACKAGES),
         }
 
 
@@ -294,7 +294,7 @@ def cache_key(path: str | Path, network: FeatureNetwork) -> str:
     weights; on Pillow, whose versions decode a JPEG differently; and on the code here (FORMAT). Batch, device and the
     version of torch move their last bits alone.
     """
-    parts = json.dumps([FORMAT, _versions()["pillow"], content_hash(path), network.record()], sort_keys=True)
+    parts = json.dumps([FORMAT, versions(*PACKAGES)["pillow"], content_hash(path), network.record()], sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -374,16 +374,6 @@ def _warnings(own: Moments, reference: Statistics) -> list[str]:
 
 def _as_json(interval: Interval) -> dict[str, float]:
     return {"low": interval.low, "high": interval.high, "level": interval.level}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def _name(images: ImageSource) -> str:

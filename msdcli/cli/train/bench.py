@@ -1,7 +1,8 @@
-"""`msd bench`: how fast a recipe trains and samples on this machine; `msd fid` beside other programs."""
+"""`msd bench`: how fast a recipe trains, samples and is measured on this machine; `msd fid` beside other programs."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,9 +13,13 @@ from msdcli.cli import options
 
 
 class RecipeOrFid(TyperGroup):
-    """`msd bench RECIPE` is `msd bench recipe RECIPE`: what names no command is a recipe, or its options."""
+    """`msd bench RECIPE` is `msd bench recipe RECIPE`: what names no command is a recipe, or its options; `--show` is
+    the command `show`.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] == "--show":
+            args = ["show", *args[1:]]
         if args and args[0] not in self.commands and args[0] != "--help":
             args = ["recipe", *args]
         return super().parse_args(ctx, args)
@@ -23,12 +28,15 @@ class RecipeOrFid(TyperGroup):
 def register(app: typer.Typer) -> None:
     group = typer.Typer(
         cls=RecipeOrFid,
-        help="Measure speed on this machine. `msd bench RECIPE`: a recipe's training and sampling; `msd bench fid`: "
-        "`msd fid` beside other programs.",
+        help="Measure speed on this machine. `msd bench RECIPE`: a recipe's training and sampling; `msd bench "
+        "measuring RECIPE`: what its figures take; `msd bench fid`: `msd fid` beside other programs; "
+        "`msd bench show FILE`: what was measured elsewhere.",
         no_args_is_help=True,
     )
     group.command("recipe")(recipe)
+    group.command("measuring")(measuring)
     group.command("fid")(fid)
+    group.command("show")(show)
     app.add_typer(group, name="bench")
 
 
@@ -41,6 +49,9 @@ def recipe(
         int | None,
         typer.Option(min=2, help="Instead: this many students on one device, in processes and in one process."),
     ] = None,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Run compiled networks with CUDA graphs and without, wherever they pay.")
+    ] = False,
     json_: options.Json = False,
 ) -> None:
     """Time a student's update by turn and network, and samples; weights and images are random.
@@ -54,7 +65,7 @@ def recipe(
     with console.Monitor(quiet=json_) as monitor:
         loaded = load(recipe, overrides)
         if students is None:
-            result = bench.bench(loaded, monitor, repeats=repeats, batch=batch)
+            result = bench.bench(loaded, monitor, repeats=repeats, batch=batch, graphs=graphs)
         else:
             result = bench_students.measure(loaded, monitor, students=students, repeats=repeats, batch=batch)
     if json_:
@@ -136,6 +147,45 @@ def _show_sampling(sampling: dict[str, Any]) -> None:
 
 def _spread(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def measuring(
+    recipe: options.Recipe,
+    overrides: options.Overrides = None,
+    images: Annotated[int, typer.Option(min=2, help="Samples that are drawn, seen and compared.")] = 10_000,
+    json_: options.Json = False,
+) -> None:
+    """Time what `msd fid` does for a recipe's students: drawing, features, distances; weights are random.
+
+    Needs neither teacher nor data nor a download, and writes nothing.
+    """
+    from msdcli.engine.bench.measuring import measure
+    from msdcli.recipe import load
+
+    with console.Monitor(quiet=json_) as monitor:
+        result = measure(load(recipe, overrides), monitor, images=images)
+    if json_:
+        console.print_json(result)
+        return
+    title = f"{result['images']:,} samples of {result['students']} students, {result['classes']:,} classes"
+    rows = [
+        [part, f"{seconds:.1f}", f"{result['images'] / seconds:,.0f}"] for part, seconds in result["seconds"].items()
+    ]
+    console.table(f"{title}, on {result['device']}", ["", "s", "images/s"], rows)
+
+
+def show(
+    file: Annotated[Path, typer.Argument(help="What tests/gpu/run.sh wrote on a machine with a card.")],
+    json_: options.Json = False,
+) -> None:
+    """Print what was measured on a card, as the README's table: in Markdown, with the card's name."""
+    from msdcli.engine.bench import card
+
+    found = card.read(file)
+    if json_:
+        console.print_json(found)
+    else:
+        console.say(card.markdown(found))
 
 
 def fid(

@@ -83,7 +83,7 @@ def inception_network(folder: Path, rng: np.random.Generator, num_images: int, s
     """Resized pictures through the full architecture, loaded from one file by either; compilation is not counted."""
     from cleanfid.inception_torchscript import InceptionV3W
 
-    _save_inception(folder / TORCHSCRIPT)
+    save_inception(folder / TORCHSCRIPT)
     batch = torch.from_numpy(np.stack([_picture(rng, size) for _ in range(num_images)])).permute(0, 3, 1, 2)
     network = open_network("clean", weights=folder / TORCHSCRIPT)
     with warnings.catch_warnings():
@@ -124,7 +124,7 @@ class _Inception(nn.Module):
         return self.layers((x - 128) / 128)  # type: ignore[no-any-return]
 
 
-def _save_inception(path: Path) -> None:
+def save_inception(path: Path) -> None:
     from torchvision.models import inception_v3
 
     net = inception_v3(weights=None, aux_logits=False, init_weights=False).eval()

@@ -82,10 +82,12 @@ class Mode:
 
     precision: str
     compiled: bool = False
+    graphs: bool | None = None  # None: where they pay
 
     @property
     def name(self) -> str:
-        return f"{self.precision} compiled" if self.compiled else self.precision
+        how = {None: "", True: ", graphs", False: ", no graphs"}[self.graphs]
+        return f"{self.precision} compiled{how}" if self.compiled else self.precision
 
 
 class StageTrainer:
@@ -119,7 +121,7 @@ class StageTrainer:
         for learning in precision.learning(self.objective).values():
             learning.compute_in(precision.dtype(mode.precision))
         if mode.compiled:
-            compiling.compile_networks(self.objective, images=self.passes.images)
+            compiling.compile_networks(self.objective, images=self.passes.images, graphs=mode.graphs)
         else:
             compiling.undo(self.objective)
 
@@ -191,9 +193,11 @@ class StageTrainer:
 
 
 @fast_float32()
-def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None = None) -> dict[str, Any]:
+def bench(
+    recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None = None, graphs: bool = False
+) -> dict[str, Any]:
     """Measure every stage of a recipe, and sampling. `batch` replaces the stages' own, which on a CPU are
-    otherwise cut to what takes a few seconds.
+    otherwise cut to what takes a few seconds. With `graphs` compiled networks run with CUDA graphs and without.
     """
     on = device.prepare(recipe)
     data = dataset.look(recipe, planning=True)
@@ -215,7 +219,7 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
         size = batch or fitting_batch(stage, student, on)
         report(f"{stage.objective}: {repeats} repeats at batch {size}")
         trainer = StageTrainer(resized(stage, size), own_teacher, student, on, recipe.micro_batch, report)
-        compared = modes(recipe, chosen, on, others)
+        compared = modes(recipe, chosen, on, others, graphs=graphs)
         compiled = any(mode.compiled for mode in compared)
         with compiling.never_eagerly() if compiled else nullcontext():  # or its figures would be another mode's
             figures = bench_stage(trainer, compared, RandomDraws(student, size, on), repeats=repeats, report=report)
@@ -223,7 +227,8 @@ def bench(recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None
         for figure in figures.values():
             figure["images_per_second"] = size / figure["seconds"]["update"]
             figure["flops_per_second"] = flops / figure["seconds"]["update"]
-        own = next((mode for mode in compared if mode.compiled), Mode(chosen))
+        pay = graphs and compiling.waits_for_launches(meta(student), trainer.passes.images)
+        own = next((mode for mode in compared if mode.compiled and mode.graphs in (None, pay)), Mode(chosen))
         trainer.enter(own)
         measured: dict[str, Any] = {
             "objective": stage.objective,
@@ -280,12 +285,13 @@ def resized(stage: StageSettings, batch: int) -> StageSettings:
     return stage.model_copy(update={"batch": batch, "steps": 1} | pairs)
 
 
-def modes(recipe: Recipe, chosen: str, on: torch.device, plain: list[str]) -> list[Mode]:
+def modes(recipe: Recipe, chosen: str, on: torch.device, plain: list[str], *, graphs: bool = False) -> list[Mode]:
     """Return what is compared: the precisions as they are, and the recipe's own, compiled on a GPU or where it asks
-    for it.
+    for it; with `graphs` without CUDA graphs and with them.
     """
     compiled = recipe.compile is True or (on.type == "cuda" and recipe.compile == "auto")
-    return [*map(Mode, plain), *([Mode(chosen, compiled=True)] if compiled else [])]
+    ways = (False, True) if graphs else (None,)
+    return [*map(Mode, plain), *(Mode(chosen, compiled=True, graphs=way) for way in ways if compiled)]
 
 
 def bench_stage(
@@ -316,6 +322,9 @@ def bench_stage(
             "cpu_ratio": ratio(seconds[EAGER], seconds[mode.name], of="CPU time") if trainer.on.type == "cpu" else None,
             "memory_bytes": memory.get(mode.name) or counted_bytes(trainer, draws),
         }
+    if trainer.on.type == "cuda":  # beside what the card says, for whoever trusts a plan
+        trainer.enter(Mode(EAGER))
+        figures[EAGER]["counted_bytes"] = counted_bytes(trainer, draws)
     return figures
 
 

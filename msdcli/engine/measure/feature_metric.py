@@ -91,7 +91,7 @@ def metric_of(
         return _own_metric(name, len(data.class_names), classifier.provide(run, recipe, data, on, report), on)
     network = open_network(protocol, weights=options.weights, device=on)
     metric = ("fd_" if protocol in VIT_MODELS else "fid_") + protocol.replace("-", "_")
-    return FeatureMetric(network, metric, protocol, _pictures(metric, on, knows=False))
+    return FeatureMetric(network, metric, protocol, by_frechet(metric, on, knows=False))
 
 
 def _own_metric(name: str, num_classes: int, own: classifier.TrainedClassifier, on: torch.device) -> FeatureMetric:
@@ -102,14 +102,14 @@ def _own_metric(name: str, num_classes: int, own: classifier.TrainedClassifier, 
         network,
         metric,
         f"Frechet distance, {dimension} features of a classifier trained on {name} ({held_out.told()})",
-        _pictures(metric, on, knows=True),
+        by_frechet(metric, on, knows=True),
         {"classifier_sha256": own.sha256, "held_out": vars(held_out) | {"accuracy": held_out.accuracy}},
         held_out.warnings(metric, num_classes),
         {} if held_out.accuracy is None else {"accuracy": held_out.accuracy},
     )
 
 
-def _pictures(metric: str, on: torch.device, *, knows: bool) -> Callable[..., tuple[Values, Intervals, list[str]]]:
+def by_frechet(metric: str, on: torch.device, *, knows: bool) -> Callable[..., tuple[Values, Intervals, list[str]]]:
     """Compare by the Frechet distance and its companions; `knows`: the network's classes are the data's own."""
 
     def compare(mine: FeatureSet, theirs: Reference, replicates: int, extrapolate: bool) -> Any:

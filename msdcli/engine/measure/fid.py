@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +25,7 @@ from msdcli.engine.measure.solver_error import solver_error
 from msdcli.engine.pictures import Drawn
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import UserError
+from msdcli.foreign import versions
 from msdcli.metrics import reference
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.inception import open_network
@@ -200,7 +200,7 @@ def _record(
         **notes,
         "solver": recipe.teacher.solver.record() | {"evaluations": recipe.teacher.solver.evaluations},
         "computed_in": float32.record(context.device),
-        "versions": {name: importlib.metadata.version(name) for name in ("msdcli", "torch")},
+        "versions": versions("msdcli", "torch"),
     } | context.metric.record
 
 

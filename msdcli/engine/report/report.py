@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from msdcli.engine.report import charts, words
 from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, metrics, row
 from msdcli.engine.tracking import formatting
 from msdcli.engine.tracking.events import Report
+from msdcli.foreign import versions
 from msdcli.outputs import check_file
 from msdcli.rundir import write_text
 
@@ -76,7 +76,7 @@ def render(runs: Sequence[RunFacts], pictures: Sequence[Any]) -> str:
         style=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
         script=Markup((PAGE / "page.js").read_text(encoding="utf-8")),
         made=time.strftime("%Y-%m-%d %H:%M %Z"),
-        version=importlib.metadata.version("msdcli"),
+        version=versions("msdcli")["msdcli"],
     )
 
 

@@ -80,17 +80,19 @@ def _pays(trial: Trial, steps: int, passes: Passes, device: torch.device) -> boo
     return passes.group.broadcast(timed(trial, device) * len(passes.parts) * steps > PAYS_SECONDS)
 
 
-def compile_networks(objective: Objective, *, images: int = 1, backend: str = "inductor") -> None:
+def compile_networks(
+    objective: Objective, *, images: int = 1, backend: str = "inductor", graphs: bool | None = None
+) -> None:
     """Compile the raw networks in place, to be asked for `images` at once. Every batch size and every set of what
-    learns becomes its own code.
+    learns becomes its own code; on a GPU it runs in CUDA `graphs` where they pay, unless it is said.
     """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for net in denoisers(objective):
         on_gpu = backend == "inductor" and next(net.parameters()).is_cuda
-        graphs = on_gpu and waits_for_launches(net, images)
-        net.net.compile(backend=backend, dynamic=False, mode="reduce-overhead" if graphs else None)
+        recorded = on_gpu and (waits_for_launches(net, images) if graphs is None else graphs)
+        net.net.compile(backend=backend, dynamic=False, mode="reduce-overhead" if recorded else None)
     turns = objective.turns
 
     def marked(step: int) -> Iterator[Turn]:
