@@ -120,7 +120,9 @@ class Recipe(Section):
     deterministic: bool = Field(
         False, description="on a GPU, the same bits after every resume, by slower kernels; without, up to rounding"
     )
-    checkpoint_seconds: float = Field(30.0, ge=0, le=10**9, description="time between two checkpoints")
+    checkpoint_seconds: float = Field(
+        30.0, ge=0, le=10**9, description="time between two checkpoints; 0: after every step"
+    )
     keep: int = Field(2, ge=1, le=1000, description="checkpoints kept of each stage: a damaged one costs only itself")
     max_skipped: int = Field(
         10, ge=1, le=10**9, description="updates in a row that may be skipped as not finite before training stops"

@@ -7,15 +7,16 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from torch import Tensor
-
 from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.checkpoints import storage
 from msdcli.engine.checkpoints.files import DamagedError
+from msdcli.engine.checkpoints.host_copies import HostCopy
 from msdcli.engine.checkpoints.train_state import TrainState
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.tracking.events import Report
 from msdcli.rundir import sweep_temporaries
+
+SHARE = 1 / 50  # of the time in which training may be held up by copies of its state
 
 
 class CheckpointManager:
@@ -25,13 +26,21 @@ class CheckpointManager:
         self.state, self.folder, self.group = state, folder, group
         self.writer = storage.writer(folder, keep, group, parts=state.is_sharded)
         self._saved = time.monotonic()
+        self._stopped = 0.0  # seconds that training was held up by the last copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def seconds(self) -> float:
-        """Return the time since the last checkpoint; raise what its writing met with."""
+    def due(self, seconds: float) -> bool:
+        """Whether the last checkpoint, which must be on the disk, is more than `seconds` old, and so old that copies do
+        not take more than their `SHARE` of the time; with 0 seconds always. Raise what its writing met with.
+
+        The leader's clock decides for its group.
+        """
         self._raise()
-        return time.monotonic() - self._saved
+        if not self.group.is_leader or not seconds:
+            return self.group.is_leader
+        writing = self._thread is not None and self._thread.is_alive()
+        return not writing and time.monotonic() - self._saved > max(seconds, self._stopped / SHARE)
 
     def load(self, report: Report) -> None:
         """Take up the newest checkpoint that is whole, if there is one, and say so where a newer one is not."""
@@ -56,7 +65,8 @@ class CheckpointManager:
         """Copy the state and write it while training goes on. UserError if it is not finite."""
         self.close()
         self.state.check_finite(self.group)
-        what = (self.writer.copy(self.state.tensors()), self.state.numbers())
+        begun = time.monotonic()
+        what = (self.writer.copy(self.state.tensors()), self.state.numbers(), begun)
         self._thread = threading.Thread(target=self._write, args=what, name="checkpoint")
         self._thread.start()
         self._saved = time.monotonic()
@@ -79,9 +89,11 @@ class CheckpointManager:
         elif self._thread is not None:
             self._thread.join()
 
-    def _write(self, copied: dict[str, Tensor], numbers: dict[str, float]) -> None:
+    def _write(self, copied: HostCopy, numbers: dict[str, float], begun: float) -> None:
         try:
-            self.writer.write(copied, numbers)
+            tensors = copied.wait()
+            self._stopped = time.monotonic() - begun
+            self.writer.write(tensors, numbers)
         except BaseException as error:  # for the thread that trains
             self._error = error
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.checkpoints.files import DamagedError
+from msdcli.engine.checkpoints.host_copies import HostCopies, HostCopy
 from msdcli.engine.checkpoints.tensors import WRONG, check_fit, check_hash, write_tensors
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
-from msdcli.engine.distributed.sharded_tensors import is_sharded, on_host
+from msdcli.engine.distributed.sharded_tensors import is_sharded
 from msdcli.errors import UserError
 from msdcli.rundir import building, file_hash, key, write_json, writing
 
@@ -32,8 +33,8 @@ FORMAT = 1
 class Writer(Protocol):
     """Takes a copy of the state while training waits, and writes it while training goes on."""
 
-    def copy(self, state: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Return what this process is to write."""
+    def copy(self, state: Iterator[tuple[str, Tensor]]) -> HostCopy:
+        """Return what this process is to write; the copy before is not needed any more."""
 
     def write(self, copied: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
         """Write it, in a thread, as the folder's newest checkpoint."""
@@ -44,9 +45,10 @@ class FileWriter:
 
     def __init__(self, folder: Path, keep: int, group: ProcessGroup) -> None:
         self.folder, self.keep, self.leads = folder, keep, group.is_leader
+        self.copies = HostCopies()
 
-    def copy(self, state: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: on_host(tensor) for name, tensor in state} if self.leads else {}
+    def copy(self, state: Iterator[tuple[str, Tensor]]) -> HostCopy:
+        return self.copies.copy(state) if self.leads else HostCopy()
 
     def write(self, copied: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
         if not self.leads:
@@ -63,10 +65,11 @@ class PartsWriter:
 
     def __init__(self, folder: Path, keep: int, group: ProcessGroup) -> None:
         self.folder, self.keep, self.group = folder, keep, group.duplicate()
+        self.copies = HostCopies()
         self.device = torch.cuda.current_device() if torch.cuda.is_available() else None  # threads begin with GPU 0
 
-    def copy(self, state: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: on_host(tensor) for name, tensor in state}
+    def copy(self, state: Iterator[tuple[str, Tensor]]) -> HostCopy:
+        return self.copies.copy(state)
 
     def write(self, copied: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
         group, leads = self.group, self.group.is_leader

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -35,9 +35,9 @@ def whole(tensor: Any) -> Tensor:
     return complete
 
 
-def on_host(tensor: Any) -> Tensor:
-    """Return a copy in host memory, of this process' part only where the tensor is sharded; then all must ask."""
-    copied = own_part(tensor.detach()).to("cpu", copy=True)
+def on_host(tensor: Any, copy: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a copy in host memory, which `copy` makes of this process' part; all must ask where it is sharded."""
+    copied = copy(own_part(tensor.detach()))
     if not is_sharded(tensor):
         return copied
     from torch.distributed.tensor import DTensor

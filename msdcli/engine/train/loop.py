@@ -109,7 +109,7 @@ def train(
             state.step += 1
             passes.agreeing &= state.step <= first + objective.cycle  # by now optimizers have their memory too
             log.tick([] if counter is None else [counter.total], objective, selection.after_step(state))
-            wish = STOP if stop.requested else SAVE if checkpoints.seconds() > options.checkpoint_seconds else GO_ON
+            wish = STOP if stop.requested else SAVE if checkpoints.due(options.checkpoint_seconds) else GO_ON
             agreed = group.vote(wish, last=state.step == stage.steps)
             if (agreed == STOP or (agreed == SAVE and state.step < stage.steps)) and log.sound():
                 checkpoints.save()

@@ -168,7 +168,7 @@ def test_saving_and_loading_parts_puts_no_tensor_together(tmp_path: Path, monkey
         CheckpointManager(after, tmp_path / "t", 2, SINGLE_PROCESS).load(lambda _: None)
         storage.StoredCheckpoint(tmp_path / "t/state").verify()
     assert same(content(before), content(after))
-    for name, tensor in storage.PartsWriter(tmp_path, 2, SINGLE_PROCESS).copy(before.tensors()).items():
+    for name, tensor in storage.PartsWriter(tmp_path, 2, SINGLE_PROCESS).copy(before.tensors()).wait().items():
         assert sharded_tensors.own_part(tensor).device.type == "cpu", name
 
 

@@ -32,12 +32,13 @@ def run(
     dropout: float = 0.2,
     options: TrainOptions = EVERY_STEP,
     selection: AverageSelection = LAST_AVERAGE,
+    device: str = "cpu",
 ) -> TrainState:
     torch.manual_seed(0)
     network = UNetSettings(channels=4, embedding=8, dropout=dropout)
-    net = nets.build(network, shape=(1, 8, 8), num_classes=10, sigma_data=0.5).train()
+    net = nets.build(network, shape=(1, 8, 8), num_classes=10, sigma_data=0.5).train().to(device)
     objective = DenoisingScoreMatching(settings, net, None)
-    source = Source(DIGITS, range(10))
+    source = Source(DIGITS, range(10), device=device)
     return train(objective, settings, source, folder, key=(0, "t"), what="t", options=options, selection=selection)
 
 
