@@ -29,7 +29,13 @@ KINDS: Mapping[str, tuple[bytes, bytes]] = {
     ".npz": (b"PK", b"\x0b\x00msd samples"),
 }
 COMMENT = b"msd samples"
-FIGURES = ("toy.pdf", "curves.pdf", "table.pdf", "report.html")  # as `plot` and `report` call them by themselves
+FIGURES = (
+    "toy.pdf",
+    "curves.pdf",
+    "table.pdf",
+    "frontier.pdf",
+    "report.html",
+)  # as `plot` and `report` call them by themselves
 NEAR = 65536  # bytes at either end that are looked at
 RECORDS = ("bundle.json", "export.json")
 FILES, CHECK = "files", "check"  # of a folder's record: its files by hash, and the hash of the rest of itself

@@ -222,6 +222,84 @@ class Searched(TypedDict):
     chosen: ChosenNetwork
 
 
+@with_config(_LOOSE)
+class Latency(TypedDict):
+    """Seconds of a request of one image, and of each image of a batch of 64."""
+
+    request: Annotated[float, Field(gt=0)]
+    image: Annotated[float, Field(gt=0)]
+
+
+@with_config(_LOOSE)
+class FrontierSize(TypedDict):
+    """A size of network in a frontier."""
+
+    label: str
+    parameters: Size
+    share: Annotated[float, Field(gt=0)]
+    latency: Latency
+    saturated: Whole | None
+    set: dict[str, Any]
+    recipe: str
+
+
+@with_config(_LOOSE)
+class FrontierLine(TypedDict):
+    """A line of a frontier: what was trained, what it took, and the distance of every seed."""
+
+    size: str
+    students: Size
+    devices: Size
+    doubling: Whole
+    budget: Annotated[float, Field(gt=0)]
+    memory: Size
+    seconds: Annotated[list[Figure], Field(min_length=1)]
+    reduced_bytes: Figure
+    seeds: Annotated[list[Whole], Field(min_length=1)]
+    distances: Annotated[list[Figure], Field(min_length=1)]
+    keys: dict[str, Any]
+
+
+@with_config(_LOOSE)
+class FrontierMachine(TypedDict):
+    name: str
+    threads: Size
+    torch: str
+
+
+@with_config(_LOOSE)
+class FrontierTeacher(TypedDict):
+    network: dict[str, Any]
+    latency: Latency
+    evaluations: Size
+    distance: Figure
+
+
+@with_config(_LOOSE)
+class Frontier(TypedDict):
+    """frontier.json: what a sweep found of distance against latency, budget and memory."""
+
+    sweep: str
+    data: dict[str, Any]
+    metric: str
+    samples: Whole
+    machine: FrontierMachine
+    teacher: FrontierTeacher
+    floor: dict[str, Figure]
+    sizes: Annotated[list[FrontierSize], Field(min_length=1)]
+    lines: Annotated[list[FrontierLine], Field(min_length=1)]
+    open: list[str]
+
+
+def frontier(path: Path) -> dict[str, Any]:
+    """Read frontier.json; every line is of a size that it describes."""
+    found = read(path, Frontier, "frontier")
+    sizes = {size["label"] for size in found["sizes"]}
+    if other := next((line["size"] for line in found["lines"] if line["size"] not in sizes), None):
+        raise UserError(f"{path} is no frontier that msd wrote: no size is called {other[:80]!r}")
+    return found
+
+
 @functools.cache
 def _adapter(shape: type) -> TypeAdapter[Any]:
     return TypeAdapter(shape)

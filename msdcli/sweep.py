@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from msdcli import recipe_yaml
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, find, recipes_folder, validate
-from msdcli.recipe.section import Section, Seed
+from msdcli.recipe.section import Positive, Section, Seed
 
 MAX_ROWS = 1000  # times the seeds: runs
 
@@ -26,8 +26,46 @@ class RowSettings(Section):
     set: dict[str, Any] = Field({}, description="dotted recipe keys and their values")
 
 
+class FrontierSettings(Section):
+    """Distance against latency, budget and memory: sizes of students times their number, K, at equal training FLOPs."""
+
+    sizes: list[RowSettings] = Field(
+        min_length=1, max_length=50, description="the students' networks, each a label and the keys that make it"
+    )
+    students: list[Annotated[int, Field(ge=2, le=10_000)]] = Field(
+        [2, 5, 10], max_length=50, description="numbers of students, K, beside a single one"
+    )
+    budget: Positive = Field(
+        description="FLOPs of training all students, the teacher's pairs included and the teacher itself not: the "
+        "first budget, which is doubled; the steps of all stages are fitted to it"
+    )
+    doublings: int = Field(
+        4,
+        ge=1,
+        le=20,
+        description="most doublings of the budget: one student gets twice as much until its distance falls by less "
+        "than the spread over seeds",
+    )
+    beyond: int = Field(1, ge=0, le=10, description="doublings of that budget that K students get too")
+    large_batch: list[Annotated[int, Field(ge=2, le=10_000)]] = Field(
+        [],
+        max_length=50,
+        description="numbers of devices that one student takes too, with as many times the batch: what they do in the "
+        "same time as so many students",
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> FrontierSettings:
+        for name, values in (("students", self.students), ("large_batch", self.large_batch)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"`{name}` {values} names a number twice")
+        if long := next((size.label for size in self.sizes if len(size.label) > 40), None):
+            raise ValueError(f"`sizes`: the label {long!r} is longer than 40 letters")
+        return self
+
+
 class SweepSettings(Section):
-    """A grid of overrides, or rows written out, times seeds."""
+    """A grid of overrides, or rows written out, times seeds; or a frontier."""
 
     recipe: str = Field(description="a shipped recipe by name, or a path from the sweep file's folder")
     base: dict[str, Any] = Field({}, description="overrides that every row shares")
@@ -35,6 +73,17 @@ class SweepSettings(Section):
     grid: dict[str, list[Any]] = Field({}, description="dotted keys and their values: one line per combination")
     seeds: list[Seed] = Field([0, 1, 2], min_length=1, max_length=1000, description="one run per line and seed")
     seed_keys: list[str] = Field(["seed"], min_length=1, description="recipe keys that take the seed")
+    frontier: FrontierSettings | None = Field(
+        None, description="instead of rows and a grid: lines that follow from sizes, K and budgets"
+    )
+
+    @model_validator(mode="after")
+    def _rows_or_frontier(self) -> SweepSettings:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"`seeds` {self.seeds} names a seed twice")
+        if self.frontier is not None and (self.rows or self.grid):
+            raise ValueError("`frontier` makes its own lines: leave out `rows` and `grid`")
+        return self
 
 
 @dataclass(frozen=True)
@@ -48,15 +97,28 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked sweep: its cells in the order of the table."""
+    """A checked sweep: its cells in the order of the table; none of a frontier, whose lines follow from results."""
 
     name: str
     folder: Path
     cells: list[Cell]
+    file: Path
+    settings: SweepSettings
 
     @property
     def labels(self) -> list[str]:
         return list(dict.fromkeys(cell.label for cell in self.cells))
+
+    def cell(self, row: RowSettings, seed: int) -> Cell:
+        """Return a line's run of a seed. UserError where its keys make no good recipe."""
+        named = row.recipe or self.settings.recipe
+        near = self.file.parent / named
+        keys = self.settings.base | row.set | dict.fromkeys(self.settings.seed_keys, seed)
+        slug = f"{_slug(row.label)}-seed{seed}"
+        keys |= {"name": slug, "run": str(self.folder / slug)}
+        return Cell(
+            row.label, seed, _recipe(near if near.is_file() else find(named), keys, f"{self.file}: {row.label}")
+        )
 
 
 def load(source: str | Path, *, folder: str | None = None) -> Sweep:
@@ -73,21 +135,20 @@ def load(source: str | Path, *, folder: str | None = None) -> Sweep:
         raise UserError(recipe_yaml.explain_all(document, SweepSettings, found, "the sweep")) from None
     if (count := len(settings.rows) + math.prod(map(len, settings.grid.values())) * bool(settings.grid)) > MAX_ROWS:
         raise UserError(f"{path}: {count:,} lines; a sweep has at most {MAX_ROWS:,}", hint="a smaller grid")
-    root = Path(folder or f"runs/{path.stem}")
+    empty = Sweep(path.stem, Path(folder or f"runs/{path.stem}"), [], path, settings)
+    if settings.frontier is not None:
+        check_distinct(path, [size.label for size in settings.frontier.sizes])
+        return empty
     rows = [*settings.rows, *_grid_rows(settings.grid)] or [RowSettings(label=path.stem)]
-    cells = []
-    for row in rows:
-        near = path.parent / (row.recipe or settings.recipe)
-        recipe = near if near.is_file() else find(row.recipe or settings.recipe)
-        for seed in settings.seeds:
-            keys = settings.base | row.set | dict.fromkeys(settings.seed_keys, seed)
-            slug = f"{_slug(row.label)}-seed{seed}"
-            keys |= {"name": slug, "run": str(root / slug)}
-            cells.append(Cell(row.label, seed, _recipe(recipe, keys, f"{path}: {row.label}")))
-    runs = [cell.recipe.run for cell in cells]
-    if len(set(runs)) < len(runs):
+    check_distinct(path, [row.label for row in rows])
+    cells = [empty.cell(row, seed) for row in rows for seed in settings.seeds]
+    return replace(empty, cells=cells)
+
+
+def check_distinct(path: Path, labels: list[str]) -> None:
+    """Raise UserError where two lines' runs would have one name."""
+    if len({_slug(label) for label in labels}) < len(labels):
         raise UserError(f"{path}: two lines have the same label")
-    return Sweep(path.stem, root, cells)
 
 
 def _recipe(path: Path, keys: dict[str, Any], where: str) -> Recipe:

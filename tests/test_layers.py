@@ -47,6 +47,7 @@ ROOMS = (
     {"measure"},
     {"pipeline"},
     {"report", "export", "bench", "sweep", "plan", "proposal"},
+    {"frontier"},
 )
 LARGEST_ROOM, LONGEST_FILE = 13, 400
 

@@ -46,11 +46,11 @@ def run(sweep: Sweep, report: Report, *, worker: tuple[int, int] = (0, 1)) -> No
     mine = sweep.cells[index::count]
     for cell in mine:
         report(f"{cell.label}, seed {cell.seed} ({sweep.cells.index(cell) + 1} of {len(sweep.cells)})")
-        if _result(cell) is None:
+        if result_of(cell) is None:
             pipeline.distill(cell.recipe, report)
 
 
-def _result(cell: Cell) -> dict[str, Any] | None:
+def result_of(cell: Cell) -> dict[str, Any] | None:
     """Return the measurement of a finished cell. UserError if its directory belongs to another recipe."""
     run_dir = RunDir(cell.recipe.run_dir)
     run_dir.check(cell.recipe)
@@ -62,11 +62,11 @@ def lines(sweep: Sweep) -> list[TableRow]:
     """Return what is done, line by line; the first are the teacher's."""
     table, metric = list[TableRow](), None
     for label in sweep.labels:
-        done = [(cell, result) for cell in sweep.cells if cell.label == label and (result := _result(cell))]
+        done = [(cell, result) for cell in sweep.cells if cell.label == label and (result := result_of(cell))]
         if not done:
             continue
         metric = done[0][1]["metric"]
-        figures = [_whole(result, "students") | _cost(RunDir(cell.recipe.run_dir)) for cell, result in done]
+        figures = [whole(result, "students") | cost_of(RunDir(cell.recipe.run_dir)) for cell, result in done]
         names = figures[0].keys()
         by_name = {name: [f[name] for f in figures] for name in names}
         table.append(TableRow(label, [cell.seed for cell, _ in done], done[0][1]["samples"], by_name))
@@ -81,10 +81,10 @@ def _teachers(sweep: Sweep) -> list[TableRow]:
     """
     found = dict[str, dict[Any, tuple[int, dict[str, float], int]]]()
     for cell in sweep.cells:
-        if result := _result(cell):
+        if result := result_of(cell):
             solver = cell.recipe.teacher.solver
             how = f"{solver.name} {solver.evaluations}" if len(_solvers(sweep)) > 1 else ""
-            one = (cell.seed, _whole(result, "teacher"), result["samples"])
+            one = (cell.seed, whole(result, "teacher"), result["samples"])
             found.setdefault(how, {})[result.get("teacher_sha256"), str(solver.record())] = one
     lines = []
     for how, teachers in found.items():
@@ -98,12 +98,12 @@ def _solvers(sweep: Sweep) -> set[str]:
     return {str(cell.recipe.teacher.solver.record()) for cell in sweep.cells}
 
 
-def _whole(result: dict[str, Any], who: str) -> dict[str, float]:
+def whole(result: dict[str, Any], who: str) -> dict[str, float]:
     row = next(row for row in result["rows"] if (row["who"], row["group"]) == (who, "whole"))
     return dict(row["values"])
 
 
-def _cost(run_dir: RunDir) -> dict[str, float]:
+def cost_of(run_dir: RunDir) -> dict[str, float]:
     total = next(row for row in costs(run_dir) if row["part"] == "all students")
     return {"student seconds": total["seconds"], "student FLOP": total["flops"]}
 

@@ -17,10 +17,16 @@ def register(app: typer.Typer) -> None:
 
 def plot(
     kind: Annotated[
-        Literal["toy", "curves", "table"],
-        typer.Argument(help="toy: points in the plane; curves: losses and distances; table: the figures of every run."),
+        Literal["toy", "curves", "table", "frontier"],
+        typer.Argument(
+            help="toy: points in the plane; curves: losses and distances; table: the figures of every run; frontier: "
+            "distance against latency, memory and budget."
+        ),
     ],
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several share a figure.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Run directories; several share a figure. frontier: a sweep's folder."),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="FILE.pdf, .svg or .png; RUN/KIND.pdf of the first if absent.")
     ] = None,
@@ -32,8 +38,9 @@ def plot(
     target = out or runs[0] / f"{kind}.pdf"
     if dry_run:
         from msdcli.engine.report.facts import load_runs
+        from msdcli.engine.report.frontier import load
 
-        labels = [facts.label for facts in load_runs(runs)]
+        labels = [load(runs[0])["sweep"]] if kind == "frontier" else [facts.label for facts in load_runs(runs)]
         planned = {"file": str(target), "kind": kind, "runs": labels}
         console.outcome(f"would draw {kind} of {', '.join(labels)} to {target}", planned, json_=json_)
         return

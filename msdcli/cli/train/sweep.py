@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from msdcli import console
 from msdcli.cli import options
 from msdcli.errors import UserError
+
+if TYPE_CHECKING:
+    from msdcli.sweep import Sweep
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +33,9 @@ def sweep(
 
     loaded = load(source)
     share = _share(worker)
+    if loaded.settings.frontier is not None:
+        _frontier(loaded, share, table=table, json_=json_, dry_run=dry_run)
+        return
     if dry_run:
         cells = loaded.cells[share[0] :: share[1]]
         if json_:
@@ -50,6 +56,36 @@ def sweep(
         return
     columns, rows = engine.summary(lines)
     console.table(f"{loaded.name}: mean ± standard deviation over seeds", columns, rows)
+    console.say("written: " + ", ".join(map(str, paths)))
+
+
+def _frontier(loaded: Sweep, share: tuple[int, int], *, table: bool, json_: bool, dry_run: bool) -> None:
+    from msdcli.engine.frontier import record, run
+    from msdcli.engine.report import frontier
+
+    if dry_run:
+        known = run.known(loaded, share)
+        told = [
+            vars(line) | {"label": line.label, "seed": cell.seed, "run": cell.recipe.run} for line, cell in known.left
+        ]
+        text = [f"{cell.recipe.run}: {cell.label}, seed {cell.seed}" for _, cell in known.left]
+        if known.open:
+            text.append(
+                f"more follow from their distances, of {', '.join(known.open)}: {known.most} runs in all at most"
+            )
+        console.outcome("\n".join(text), {"runs": told, "open": known.open, "most": known.most}, json_=json_)
+        return
+    with console.Monitor(quiet=json_) as monitor:
+        if not table:
+            run.run(loaded, monitor, worker=share)
+        found, paths = record.write(loaded, monitor)
+    if json_:
+        console.print_json({"frontier": found, "files": [str(path) for path in paths]})
+        return
+    console.table(f"{loaded.name}: sizes", *frontier.sizes(found))
+    console.table("mean ± standard deviation over seeds", *frontier.table(found))
+    for note in frontier.notes(found):
+        console.say(note)
     console.say("written: " + ", ".join(map(str, paths)))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from msdcli.engine.report import charts
+from msdcli.engine.report import charts, frontier
 from msdcli.engine.report.facts import RunFacts, load_runs, lower_is_better, main_result, metrics, row
 from msdcli.engine.tracking import formatting
 from msdcli.errors import UserError
@@ -37,20 +37,25 @@ POINTS = 1000  # of a class: more are vectors that no reader opens quickly
 
 
 def plot(kind: str, roots: Sequence[Path], out: Path, *, health: bool = False) -> None:
-    """Draw `kind` (toy, curves or table) of the runs to `out`. UserError for what the runs do not have."""
+    """Draw `kind` (toy, curves or table) of the runs, or the frontier of a sweep's folder, to `out`. UserError for what
+    they do not have.
+    """
     if out.suffix.lower() not in FORMATS:
         raise UserError(f"{out}: figures are {', '.join(FORMATS)}", hint=f"--out {out.with_suffix('.pdf')}")
     check_file(out, out.suffix.lower())
-    runs = load_runs(roots)
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        if kind == "toy":
-            figure = toy(runs)
+        if kind == "frontier":
+            if len(roots) > 1:
+                raise UserError("a figure shows one frontier: name one sweep's folder")
+            figure = frontier.draw(frontier.load(roots[0]))
+        elif kind == "toy":
+            figure = toy(load_runs(roots))
         elif kind == "curves":
-            figure = curves(runs, health=health)
+            figure = curves(load_runs(roots), health=health)
         else:
-            figure = table(runs)
+            figure = table(load_runs(roots))
         kind = out.suffix[1:].lower()
         told = {"Software": MARK} if kind == "png" else {"Creator": MARK}
         with writing(out) as temporary:

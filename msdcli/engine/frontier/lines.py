@@ -1,0 +1,108 @@
+"""The lines of a frontier: which sizes, numbers of students and budgets are wanted, as far as measurements decide it.
+
+For each size the budget of one student is doubled until its distance falls by less than the spread over seeds. There,
+and at its doubles, K students get the same budget, and one student gets as many devices.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from msdcli.sweep import FrontierSettings, RowSettings
+
+
+@dataclass(frozen=True)
+class Line:
+    """A size of network, K students, the devices that train them, and how often the first budget is doubled."""
+
+    size: str
+    students: int
+    devices: int
+    doubling: int
+
+    @property
+    def batch_factor(self) -> int:
+        """How many devices share a student's batch, which is as many times as large."""
+        return self.devices // self.students
+
+    @property
+    def label(self) -> str:
+        batch = f", batch x {self.batch_factor}" if self.batch_factor > 1 else ""
+        return f"{self.size}, K = {self.students}{batch}, budget x {2**self.doubling}"
+
+
+# The distances of a line, one per seed; None while a seed is not measured.
+Distances = Callable[[Line], Sequence[float] | None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The lines that are known to be wanted, and per size the doubling at which one student is saturated: None where it
+    is not, at the largest budget; sizes that are not decided yet are in `open`.
+    """
+
+    lines: list[Line]
+    saturated: dict[str, int | None]
+    open: list[str]
+
+
+def wanted(settings: FrontierSettings, distances: Distances) -> Wanted:
+    """Return what is to be measured as far as what has been measured decides it."""
+    lines, decided, undecided = list[Line](), dict[str, int | None](), list[str]()
+    for size in settings.sizes:
+        alone, measured = list[Line](), list[Sequence[float]]()
+        for doubling in range(settings.doublings + 1):
+            alone.append(Line(size.label, 1, 1, doubling))
+            if (found := distances(alone[-1])) is None:
+                break
+            measured.append(found)
+            if saturation(measured) is not None:
+                break
+        at = saturation(measured)
+        lines += alone
+        if at is None and len(measured) <= settings.doublings:
+            undecided.append(size.label)
+            continue
+        decided[size.label] = at
+        first = max(0, settings.doublings - settings.beyond) if at is None else at
+        budgets = range(first, first + settings.beyond + 1)
+        lines += [line for d in budgets if (line := Line(size.label, 1, 1, d)) not in alone]
+        lines += [Line(size.label, k, k, d) for d in budgets for k in sorted(settings.students)]
+        lines += [Line(size.label, 1, n, d) for d in budgets for n in sorted(settings.large_batch)]
+    return Wanted(lines, decided, undecided)
+
+
+def every(settings: FrontierSettings) -> Iterator[Line]:
+    """Yield every line that could be wanted, in an order that no measurement changes: by it workers share them."""
+    most = settings.doublings + settings.beyond
+    for size in settings.sizes:
+        yield from (Line(size.label, 1, 1, d) for d in range(most + 1))
+        yield from (Line(size.label, k, k, d) for d in range(most + 1) for k in sorted(settings.students))
+        yield from (Line(size.label, 1, n, d) for d in range(most + 1) for n in sorted(settings.large_batch))
+
+
+def size_of(settings: FrontierSettings, line: Line) -> RowSettings:
+    """Return the section of a line's size."""
+    return next(size for size in settings.sizes if size.label == line.size)
+
+
+def saturation(measured: Sequence[Sequence[float]]) -> int | None:
+    """Return the first budget whose double brings the mean distance down by less than the spread over seeds; `measured`
+    has the distances of each seed at every budget, each the double of the one before.
+
+    The spread is the root of the mean of both variances, 0 for a single seed.
+    """
+    for doubling, (here, there) in enumerate(pairwise(measured)):
+        if statistics.fmean(here) - statistics.fmean(there) <= spread(here, there):
+            return doubling
+    return None
+
+
+def spread(*groups: Sequence[float]) -> float:
+    """Return the standard deviation over seeds, pooled over groups; 0 where none has two seeds."""
+    several = [statistics.variance(values) for values in groups if len(values) > 1]
+    return math.sqrt(statistics.fmean(several)) if several else 0.0

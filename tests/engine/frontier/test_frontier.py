@@ -1,0 +1,245 @@
+"""Frontiers: budgets are equal, saturation decides what follows, workers share it, and a stopped sweep goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from msdcli import records, sweep
+from msdcli.engine import estimate
+from msdcli.engine.frontier import latency, lines, record, run
+from msdcli.engine.frontier.fitting import CellFactory, Costs, fitted
+from msdcli.engine.frontier.lines import Line, saturation, wanted
+from msdcli.engine.pipeline import check, networks_on_meta
+from msdcli.engine.report import frontier
+from msdcli.errors import UserError
+from msdcli.recipe import Recipe
+from msdcli.sweep import FrontierSettings, RowSettings, Sweep
+from tests.conftest import Msd
+from tests.engine.frontier import example
+
+SWEEP = """
+recipe: tiny.yaml
+base: {workers: 1}
+seeds: [0, 1]
+frontier:
+  sizes:
+    - {label: own}
+    - {label: small, set: {student.network: {kind: mlp, channels: 8, blocks: 1}}}
+  students: [2]
+  budget: 2e7
+  doublings: 2
+  large_batch: [2]
+"""
+
+
+@pytest.fixture
+def mini(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    monkeypatch.chdir(tiny.parent)
+    (tiny.parent / "mini.yaml").write_text(SWEEP)
+    return sweep.load(tiny.parent / "mini.yaml")
+
+
+# What follows from what.
+
+
+def test_saturation_is_where_a_doubling_gains_less_than_the_spread() -> None:
+    """Of distances 1 + 0.8 / 2^d the gain is 0.4 / 2^d, and the spread of {-s, 0, s} is s."""
+
+    def at(spread: float, most: int = 8) -> int | None:
+        means = [1 + 0.8 / 2**d for d in range(most)]
+        return saturation([[m - spread, m, m + spread] for m in means])
+
+    assert [at(0.41), at(0.21), at(0.11), at(0.051)] == [0, 1, 2, 3]
+    assert at(0.051, most=3) is None
+    assert saturation([[2.0], [1.0], [1.5]]) == 1, "one seed has no spread: until it gains nothing"
+    assert saturation([[2.0, 3.0]]) is None
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(0.41, 0), (0.11, 2), (0.001, None)])
+def test_the_lines_follow_saturation(spread: float, expected: int | None) -> None:
+    settings = FrontierSettings(
+        sizes=[RowSettings(label="a"), RowSettings(label="b")],
+        students=[5, 2],
+        budget=1e9,
+        doublings=4,
+        large_batch=[5],
+    )
+
+    def formula(line: Line) -> Sequence[float] | None:
+        mean = 1 + 0.8 / 2**line.doubling
+        return None if line.size == "b" else [mean - spread, mean, mean + spread]
+
+    found = wanted(settings, formula)
+    assert (found.saturated, found.open) == ({"a": expected}, ["b"])
+    mine = [line for line in found.lines if line.size == "a"]
+    alone = [line.doubling for line in mine if line.devices == 1]
+    assert alone == list(range(5 if expected is None else expected + 2))
+    budgets = alone[-2:]
+    assert [(x.students, x.devices, x.doubling) for x in mine if x.devices > 1] == [
+        (k, n, d) for pairs in (((2, 2), (5, 5)), ((1, 5),)) for d in budgets for k, n in pairs
+    ]
+    assert [line for line in found.lines if line.size == "b"] == [Line("b", 1, 1, 0)], "the first decides the second"
+    everything = list(lines.every(settings))
+    assert set(found.lines) <= set(everything) and len(set(everything)) == len(everything)
+
+
+# Equal budgets.
+
+
+@pytest.mark.parametrize("students", [1, 3])
+def test_fitted_steps_spend_the_budget_to_half_a_step(students: int) -> None:
+    known = Costs(pairs=1000.0, step=[3.0, 70.0], steps=[400, 60], gradient_bytes=[4, 4], parameters=(9, 9))
+    steps = fitted(known, 50_000.0, students)
+    spent = known.pairs + students * (3 * steps[0] + 70 * steps[1])
+    assert abs(spent - 50_000) <= students * 70 / 2
+    assert steps[0] / steps[1] == pytest.approx(400 / 60, rel=0.03)
+    with pytest.raises(UserError, match="no step of every stage") as told:
+        fitted(known, 1020.0, students)
+    enough = re.search(r"budget of ([\d.]+) (k?)FLOP", str(told.value.hint))
+    assert enough and min(fitted(known, float(enough[1]) * (1000 if enough[2] else 1), students)) >= 1
+
+
+def test_every_line_of_a_budget_costs_what_a_plan_counts(mini: Sweep) -> None:
+    factory = CellFactory(mini)
+    for line in (Line("own", 1, 1, 1), Line("own", 2, 2, 1), Line("own", 1, 2, 1), Line("small", 2, 2, 1)):
+        recipe, step = factory.cells(line)[0].recipe, factory.costs(line).step[-1]
+        assert recipe.partition.students == line.students
+        assert recipe.stages[0].batch == 16 * line.batch_factor
+        assert abs(_training_flops(recipe) - 4e7) <= 0.5001 * step * line.students, line
+    own = factory.costs(Line("own", 1, 2, 0))
+    assert own.gradient_bytes == [4 * own.parameters[1] * 3], "two updates of the fake, one of the student"
+
+
+def _training_flops(recipe: Recipe) -> float:
+    data = check(recipe, planning=True)
+    cost = estimate.estimate(recipe, data, *networks_on_meta(recipe, data, planning=True))
+    return cost.pairs_flops + cost.students * cost.student_flops
+
+
+# Running.
+
+
+class Finished:
+    """Stands for training: a finished run's distance is a formula of its line."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.order: list[str] = []
+        for module in (run, record):
+            monkeypatch.setattr(module, "result_of", self.result)
+        monkeypatch.setattr("msdcli.engine.frontier.measured.result_of", self.result)
+        monkeypatch.setattr(run.pipeline, "distill", lambda recipe, report: self.order.append(str(recipe.name)))
+
+    def result(self, cell: sweep.Cell) -> dict[str, Any] | None:
+        if cell.recipe.name not in self.order:
+            return None
+        values = {"l1": 1.0 + 0.1 * cell.seed}  # no budget helps: saturated at the first
+        return {"metric": "l1", "samples": 9, "rows": [{"who": "students", "group": "whole", "values": values}]}
+
+
+def test_workers_share_a_frontier_and_nothing_is_done_twice(mini: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = Finished(monkeypatch)
+    first = run.known(mini, (0, 2))
+    assert len(first.left) == 2 and first.open == ["own", "small"] and first.most == 28
+    run.run(mini, lambda event: None, worker=(1, 2))  # helps where nobody is, so one alone comes to the end
+    assert len(finished.order) == len(set(finished.order)) == 2 * 2 * (2 + 2 + 2)
+    assert finished.order[0] == "own-k-1-budget-x-1-seed1", "its own first"
+    assert run.known(mini).left == []
+    run.run(mini, lambda event: None)
+    assert len(finished.order) == 24
+
+
+def test_a_worker_waits_for_those_that_decide(mini: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished, told = Finished(monkeypatch), list[str]()
+    held = [cell.recipe.name for _, cell in run.known(mini).left]
+    holders = dict.fromkeys(held, "process 7")
+    monkeypatch.setattr(run, "holder_of", lambda folder: holders.get(folder.name))
+
+    def pause(seconds: float) -> None:
+        holders.clear()
+        finished.order.extend(map(str, held))
+
+    run.run(mini, lambda event: told.append(str(event)), pause=pause)
+    assert told[0].startswith("waiting for other workers") and len(finished.order) == 24
+
+
+@pytest.mark.slow
+def test_a_frontier_from_the_command_line(mini: Sweep, msd: Msd, tiny: Path) -> None:
+    monkeyed = SWEEP.replace("seeds: [0, 1]", "seeds: [3]").replace("doublings: 2", "doublings: 1")
+    (tiny.parent / "mini.yaml").write_text(monkeyed)
+    assert "more follow" in msd("sweep", "mini.yaml", "--dry-run").stdout
+    done = msd("sweep", "mini.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["frontier"]
+    assert found == records.frontier(Path("runs/mini/frontier.json"))
+    assert found["open"] == [] and found["floor"].keys() == {"halves", "teacher"}
+    for line in found["lines"]:
+        assert line["flops"] == pytest.approx(line["budget"], rel=0.1)
+        assert line["devices"] == line["students"] or line["reduced_bytes"] > 0
+    with open("runs/mini/table.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(found["lines"])
+    assert Path("runs/mini/frontier.png").read_bytes().startswith(b"\x89PNG")
+    again = msd("sweep", "mini.yaml", "--table")
+    assert again.returncode == 0 and "one student saturates at" in again.stdout, again.stderr
+    Path("runs/mini/frontier.json").write_text("{}")
+    assert msd("sweep", "mini.yaml").returncode == 2, "what is not a frontier stays"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SWEEP + "rows: [{label: a}]\n", "makes its own lines"),
+        (SWEEP.replace("students: [2]", "students: [2, 2]"), "names a number twice"),
+        (SWEEP.replace("label: small", "label: Own"), "the same label"),
+        (SWEEP.replace("seeds: [0, 1]", "seeds: [1, 1]"), "names a seed twice"),
+        (SWEEP.replace("budget: 2e7", "budget: 1e3"), "no step of every stage"),
+        (SWEEP.replace("student.network: {kind: mlp, channels: 8, blocks: 1}", "student.latency: 0.5"), "is a target"),
+        (SWEEP.replace("students: [2]", "students: [9]"), "students"),
+    ],
+)
+def test_mistakes_in_a_frontier_are_named(tiny: Path, text: str, said: str) -> None:
+    path = tiny.parent / "mini.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        run.known(sweep.load(path, folder=str(tiny.parent / "runs")))
+
+
+# Latency, table, pictures.
+
+
+def test_latency_is_measured_in_turn_per_image(mini: Sweep) -> None:
+    recipe = CellFactory(mini).cells(Line("own", 1, 1, 0))[0].recipe
+    frozen, _ = networks_on_meta(recipe, check(recipe, planning=True))
+    found = latency.measure({"a": frozen.settings}, frozen, latency.torch.device("cpu"), repeats=2)
+    assert found.keys() == {"a"} and 0 < found["a"]["image"] < found["a"]["request"]
+    assert latency.machine(latency.torch.device("cpu"))["name"]
+
+
+def test_the_table_and_the_picture_say_what_the_record_does(tmp_path: Path, msd: Msd) -> None:
+    (tmp_path / "frontier.json").write_text(json.dumps(example.record()))
+    found = frontier.load(tmp_path)
+    columns, rows = frontier.table(found)
+    assert [*columns[:3], columns[-1]] == ["size", "students", "FLOP", "l1_toy2d"]
+    assert [*rows[0][:3], rows[0][-1]] == ["large", "K = 1", "1 G", "0.1000 ± 0.0100"]
+    saturated = [row[-1] for row in frontier.sizes(found)[1]]
+    assert saturated == ["none measured", "2 G"]
+    assert msd("plot", "frontier", ".", "--out", "f.svg").returncode == 0
+    texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", Path("f.svg").read_text()))
+    assert {"K = 1", "K = 4", "FLOP of training", "ms of a request (batch 1)"} <= texts
+    assert len(list(csv.reader(frontier.as_csv(found).splitlines()))) == 1 + 3 * len(found["lines"])
+
+
+def test_a_damaged_frontier_is_refused(tmp_path: Path, msd: Msd) -> None:
+    broken = example.record()
+    broken["lines"][0]["size"] = "other"
+    (tmp_path / "frontier.json").write_text(json.dumps(broken))
+    assert "no size is called" in msd("plot", "frontier", ".", "--out", "f.svg").stderr
+    (tmp_path / "frontier.json").write_text("[1]")
+    assert msd("plot", "frontier", ".", "--out", "f.svg").returncode == 2
+    assert "holds no frontier" in msd("plot", "frontier", "elsewhere", "--out", "f.svg").stderr
