@@ -108,8 +108,8 @@ def lognormal(normal: Tensor, P_mean: float, P_std: float) -> Tensor:
 
 def truncated_lognormal(u: Tensor, P_mean: float, P_std: float, span: Sequence[float]) -> Tensor:
     """Map uniform numbers `u` in [0, 1) to noise levels: ln(sigma) ~ N(P_mean, P_std^2), cut to sigma in `span`."""
-    ends = torch.tensor([(math.log(end) - P_mean) / P_std for end in span], dtype=torch.float64, device=u.device)
-    low, high = torch.special.ndtr(ends)
+    ends = torch.tensor([(math.log(end) - P_mean) / P_std for end in span], dtype=torch.float64)
+    low, high = torch.special.ndtr(ends).tolist()  # of the host: single numbers travel by themselves
     return (P_mean + P_std * torch.special.ndtri(low + u.double() * (high - low))).exp().to(u.dtype).clamp(*span)
 
 
@@ -128,6 +128,12 @@ def ascending_sigmas(num: int, *, like: Tensor, sigma_min: float = 0.002, sigma_
 @lru_cache(maxsize=64)
 def _ascending_sigmas(num: int, sigma_min: float, sigma_max: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     return karras_sigmas(num, sigma_min=sigma_min, sigma_max=sigma_max).flip(0).to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def whole_numbers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return int64 `values` on a device, to which they are copied once."""
+    return torch.tensor(values, dtype=torch.int64, device=device)
 
 
 def karras_draw(u: Tensor, span: Sequence[float], *, num: int = 1000) -> Tensor:

@@ -69,6 +69,12 @@ class Guided(Denoiser):
         low, high = (self.scale, self.scale) if isinstance(self.scale, int | float) else self.scale
         return low + u * (high - low)
 
+    @property
+    def one_scale(self) -> float:
+        """The scale of all images: a number of the host, which no step copies to a device."""
+        assert isinstance(self.scale, int | float), "a range of scales: ask by way of `drawn`"
+        return self.scale
+
     def inside(self, sigma: Tensor) -> Tensor:
         """Whether noise levels are guided."""
         return (sigma > self.interval[0]) & (sigma <= self.interval[1])
@@ -78,11 +84,11 @@ class Guided(Denoiser):
         x: Tensor,
         sigma: Tensor,
         condition: Tensor | None = None,
-        scales: Tensor | None = None,
+        scales: Tensor | float | None = None,
         *,
         inside: bool | None = None,
     ) -> Tensor:
-        """Return D(x, sigma, condition), guided where the level is inside the interval.
+        """Return D(x, sigma, condition), guided where the level is inside the interval, by one scale or one per image.
 
         `inside` says so of the whole batch, where it has one level that the caller knows: one branch is enough outside.
         None: levels are mixed, both branches are evaluated and each image takes its own.
@@ -91,10 +97,8 @@ class Guided(Denoiser):
             plain: Tensor = self.net(x, sigma, condition)
             return plain
         if scales is None:
-            assert isinstance(self.scale, int | float), "a range of scales: ask by way of `drawn`"
-            scale: float | Tensor = self.scale
-        else:
-            scale = per_image(scales.to(x), x)
+            scales = self.one_scale
+        scale = per_image(scales.to(x), x) if isinstance(scales, Tensor) else scales
         D, D_worse = self._branches(x, sigma, condition)
         guided = D_worse + scale * (D - D_worse)
         return guided if inside else torch.where(per_image(self.inside(sigma), x), guided, D)
@@ -132,9 +136,9 @@ def copied(teacher: Denoiser) -> Denoiser:
 
 
 class GuidedCall:
-    """A guided teacher for one set of images, which have their scales (None: the teacher's one scale)."""
+    """A guided teacher for one set of images, which have their scales, or one (None: the teacher's)."""
 
-    def __init__(self, teacher: Guided, scales: Tensor | None, *, inside: bool | None = None) -> None:
+    def __init__(self, teacher: Guided, scales: Tensor | float | None, *, inside: bool | None = None) -> None:
         self.teacher, self.scales, self.inside = teacher, scales, inside
 
     def __call__(self, x: Tensor, sigma: Tensor, condition: Tensor | None) -> Tensor:
@@ -143,18 +147,15 @@ class GuidedCall:
 
     def of_rows(self, rows: Tensor) -> GuidedCall:
         """Return the call for some of the images."""
-        scales = self.scales
-        return GuidedCall(self.teacher, None if scales is None else scales[rows.to(scales.device)], inside=self.inside)
+        scales = self.scales[rows.to(self.scales.device)] if isinstance(self.scales, Tensor) else self.scales
+        return GuidedCall(self.teacher, scales, inside=self.inside)
 
     def at_level(self, sigma: Tensor, following: float) -> GuidedCall:
         """Return the call for images at one noise level, from which a sampler goes on to `following`."""
         teacher, scales, inside = self.teacher, self.scales, bool(self.teacher.inside(sigma))
         if teacher.schedule == "cfg++" and inside:
             assert following < sigma, f"cfg++ is of steps down, not from {sigma} to {following}"
-            if scales is None:
-                assert isinstance(teacher.scale, int | float), "a range of scales: ask by way of `drawn`"
-                scales = torch.tensor([teacher.scale], dtype=torch.float64)
-            scales = scales / (1 - following / float(sigma))
+            scales = (teacher.one_scale if scales is None else scales) / (1 - following / float(sigma))
         return GuidedCall(teacher, scales, inside=inside)
 
 

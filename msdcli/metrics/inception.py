@@ -26,6 +26,7 @@ import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,13 @@ def _dinov2_features(model: Any) -> Network:
 
 
 def _normalise(x: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    return (x / 255 - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+    return (x / 255 - _of_channels(mean, x.device)) / _of_channels(std, x.device)
+
+
+@lru_cache(maxsize=16)
+def _of_channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """One number per channel, float32 [channels, 1, 1], on a device to which they are copied once."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def _first_line(error: Exception) -> str:

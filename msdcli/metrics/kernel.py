@@ -47,13 +47,13 @@ def reweighted_kernel_distance(
     x: np.ndarray, y: np.ndarray, weights: np.ndarray, *, device: Device = "cpu"
 ) -> np.ndarray:
     """KID of x under each row of `weights` [R, len(x)] (counts) to a fixed y; an image is never paired with itself."""
+    if (weights.sum(axis=1) ** 2 <= np.square(weights).sum(axis=1)).any():
+        raise UserError("KID needs at least 2 different images on each side.")
     return _reweighted(*_checked(x, y, device), float64(weights, device)).cpu().numpy()
 
 
 def _reweighted(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     within = weights.sum(dim=1) ** 2 - weights.square().sum(dim=1)
-    if (within <= 0).any():
-        raise UserError("KID needs at least 2 different images on each side.")
     pairs, cross = torch.zeros_like(within), torch.zeros_like(within)
     for start in range(0, len(x), ROWS):
         rows = slice(start, start + ROWS)
@@ -87,11 +87,10 @@ def subset_kernel_distance(
     size = min(len(x), len(y), subset_size)
     rng = np.random.default_rng(seed)
     ones = sides[0].new_ones(1, size)
-    found = []
-    for _ in range(num_subsets):
-        numbers = [torch.from_numpy(rng.choice(len(side), size, replace=False)) for side in sides]
-        a, b = (side[picked.to(side.device)] for side, picked in zip(sides, numbers, strict=True))
-        found.append(_reweighted(a, b, ones))
+    drawn = [[rng.choice(len(side), size, replace=False) for side in sides] for _ in range(num_subsets)]
+    # All places travel in one piece, and all values come back in one: nothing waits between the subsets.
+    places = [torch.from_numpy(np.stack(numbers)).to(sides[0].device) for numbers in zip(*drawn, strict=True)]
+    found = [_reweighted(sides[0][a], sides[1][b], ones) for a, b in zip(*places, strict=True)]
     values = torch.cat(found).cpu().numpy()
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 

@@ -98,5 +98,5 @@ def _squared_radii(points: Tensor, nearest: tuple[int, ...], rows: int) -> Tenso
         distances = _squared_distances(points[start : start + rows], points)
         distances[:, start:].fill_diagonal_(-1)  # the point itself comes first, also among its own copies
         closest = distances.topk(max(nearest) + 1, dim=1, largest=False).values
-        radii[:, start : start + rows] = closest[:, list(nearest)].T
+        radii[:, start : start + rows] = torch.stack([closest[:, k] for k in nearest])  # a list would be copied there
     return radii

@@ -26,15 +26,21 @@ def bicubic_matrix(size: int, new_size: int) -> torch.Tensor:
     return torch.from_numpy(weights / weights.sum(axis=1, keepdims=True))
 
 
+@lru_cache(maxsize=64)
+def _weights(size: int, new_size: int, device: torch.device) -> torch.Tensor:
+    """The same in float32, on a device to which it is copied once."""
+    return bicubic_matrix(size, new_size).to(device, torch.float32)
+
+
 def resize_clean(images: torch.Tensor, size: int | tuple[int, int]) -> torch.Tensor:
     """uint8 [N, C, H, W] to float32 [N, C, *size] in [0, 255]."""
     new_height, new_width = (size, size) if isinstance(size, int) else size
     x = images.float()
     height, width = x.shape[2:]
     if width != new_width:
-        x = x @ bicubic_matrix(width, new_width).to(x).T
+        x = x @ _weights(width, new_width, x.device).T
     if height != new_height:
-        x = bicubic_matrix(height, new_height).to(x) @ x
+        x = _weights(height, new_height, x.device) @ x
     return x.clamp_(0, 255)
 
 

@@ -108,8 +108,8 @@ class DistributionMatching(Objective):
         """
         if (forget := self.settings.forget) is None:
             return c
-        kept = [k for k in range(self.teacher.num_classes) if k not in forget.classes]
-        others = torch.tensor(kept if forget.instead == "random" else [forget.instead], device=c.device)
+        kept = tuple(k for k in range(self.teacher.num_classes) if k not in forget.classes)
+        others = d.whole_numbers(kept if forget.instead == "random" else (forget.instead,), c.device)
         chosen = others[(draws.uniform("instead") * len(others)).long().to(c.device)]
         return torch.where(self.forgotten(c), chosen, c)
 
@@ -121,7 +121,7 @@ class DistributionMatching(Objective):
     def forgotten(self, c: Tensor) -> Tensor:
         """Whether conditions are of classes to forget."""
         assert self.settings.forget is not None
-        return torch.isin(c, torch.tensor(self.settings.forget.classes, device=c.device))
+        return torch.isin(c, d.whole_numbers(tuple(self.settings.forget.classes), c.device))
 
     def guided_fake(self, draws: Draws) -> DenoiserCall:
         """Return the fake network as the student looks at it: with the guidance that `fake_guidance` says."""
