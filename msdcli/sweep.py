@@ -47,6 +47,11 @@ class FrontierSettings(Section):
         "than the spread over seeds",
     )
     beyond: int = Field(1, ge=0, le=10, description="doublings of that budget that K students get too")
+    all_budgets: bool = Field(
+        False,
+        description="every line at every budget, without waiting for what saturates one student: more runs, which many "
+        "workers can begin at once",
+    )
     large_batch: list[Annotated[int, Field(ge=2, le=10_000)]] = Field(
         [],
         max_length=50,

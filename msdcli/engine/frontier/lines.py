@@ -6,11 +6,11 @@ and at its doubles, K students get the same budget, and one student gets as many
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from msdcli.sweep import FrontierSettings, RowSettings
 
@@ -52,6 +52,8 @@ class Wanted:
 
 def wanted(settings: FrontierSettings, distances: Distances) -> Wanted:
     """Return what is to be measured as far as what has been measured decides it."""
+    if settings.all_budgets:
+        return _all_budgets(settings, distances)
     lines, decided, undecided = list[Line](), dict[str, int | None](), list[str]()
     for size in settings.sizes:
         alone, measured = list[Line](), list[Sequence[float]]()
@@ -71,18 +73,33 @@ def wanted(settings: FrontierSettings, distances: Distances) -> Wanted:
         first = max(0, settings.doublings - settings.beyond) if at is None else at
         budgets = range(first, first + settings.beyond + 1)
         lines += [line for d in budgets if (line := Line(size.label, 1, 1, d)) not in alone]
-        lines += [Line(size.label, k, k, d) for d in budgets for k in sorted(settings.students)]
-        lines += [Line(size.label, 1, n, d) for d in budgets for n in sorted(settings.large_batch)]
+        lines += _together(settings, size.label, budgets)
     return Wanted(lines, decided, undecided)
+
+
+def _all_budgets(settings: FrontierSettings, distances: Distances) -> Wanted:
+    """Return the lines of all budgets; one student is saturated as far as it is measured."""
+    lines, decided, budgets = list[Line](), dict[str, int | None](), range(settings.doublings + 1)
+    for size in settings.sizes:
+        alone = [Line(size.label, 1, 1, d) for d in budgets]
+        found = itertools.takewhile(lambda distance: distance is not None, map(distances, alone))
+        decided[size.label] = saturation([distance for distance in found if distance is not None])
+        lines += [*alone, *_together(settings, size.label, budgets)]
+    return Wanted(lines, decided, [])
+
+
+def _together(settings: FrontierSettings, size: str, budgets: range) -> list[Line]:
+    """Return the lines of several devices: K students, and one with as many times the batch."""
+    lines = [Line(size, k, k, d) for d in budgets for k in sorted(settings.students)]
+    return lines + [Line(size, 1, n, d) for d in budgets for n in sorted(settings.large_batch)]
 
 
 def every(settings: FrontierSettings) -> Iterator[Line]:
     """Yield every line that could be wanted, in an order that no measurement changes: by it workers share them."""
-    most = settings.doublings + settings.beyond
+    budgets = range(settings.doublings + (0 if settings.all_budgets else settings.beyond) + 1)
     for size in settings.sizes:
-        yield from (Line(size.label, 1, 1, d) for d in range(most + 1))
-        yield from (Line(size.label, k, k, d) for d in range(most + 1) for k in sorted(settings.students))
-        yield from (Line(size.label, 1, n, d) for d in range(most + 1) for n in sorted(settings.large_batch))
+        yield from (Line(size.label, 1, 1, d) for d in budgets)
+        yield from _together(settings, size.label, budgets)
 
 
 def size_of(settings: FrontierSettings, line: Line) -> RowSettings:
@@ -96,7 +113,7 @@ def saturation(measured: Sequence[Sequence[float]]) -> int | None:
 
     The spread is the root of the mean of both variances, 0 for a single seed.
     """
-    for doubling, (here, there) in enumerate(pairwise(measured)):
+    for doubling, (here, there) in enumerate(itertools.pairwise(measured)):
         if statistics.fmean(here) - statistics.fmean(there) <= spread(here, there):
             return doubling
     return None

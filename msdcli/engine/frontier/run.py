@@ -15,7 +15,7 @@ from msdcli.engine.frontier.record import check
 from msdcli.engine.sweep import result_of
 from msdcli.engine.tracking.events import Report
 from msdcli.rundir import holder_of, lock
-from msdcli.sweep import Cell, Sweep
+from msdcli.sweep import Cell, FrontierSettings, Sweep
 
 PATIENCE = 2.0  # seconds between two looks at what others have finished
 WORKING = ".working"  # in the sweep's folder: a lock per run
@@ -74,9 +74,16 @@ def known(sweep: Sweep, worker: tuple[int, int] = (0, 1)) -> Known:
     factory.check()
     found = plan(factory)
     left = [(line, cell) for n, line, cell in unfinished(factory, found) if n % worker[1] == worker[0]]
-    sizes, seeds, settings = len(factory.settings.sizes), len(sweep.settings.seeds), factory.settings
-    each = settings.doublings + 1 + (settings.beyond + 1) * (len(settings.students) + len(settings.large_batch))
-    return Known(left, found.open, sizes * seeds * (each + max(0, settings.beyond - 1)))
+    return Known(left, found.open, len(sweep.settings.seeds) * _most(factory.settings))
+
+
+def _most(settings: FrontierSettings) -> int:
+    """Return how many lines there can be."""
+    together = len(settings.students) + len(settings.large_batch)
+    if settings.all_budgets:
+        return len(settings.sizes) * (settings.doublings + 1) * (1 + together)
+    alone = settings.doublings + 1 + max(0, settings.beyond - 1)
+    return len(settings.sizes) * (alone + (settings.beyond + 1) * together)
 
 
 def unfinished(factory: CellFactory, found: Wanted) -> list[tuple[int, Line, Cell]]:

@@ -90,6 +90,16 @@ def test_the_lines_follow_saturation(spread: float, expected: int | None) -> Non
     assert set(found.lines) <= set(everything) and len(set(everything)) == len(everything)
 
 
+def test_all_budgets_wait_for_nothing() -> None:
+    settings = FrontierSettings(
+        sizes=[RowSettings(label="a")], students=[2], budget=1e9, doublings=2, large_batch=[2], all_budgets=True
+    )
+    found = wanted(settings, lambda line: None)
+    assert found.lines == list(lines.every(settings)) and len(found.lines) == 9 and found.open == []
+    assert found.saturated == {"a": None}
+    assert wanted(settings, lambda line: [2.0 ** -min(line.doubling, 1)]).saturated == {"a": 1}
+
+
 # Equal budgets.
 
 
