@@ -26,7 +26,8 @@ rows:
 
 @pytest.mark.parametrize("path", sweep.shipped(), ids=lambda p: p.stem)
 def test_shipped_sweeps_are_good(path: Path) -> None:
-    assert len(sweep.load(path).cells) >= 6
+    loaded = sweep.load(path)
+    assert len(loaded.cells) >= 6 or loaded.settings.frontier is not None
     assert all(f"# {key}:" in path.read_text() for key in ("Shows", "Costs", "Measured"))
 
 
