@@ -21,11 +21,11 @@ timed() { # SECONDS NAME COMMAND...: its output in FOLDER/NAME.json, what it say
 
 for part in $parts; do
     case $part in
-    a) timeout --signal=INT --kill-after=20 520 python3 -m pytest -q -m gpu -p no:cacheprovider --tb=short -n "${JOBS:-4}" \
+    a) timeout --signal=INT --kill-after=20 520 python3 -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark --tb=short -n "${JOBS:-4}" \
         --durations=10 --junitxml="$out/tests.xml" tests | tee "$out/tests.log" ;;
     b) timed 240 bench-adm python3 -m msdcli bench imagenet64-msd4-dm stages.0.pairs=none compile=false \
         --batch 64 --repeats 3 --json
-       timed 280 bench-small python3 -m msdcli bench glyphs compile=true --graphs --repeats 5 --json ;;
+       timed 280 bench-small python3 -m msdcli bench tests/gpu/small.yaml compile=true --graphs --repeats 5 --json ;;
     c) timed 420 measuring python3 -m msdcli bench measuring imagenet64-msd4-small --images 50000 --json ;;
     *) echo "no part $part: a, b or c"; exit 2 ;;
     esac
