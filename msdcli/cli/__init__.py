@@ -14,7 +14,7 @@ from msdcli.cli import docs
 from msdcli.cli.observe import plot, report, status, watch
 from msdcli.cli.prepare import importing, latents, partition, recipes
 from msdcli.cli.results import export, fid, push, sample
-from msdcli.cli.train import bench, distill, sweep
+from msdcli.cli.train import advise, bench, distill, sweep
 
 
 class VerbGroup(TyperGroup):
@@ -58,6 +58,7 @@ for verb in (
     export,
     push,
     sweep,
+    advise,
     bench,
     docs,
 ):
