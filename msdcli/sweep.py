@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -159,7 +160,7 @@ def check_distinct(path: Path, labels: list[str]) -> None:
 def _recipe(path: Path, keys: dict[str, Any], where: str) -> Recipe:
     document = recipe_yaml.Document.read(path)
     for key, value in keys.items():
-        document.set(key.split("."), value, f"{where}: {key}")
+        document.set(key.split("."), copy.deepcopy(value), f"{where}: {key}")  # later keys change what is inside
     return validate(document)
 
 

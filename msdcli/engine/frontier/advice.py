@@ -82,8 +82,7 @@ def advise(record: dict[str, Any], recipe: Recipe, limits: Limits) -> Advice:
 def _check_same(record: dict[str, Any], recipe: Recipe) -> None:
     if record["data"] != recipe.data.model_dump(mode="json"):
         raise UserError(
-            f"no frontier of these data was measured: {record['sweep']} is of {record['data'].get('name')}, with its own "
-            "settings",
+            f"no frontier of these data was measured: {record['sweep']} is of others",
             hint="a sweep file with `frontier` measures one (msd docs cluster)",
         )
     network = recipe.teacher.network

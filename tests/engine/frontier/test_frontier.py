@@ -127,6 +127,17 @@ def test_every_line_of_a_budget_costs_what_a_plan_counts(mini: Sweep) -> None:
     assert own.gradient_bytes == [4 * own.parameters[1] * 3], "two updates of the fake, one of the student"
 
 
+def test_lines_of_a_size_do_not_change_each_other(tiny: Path) -> None:
+    stages = "stages: [{objective: dm, steps: 6, batch: 16, fake_updates: 2}]"
+    text = SWEEP.replace("{label: own}", f"{{label: own, set: {{{stages}}}}}")
+    (tiny.parent / "mini.yaml").write_text(text)
+    factory = CellFactory(sweep.load(tiny.parent / "mini.yaml", folder=str(tiny.parent / "runs")))
+    before = factory.settings.sizes[0].model_dump_json()
+    assert factory.cells(Line("own", 1, 2, 0))[0].recipe.stages[0].batch == 32
+    assert factory.cells(Line("own", 1, 1, 0))[0].recipe.stages[0].batch == 16
+    assert factory.settings.sizes[0].model_dump_json() == before
+
+
 def _training_flops(recipe: Recipe) -> float:
     data = check(recipe, planning=True)
     cost = estimate.estimate(recipe, data, *networks_on_meta(recipe, data, planning=True))
