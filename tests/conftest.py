@@ -105,6 +105,7 @@ def msd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Msd:
     """Run `msd ...` in the test's own folder: the real command line, in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MSD_DEBUG", raising=False)
+    monkeypatch.setattr("msdcli.engine.timing.SECONDS", 0.0)  # a plan measures one pass of its networks, no more
 
     def run(*words: str) -> Done:
         from msdcli.cli import app

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,6 @@ from msdcli.engine.train.counting import (
     num_parameters,
     turn_bytes,
 )
-from msdcli.engine.train.precision import synchronize
 from msdcli.engine.train.student import with_teachers
 from msdcli.nets.meta import without_first_weights
 from msdcli.objectives import Objective, objective_class
@@ -65,6 +63,7 @@ class Estimate:
     evaluation_flops: float
     students: int
     selection_flops: float = 0.0  # of one student, measured while it trains
+    more_flops: float = 0.0  # of evaluation_flops, those of the teacher's samples that are no pairs
 
     @property
     def flops(self) -> float:
@@ -98,6 +97,7 @@ def estimate(
         evaluation_flops=float(samples * recipe.stages[-1].evaluations * forward_student + more * sampling),
         students=recipe.partition.students,
         selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),
+        more_flops=float(more * sampling),
     )
 
 
@@ -191,31 +191,15 @@ def _state_bytes(objective: Objective, teacher: Denoiser | None) -> int:
     return LEARNING_BYTES * sum(map(num_parameters, nets.values())) + FROZEN_BYTES * sum(map(num_parameters, frozen))
 
 
-def measured_rate(net: Denoiser, device: torch.device, batch: int, seconds: float) -> float:
-    """Return how many operations a second this device does while it trains such a network: measured for some `seconds`,
-    with noise for images. The network's weights get gradients and stay as they are.
-    """
-    net = net.to(device)
-    x, sigma = torch.randn(batch, *net.shape, device=device), torch.ones(batch, device=device)
-    condition = torch.zeros(batch, dtype=torch.int64, device=device)
-
-    def step() -> None:
-        net(x, sigma, condition).square().mean().backward()
-
-    with FlopCounter() as counter:
-        step()  # warms up, too
-    synchronize(device)
-    begun, steps = time.perf_counter(), 0
-    while not steps or time.perf_counter() - begun < seconds:
-        step()
-        synchronize(device)
-        steps += 1
-    return float(counter.total * steps) / (time.perf_counter() - begun)
-
-
 def device_hours(flops: float) -> float:
     """Hours of the device that the estimate is stated at."""
     return flops / (PEAK_FLOPS * UTILISATION) / 3600
+
+
+def _hours(flops: float) -> str:
+    """Say the hours of a GPU, where they are any."""
+    hours = device_hours(flops)
+    return f"{hours:11,.2f} device-hours" if hours >= 0.005 else ""
 
 
 def lines(cost: Estimate) -> Sequence[str]:
@@ -224,16 +208,17 @@ def lines(cost: Estimate) -> Sequence[str]:
     rows += [(f"one student, {stage.objective}", stage.flops) for stage in cost.stages]
     rows += [("one student, select", cost.selection_flops)]
     rows += [("evaluation", cost.evaluation_flops), (f"all, {cost.students} students", cost.flops)]
-    told = [f"{what:<20} {flops:9.3g} FLOP {device_hours(flops):11,.2f} device-hours" for what, flops in rows if flops]
+    wide = max(len(what) for what, flops in rows if flops)
+    told = [f"{what:<{wide}} {flops:9.3g} FLOP{_hours(flops)}" for what, flops in rows if flops]
     memory = [
-        f"{stage.objective:<20} {stage.peak_bytes / 2**30:9.3g} GiB "
+        f"{stage.objective:<{wide}} {stage.peak_bytes / 2**30:9.3g} GiB "
         f"({stage.state_bytes / 2**30:.3g} networks and optimizers, {stage.turn_bytes / 2**30:.3g} gradients and "
         "activations)"
         for stage in cost.stages
     ]
+    hours = f"; hours at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:g} TFLOP/s ({DEVICE})" if _hours(cost.flops) else ""
     return [
-        f"cost:      counted from one step of every stage; hours at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:g} TFLOP/s "
-        f"({DEVICE})",
+        f"cost:      counted from one step of every stage{hours}",
         *(f"           {line}" for line in told),
         "memory:    at most, of one student's training on one device in float32; micro_batch cuts the activations",
         *(f"           {line}" for line in memory),

@@ -94,13 +94,12 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     of_teacher = [*([] if recipe.teacher.path else [recipe.teacher.training]), *recipe.teacher.stages]
     for stage in [*of_teacher, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
-    on = device.resolve(recipe.device)
     if not isinstance(recipe.stages[-1], GeneratorSettings):
         raise UserError(
             f"stage {recipe.stages[-1].objective}, the last, makes no student that gives images", hint="add a stage: dm"
         )
     if not planning:
-        run = RunDir(recipe.run_dir)
+        run, on = RunDir(recipe.run_dir), device.resolve(recipe.device)
         disk.check(run, disk.needed(run, recipe, objectives, device.num_workers(recipe, on)))
     return data
 

@@ -18,6 +18,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import estimate
 from msdcli.engine.inputs import hub, stitches
 from msdcli.engine.pipeline import check, networks_on_meta
+from msdcli.engine.timing import Timing, timing
 from msdcli.engine.train.counting import DEVICE, num_parameters
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings, PromptsSettings
@@ -40,6 +41,7 @@ class Plan:
     cost: estimate.Estimate
     resumes: bool
     missing: list[str]
+    timing: Timing
     pictures: Survey | None = None
 
     def lines(self) -> list[str]:
@@ -61,6 +63,8 @@ class Plan:
             f"partition: {recipe.partition.method}, {recipe.partition.students} students",
             f"students:  {self.parameters[1]:,} parameters each{self._adapted()}; {steps}",
             *([embeddings] if recipe.has_prompts else []),
+            f"time:      {self.timing.line()}",
+            *([] if self.timing.why_not else ["           an estimate, from a moment of training here"]),
             *estimate.lines(self.cost),
             f"run:       {RunDir(recipe.run_dir).root}{' (exists: would resume)' if self.resumes else ''}",
             *(f"missing:   {line}" for line in self.missing),
@@ -90,6 +94,7 @@ class Plan:
             "flops": flops,
             "device_hours": {name: estimate.device_hours(value) for name, value in flops.items()},
             "hours_of": DEVICE,
+            "here": self.timing.to_json(),
             "embedding_bytes": self.embedding_bytes,
             "missing": self.missing,
             "pictures": None if self.pictures is None else self.pictures.to_json(),
@@ -105,6 +110,7 @@ def plan(recipe: Recipe) -> Plan:
         run.check(recipe)
     frozen, student = networks_on_meta(recipe, data, planning=True)
     stitch = stitches.on_meta(recipe, frozen)
+    cost = estimate.estimate(recipe, data, frozen, student, stitch)
     return Plan(
         recipe=recipe,
         images=len(data),
@@ -115,9 +121,10 @@ def plan(recipe: Recipe) -> Plan:
         parameters=(num_parameters(frozen), num_parameters(student)),
         solver=estimate.solver_line(recipe.teacher.solver, frozen, stitch),
         embedding_bytes=_embedding_bytes(recipe, frozen, data) if recipe.has_prompts else 0,
-        cost=estimate.estimate(recipe, data, frozen, student, stitch),
+        cost=cost,
         resumes=run.recipe_file.exists(),
         missing=missing(recipe),
+        timing=timing(recipe, data, frozen, student, cost),
         pictures=seen,
     )
 

@@ -19,14 +19,12 @@ from msdcli.data import survey
 from msdcli.data.folder import PictureFiles, refusal
 from msdcli.data.survey import Survey
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine import estimate
+from msdcli.engine import estimate, timing
 from msdcli.engine.distributed import device
-from msdcli.engine.measure.classifier import TRAINING
-from msdcli.engine.tracking.formatting import plural
-from msdcli.engine.train.counting import FlopCounter, forward_flops, num_parameters
+from msdcli.engine.tracking.formatting import plural, roughly
+from msdcli.engine.train.counting import forward_flops, num_parameters
 from msdcli.errors import UserError
-from msdcli.nets.classifier import Classifier
-from msdcli.nets.meta import on_meta, without_first_weights
+from msdcli.nets.meta import on_meta
 from msdcli.recipe.data import FolderSettings
 from msdcli.recipe.networks import UNetSettings
 from msdcli.recipe.solver import SolverSettings
@@ -172,11 +170,11 @@ class _Budget:
             with on_meta():
                 net = built(wanted)
             flops = estimate.stage_cost(EdmSettings(steps=1, batch=BATCH), net, None).flops
-            rate = rate or estimate.measured_rate(built(wanted), on, BATCH, SECONDS / 2)
+            rate = rate or timing.measured_rate(built(wanted), on, BATCH, SECONDS / 2)
             if rung != LADDER[0] and TEACHER * total * rate / flops < ENOUGH:
                 break
             network, step = wanted, flops
-        rate = estimate.measured_rate(built(network), on, BATCH, SECONDS)
+        rate = timing.measured_rate(built(network), on, BATCH, SECONDS)
         with on_meta():
             net = built(network)
             student = DmSettings(steps=1, batch=BATCH, fake_batch="shared")
@@ -190,7 +188,8 @@ class _Budget:
             "teacher": teacher_steps * step / rate,
             "its samples": samples * sample / rate,
             plural(students, "student", "students"): students * student_steps * update / rate,
-            "measuring": _classifier(shape, classes) / rate + (1 - TEACHER - SAMPLES - STUDENTS) / 4 * total,
+            "measuring": timing.classifier_flops(shape, classes) / rate
+            + (1 - TEACHER - SAMPLES - STUDENTS) / 4 * total,
         }
         return cls(
             *(network, students, sigma_data, teacher_steps, student_steps, samples, solver),
@@ -201,7 +200,7 @@ class _Budget:
         return {name: seconds / 60 for name, seconds in self.seconds.items()}
 
     def assumed(self) -> list[str]:
-        parts = ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in self.seconds.items())
+        parts = ", ".join(f"{name} {roughly(seconds)}" for name, seconds in self.seconds.items())
         total = sum(self.seconds.values()) / 60
         found = [f"about {total:.0f} minutes on this device ({self.device}, measured for a second): {parts}"]
         if self.teacher_steps < ENOUGH:
@@ -210,13 +209,6 @@ class _Budget:
                 "and may not be fit to be distilled; msd says so before it trains students"
             )
         return found
-
-
-def _classifier(shape: tuple[int, ...], classes: int) -> float:
-    """Operations that train the classifier by which the run is measured."""
-    with without_first_weights("cpu"), FlopCounter() as counter:
-        Classifier(shape, classes)(torch.zeros(1, *shape))
-    return float(3 * counter.total * TRAINING.steps * TRAINING.batch)
 
 
 def _network(rung: tuple[int, int], side: int) -> UNetSettings:
@@ -231,10 +223,6 @@ def _rounded(number: float) -> int:
     """Round to two digits, as a person would."""
     unit = 10 ** max(0, int(math.log10(max(number, 1))) - 1)
     return int(number // unit * unit)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 # The file.

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msdcli.engine import estimate, proposal
+from msdcli.engine import proposal, timing
 from msdcli.recipe import load
 from tests.conftest import Msd
 
 
 @pytest.fixture(autouse=True)
 def device_of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "measured_rate", lambda *_: 1e11)
+    monkeypatch.setattr(timing, "measured_rate", lambda *_: 1e11)
 
 
 def save(folder: Path, size: tuple[int, int], *, grey: bool = True, count: int = 3) -> None:

@@ -67,6 +67,13 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def roughly(seconds: float) -> str:
+    """Return a time that is estimated: 40 s, 7 min or 3.5 hours."""
+    if seconds < 95:
+        return f"{seconds:.0f} s" if seconds < 10 else f"{round(seconds / 5) * 5} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
 def describe_selected(students: Sequence[dict[str, Any]]) -> list[str]:
     """Say which averages finished students are, by their model.json; nothing where they are simply the last ones."""
     found = [model for model in students if "selected" in model]

@@ -176,6 +176,11 @@ def for_counting(net: Denoiser, batch: int) -> Denoiser:
     own = isinstance(net.settings, UNetSettings | MLPSettings) and not isinstance(net, AdaptedDenoiser)
     if not own or num_parameters(net) * math.prod(net.shape[1:]) * batch > COUNTED_ON_CPU:
         return net
+    return with_memory(net)
+
+
+def with_memory(net: Denoiser) -> Denoiser:
+    """Return a network like one on the meta device on the CPU, of zeros."""
     copied = guidance.copied(net)  # with its guidance, which costs a branch
     for module in copied.modules():  # `to_empty` goes the slow way, too
         for name, weight in list(module.named_parameters(recurse=False)):
