@@ -64,6 +64,7 @@ class Estimate:
     students: int
     selection_flops: float = 0.0  # of one student, measured while it trains
     more_flops: float = 0.0  # of evaluation_flops, those of the teacher's samples that are no pairs
+    evaluation: tuple[float, float] = (0.0, 0.0)  # of one image: by the teacher without guidance, and by a student
 
     @property
     def flops(self) -> float:
@@ -98,6 +99,7 @@ def estimate(
         students=recipe.partition.students,
         selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),
         more_flops=float(more * sampling),
+        evaluation=(float(forward_flops(unguided(teacher))), float(forward_student)),
     )
 
 

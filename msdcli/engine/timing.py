@@ -18,7 +18,7 @@ from msdcli.engine.estimate import Estimate
 from msdcli.engine.measure.classifier import TRAINING
 from msdcli.engine.measure.rows import MAX_CLASSES
 from msdcli.engine.tracking.formatting import roughly
-from msdcli.engine.train.counting import FlopCounter, forward_flops, with_memory
+from msdcli.engine.train.counting import FlopCounter, with_memory
 from msdcli.engine.train.precision import synchronize
 from msdcli.errors import UserError
 from msdcli.nets.adapters import AdaptedDenoiser
@@ -65,13 +65,13 @@ def timing(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser, 
     except UserError as error:
         return Timing(recipe.device, {}, error.message)
     network = unguided(teacher)
-    if (why_not := _too_large(network, on)) is not None:
+    of_teacher, of_student = cost.evaluation
+    if (why_not := _too_large(network, of_teacher, on)) is not None:
         return Timing(str(on), {}, why_not)
-    training = recipe.teacher.training
-    rate = measured_rate(with_memory(network), on, _batch(network, training.batch), SECONDS)
+    rate = measured_rate(with_memory(network), on, _batch(of_teacher, recipe.teacher.training.batch), SECONDS)
     of_students = rate
-    if not isinstance(student, AdaptedDenoiser) and forward_flops(student) != forward_flops(network):
-        of_students = measured_rate(with_memory(student), on, _batch(student, recipe.stages[-1].batch), SECONDS)
+    if not isinstance(student, AdaptedDenoiser) and of_student != of_teacher:
+        of_students = measured_rate(with_memory(student), on, _batch(of_student, recipe.stages[-1].batch), SECONDS)
     count, together = recipe.partition.students, device.num_workers(recipe, on)
     seconds = {"teacher": cost.teacher_flops / rate, "its samples": (cost.pairs_flops + cost.more_flops) / rate}
     seconds["students"] = math.ceil(count / together) * cost.student_flops / of_students
@@ -80,18 +80,18 @@ def timing(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser, 
     return Timing(str(on), seconds)
 
 
-def _too_large(network: Denoiser, on: torch.device) -> str | None:
+def _too_large(network: Denoiser, evaluation: float, on: torch.device) -> str | None:
     """Why a network cannot be measured in a moment; None where it can."""
     if network.reads_text:
         return "networks that read prompts are not measured by a plan; msd bench measures them"
-    if on.type == "cpu" and 3 * forward_flops(network) > PASS:
+    if on.type == "cpu" and 3 * evaluation > PASS:
         return "the networks are for a GPU, and the run would have this machine's CPU"
     return None
 
 
-def _batch(network: Denoiser, wanted: int) -> int:
+def _batch(evaluation: float, wanted: int) -> int:
     """Return how many images fit into a moment."""
-    return max(1, min(wanted, int(PASS / (3 * forward_flops(network)))))
+    return max(1, min(wanted, int(PASS / (3 * evaluation))))
 
 
 def _measuring(recipe: Recipe, data: Dataset, cost: Estimate, rate: float) -> float:
