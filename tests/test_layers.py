@@ -45,7 +45,7 @@ ROOMS = (
     {"layers"},
     {"sample", "search"},
     {"measure"},
-    {"pipeline"},
+    {"pipeline", "timing"},
     {"report", "export", "bench", "sweep", "plan", "proposal"},
     {"frontier"},
 )
