@@ -14,6 +14,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
 
 from tests.tiny_unet import TINY_UNET
 
@@ -100,8 +101,30 @@ def sd_pipeline(folder: Path, scheduler: Any = None, **changes: Any) -> dict[str
     return _save(folder, parts)
 
 
-def sd3_pipeline(folder: Path) -> dict[str, Any]:
-    """Save a pipeline of SD3's kind, without T5; return its parts."""
+def t5_tokenizer(folder: Path, form: str) -> Any:
+    """T5's tokenizer of a few words, as `tokenizer.json` or as a `spiece.model`; T5's own files are either."""
+    folder.mkdir(parents=True)
+    texts = [f"a {a} {b}" for a in WORDS for b in WORDS]
+    if form == "spiece.model":
+        trainer = pytest.importorskip("sentencepiece").SentencePieceTrainer
+        special = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
+        prefix = str(folder / "spiece")
+        trainer.train(
+            sentence_iterator=iter(texts), model_prefix=prefix, vocab_size=40, hard_vocab_limit=False, **special
+        )
+    else:
+        pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -1.0) for w in ("a", *WORDS))]
+        words = tokenizers.Tokenizer(tokenizers.models.Unigram([*pieces, ("▁", -3.0)], unk_id=2))
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        words.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+        words.save(str(folder / "tokenizer.json"))
+    said = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "pad_token": "<pad>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    return transformers.T5TokenizerFast.from_pretrained(folder)
+
+
+def sd3_pipeline(folder: Path, *, t5: str | None = None) -> dict[str, Any]:
+    """Save a pipeline of SD3's kind, with T5 if that is a form of its tokenizer; return its parts."""
     torch.manual_seed(0)
     parts = {
         "transformer": diffusers.SD3Transformer2DModel(**SD3).eval().requires_grad_(False),
@@ -110,6 +133,11 @@ def sd3_pipeline(folder: Path) -> dict[str, Any]:
     for number in ("", "_2"):
         words = tokenizer(folder / f"tokenizer{number}")
         parts |= {f"text_encoder{number}": clip(words, 16, projected=12), f"tokenizer{number}": words}
+    parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    if t5 is not None:
+        words = t5_tokenizer(folder / "tokenizer_3", t5)
+        config = transformers.T5Config(vocab_size=64, d_model=40, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+        parts |= {"text_encoder_3": transformers.T5EncoderModel(config).eval(), "tokenizer_3": words}
     return _save(folder, parts)
 
 
@@ -129,7 +157,10 @@ def sdxl_pipeline(folder: Path, **save: Any) -> dict[str, Any]:
 def _save(folder: Path, parts: dict[str, Any], **of_the_network: Any) -> dict[str, Any]:
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
     for name, part in parts.items():
-        part.save_pretrained(folder / name, **(of_the_network if name == "unet" else {}))
+        if part is None:
+            continue
+        if name != "tokenizer_3":  # it lies there in the form that a test wants
+            part.save_pretrained(folder / name, **(of_the_network if name == "unet" else {}))
         library = "transformers" if name.startswith("t") and name != "transformer" else "diffusers"
         index[name] = [library, type(part).__name__]
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -188,8 +188,7 @@ class _Budget:
             "teacher": teacher_steps * step / rate,
             "its samples": samples * sample / rate,
             plural(students, "student", "students"): students * student_steps * update / rate,
-            "measuring": timing.classifier_flops(shape, classes) / rate
-            + (1 - TEACHER - SAMPLES - STUDENTS) / 4 * total,
+            "measuring": timing.classifier_seconds(shape, classes, on) + (1 - TEACHER - SAMPLES - STUDENTS) / 4 * total,
         }
         return cls(
             *(network, students, sigma_data, teacher_steps, student_steps, samples, solver),

@@ -76,7 +76,7 @@ def timing(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser, 
     seconds = {"teacher": cost.teacher_flops / rate, "its samples": (cost.pairs_flops + cost.more_flops) / rate}
     seconds["students"] = math.ceil(count / together) * cost.student_flops / of_students
     if recipe.has_measure:
-        seconds["measuring"] = _measuring(recipe, data, cost, of_students)
+        seconds["measuring"] = _measuring(recipe, data, cost, of_students, on)
     return Timing(str(on), seconds)
 
 
@@ -94,19 +94,29 @@ def _batch(evaluation: float, wanted: int) -> int:
     return max(1, min(wanted, int(PASS / (3 * evaluation))))
 
 
-def _measuring(recipe: Recipe, data: Dataset, cost: Estimate, rate: float) -> float:
+def _measuring(recipe: Recipe, data: Dataset, cost: Estimate, rate: float, on: torch.device) -> float:
     """Seconds of the classifier, of drawing the students' samples and of the table."""
     classes, parts = len(data.class_names), recipe.partition.students
     lines = 1 + (parts if parts > 1 else 0) + (classes if classes <= MAX_CLASSES else 0)
-    trained = classifier_flops(tuple(data.shape), classes) if len(data.shape) == 3 else 0.0
-    return (trained + cost.evaluation_flops - cost.more_flops) / rate + 2 * lines * ROW_SECONDS
+    trained = classifier_seconds(tuple(data.shape), classes, on) if len(data.shape) == 3 else 0.0
+    return trained + (cost.evaluation_flops - cost.more_flops) / rate + 2 * lines * ROW_SECONDS
 
 
-def classifier_flops(shape: tuple[int, ...], classes: int) -> float:
-    """Operations that train the classifier by which a run is measured."""
-    with without_first_weights("cpu"), FlopCounter() as counter:
-        Classifier(shape, classes)(torch.zeros(1, *shape))
-    return float(3 * counter.total * TRAINING.steps * TRAINING.batch)
+def classifier_seconds(shape: tuple[int, ...], classes: int, on: torch.device) -> float:
+    """How long the classifier trains by which a run is measured: one of its steps, taken here, times their number."""
+    with without_first_weights(on):
+        net = Classifier(shape, classes)
+    for parameter in net.parameters():
+        torch.nn.init.zeros_(parameter)
+
+    def step(batch: int) -> float:
+        begun = time.perf_counter()
+        net(torch.zeros(batch, *shape, device=on)).square().mean().backward()
+        synchronize(on)
+        return time.perf_counter() - begun
+
+    step(2)  # warms up
+    return step(TRAINING.batch) * TRAINING.steps
 
 
 def measured_rate(net: Denoiser, device: torch.device, batch: int, seconds: float) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.files import read_index, read_object, weight_files
-from msdcli.nets.diffusers.text_encoder import describe
+from msdcli.nets.diffusers.text_encoder import describe, unread
 from msdcli.recipe.networks import DiffusersNetworkSettings
 
 PARTS = {
@@ -52,12 +52,19 @@ def read_section(folder: Path) -> tuple[DiffusersNetworkSettings, list[Path]]:
 
 
 def _unknown(folder: Path, index: dict[str, Any]) -> str:
-    """Say which pipeline was found, and what msd reads."""
+    """Say which pipeline was found, what msd reads, and what of the pipeline it lacks."""
     known = ", ".join(f"{part}: {' or '.join(names)}" for part, names in PARTS.items())
-    held = [f"{part}: {index[part][1]}" for part in (*PARTS, "prior") if _is_part(index.get(part))]
+    networks = {part: str(index[part][1]) for part in (*PARTS, "prior") if _is_part(index.get(part))}
     name = index.get("_class_name")
-    found = f"{name if isinstance(name, str) else 'a pipeline'} ({', '.join(held) or 'no network'})"
-    return f"{folder} is {found}, which msd does not read; it reads {known}"
+    held = ", ".join(f"{part}: {network}" for part, network in networks.items())
+    found = f"{name if isinstance(name, str) else 'a pipeline'} ({held or 'no network'})"
+    lacks = [f"the network {network}" for network in networks.values()]
+    if encoders := unread(index):
+        lacks.append(f"prompts by {' and '.join(encoders)} {'together' if len(encoders) > 1 else 'alone'}")
+    if _is_part(index.get("vae")) and index["vae"][1] != "AutoencoderKL":
+        lacks.append(f"the autoencoder {index['vae'][1]}")
+    missing = f"; it lacks {', '.join(lacks)}" if lacks else ""
+    return f"{folder} is {found}, which msd does not read; it reads {known}{missing}"
 
 
 def _is_part(entry: Any) -> bool:

@@ -6,6 +6,7 @@ Needs the extra `diffusers`.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "spiece.model"),
 )
+FORMS = (["sd"], ["sd", "sd3"], ["sd3", "sd3"], ["sd3", "sd3", "t5"])  # SD 1.5's, SDXL's, SD3's without T5 and with
 T5_LENGTH = 256  # vectors of T5 in SD3's prompts, as its pipeline asks for
 
 
@@ -52,7 +54,7 @@ class TextEncoder:
                 net = getattr(library, part["class_name"]).from_pretrained(
                     folder / part["encoder"], local_files_only=True, use_safetensors=True
                 )
-            except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
                 raise UserError(f"{folder}: {part['encoder']} cannot be read ({error})") from None
             net = net.requires_grad_(False).eval()
             # Only T5 is large enough for its stored type to matter; CLIP's embeddings decide who owns a prompt.
@@ -114,6 +116,26 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def unread(index: dict[str, Any]) -> list[str]:
+    """Return the classes of a pipeline's text encoders where msd does not know how their vectors go together."""
+    said = [index.get(f"text_encoder{number}") for number in ("", "_2", "_3", "_4")]
+    names = [str(entry[1]) for entry in said if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None]
+    return names if names and [ENCODERS.get(name) for name in names] not in FORMS else []
+
+
+def _check_t5_words(folder: Path) -> None:
+    """Raise UserError where T5's tokenizer cannot be read: it is tokenizer.json, or a model of sentencepiece."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    if not (folder / "spiece.model").is_file():
+        raise UserError(f"{folder} has neither tokenizer.json nor spiece.model: T5's tokenizer is one of the two")
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{folder} has no tokenizer.json, and spiece.model is read by the library sentencepiece, which is not here",
+            hint="pip install 'msdcli[diffusers]'",
+        )
+
+
 def describe(pipeline: Path, index: dict[str, Any], width: int) -> dict[str, Any]:
     """What text.json says of a pipeline whose denoiser wants prompts of `width`. UserError for what is not known."""
     parts = []
@@ -126,7 +148,10 @@ def describe(pipeline: Path, index: dict[str, Any], width: int) -> dict[str, Any
                 f"{pipeline}: text_encoder{number} is {name[1]} with {words[1]}; msd knows {', '.join(ENCODERS)}"
             )
         config = read_object(pipeline / f"text_encoder{number}" / "config.json")
-        length = T5_LENGTH if name[1] == "T5EncoderModel" else int(config.get("max_position_embeddings", 77))
+        t5 = name[1] == "T5EncoderModel"
+        if t5:
+            _check_t5_words(pipeline / f"tokenizer{number}")
+        length = T5_LENGTH if t5 else int(config.get("max_position_embeddings", 77))
         files = {"encoder": f"text_encoder{number}", "tokenizer": f"tokenizer{number}"}
         parts.append({"class_name": name[1], "length": length} | files)
     kinds = [ENCODERS[part["class_name"]] for part in parts]

@@ -14,6 +14,7 @@ from msdcli.diffusion.guidance import NO_CLASS, Guided
 from msdcli.engine.checkpoints.model import load_model
 from msdcli.engine.inputs import importing
 from msdcli.errors import UserError
+from msdcli.nets.diffusers import text_encoder
 from msdcli.nets.diffusers.prompt_store import PromptStore
 from msdcli.nets.diffusers.text_encoder import TextEncoder
 from msdcli.recipe import StudentSettings
@@ -47,12 +48,35 @@ def test_embeddings_are_the_stable_diffusion_pipelines_own(tmp_path: Path) -> No
 
 def test_embeddings_are_the_sd3_pipelines_own(tmp_path: Path) -> None:
     parts = sd3_pipeline(tmp_path / "p")
-    pipe = diffusers.StableDiffusion3Pipeline(**parts, vae=None, text_encoder_3=None, tokenizer_3=None)
+    pipe = diffusers.StableDiffusion3Pipeline(**parts, vae=None)
     theirs, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, device="cpu", do_classifier_free_guidance=False)
     denoiser = teacher(tmp_path / "t", tmp_path / "p")
     ours = denoiser.look_up(torch.tensor([0, 1, 2]))
     torch.testing.assert_close(ours[0], theirs, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours[1], pooled, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "spiece.model"])
+def test_t5s_embeddings_are_the_sd3_pipelines_own(tmp_path: Path, form: str) -> None:
+    parts = sd3_pipeline(tmp_path / "p", t5=form)
+    pipe = diffusers.StableDiffusion3Pipeline(**parts, vae=None)
+    theirs, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, None, device="cpu", do_classifier_free_guidance=False)
+    denoiser = teacher(tmp_path / "t", tmp_path / "p")
+    assert (tmp_path / "t/text/tokenizer_3" / form).is_file()
+    ours = denoiser.look_up(torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(ours[0], theirs, rtol=1e-4, atol=1e-4)
+    assert ours[0][1, 12:].abs().max() > 0, "T5's vectors are there"
+    torch.testing.assert_close(ours[1], pooled, rtol=1e-5, atol=1e-6)
+    (tmp_path / "p/tokenizer_3" / form).unlink()
+    with pytest.raises(UserError, match=r"tokenizer_3 has neither tokenizer\.json nor spiece\.model"):
+        importing.read(tmp_path / "p")
+
+
+def test_without_sentencepiece_its_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "spiece.model").write_bytes(b"")
+    monkeypatch.setattr(text_encoder.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="library sentencepiece, which is not here"):
+        text_encoder._check_t5_words(tmp_path)
 
 
 @pytest.mark.parametrize("zeros", [True, False])
@@ -211,6 +235,36 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "xl/model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "unet"}))
     with pytest.raises(UserError, match=r"FluxPipeline \(transformer: FluxTransformer2DModel\).*it reads unet"):
         importing.read(tmp_path / "xl")
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "encoders", "lacks"),
+    [
+        (
+            "FluxPipeline",
+            "FluxTransformer2DModel",
+            ("CLIPTextModel", "T5EncoderModel"),
+            "the network FluxTransformer2DModel, prompts by CLIPTextModel and T5EncoderModel together",
+        ),
+        (
+            "PixArtAlphaPipeline",
+            "PixArtTransformer2DModel",
+            ("T5EncoderModel",),
+            "the network PixArtTransformer2DModel, prompts by T5EncoderModel alone",
+        ),
+    ],
+)
+def test_pipelines_of_others_are_named_with_what_lacks(
+    tmp_path: Path, name: str, network: str, encoders: tuple[str, ...], lacks: str
+) -> None:
+    held = {f"text_encoder{n}": ["transformers", e] for n, e in zip(("", "_2"), encoders, strict=False)}
+    index = {"_class_name": name, "transformer": ["diffusers", network], "vae": ["diffusers", "AutoencoderKL"], **held}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"{name}.*which msd does not read; it reads unet.*; it lacks {lacks}$"):
+        importing.read(tmp_path)
+
+
+def test_a_refiner_is_no_teacher(tmp_path: Path) -> None:
     sdxl_pipeline(tmp_path / "refiner")
     index = json.loads((tmp_path / "refiner/model_index.json").read_text())
     index |= {"text_encoder": [None, None], "tokenizer": [None, None]}
