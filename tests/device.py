@@ -114,12 +114,13 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
 class FakeDevice(TorchDispatchMode):
     """Inside it the meta device has numbers, and `waits` lists what the host does with them: (what, operation, where).
 
-    Tensors of both devices in one operation are refused (single numbers of the host travel by themselves). Meta tensors
-    without numbers, of a large network say, are computed on as they are.
+    Tensors of both devices in one operation are refused (single numbers of the host travel by themselves). Without
+    `numbers` it is the meta device as it is, for what is too large or must be traced.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, numbers: bool = True) -> None:
         super().__init__()
+        self.numbers = numbers
         self.waits: list[tuple[str, str, str]] = []
         self.operations = 0
         self.refusing = False
@@ -170,7 +171,7 @@ class FakeDevice(TorchDispatchMode):
         numbered = [isinstance(t, Remote) or t._is_zerotensor() for t in there]
         if any(numbered) and not all(numbered):
             raise HostWaitError(f"{func}: a list of the host, {UP} that torch makes of it, at {_where()}")
-        if any(numbered) or (not there and torch.device(to).type == "meta"):
+        if any(numbered) or (self.numbers and not there and torch.device(to).type == "meta"):
             return _compute(func, args, kwargs)
         return func(*args, **kwargs)
 

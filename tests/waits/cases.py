@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -166,6 +167,14 @@ def applies(name: str, how: str) -> bool:
     if how == "perturbed":
         return name not in ("mlp", "pruned_unet")
     return name != "unet2d" or how in ("none", "guide")
+
+
+def product() -> list[tuple[str, str, str]]:
+    """Every objective, network and guidance that msd takes; the reference of ddo, a stage of teachers, has none."""
+    found = itertools.product(STAGES | MORE, NETWORKS, GUIDANCE)
+    return [
+        (stage, name, how) for stage, name, how in found if applies(name, how) and (how == "none" or stage != "ddo")
+    ]
 
 
 def there(net: Denoiser) -> Denoiser:

@@ -27,7 +27,7 @@ from msdcli.partition import consecutive
 from msdcli.recipe import LatentSettings
 from msdcli.recipe.solver import SolverSettings
 from tests.device import DOWN, READ, UP, HostWaitError, Remote
-from tests.waits.cases import CLASSES, GUIDANCE, NETWORKS, SIDE, applies, device, guided, network, there
+from tests.waits.cases import CLASSES, GUIDANCE, NETWORKS, SIDE, TEXT, applies, device, guided, network, there
 
 VAE = {
     "block_out_channels": [8, 16],
@@ -58,7 +58,17 @@ def test_no_solver_waits(solver: str, how: str) -> None:
     assert isinstance(found, Remote) and found.numbers.isfinite().all() and found.shape == z.shape
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if applies(name, "classifier-free")])
+FAST = ["unet", "dit", *TEXT]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+        for name in NETWORKS
+        if applies(name, "classifier-free")
+    ],
+)
 def test_no_network_waits_under_a_schedule_of_guidance(name: str) -> None:
     with device() as on:
         teacher = there(Guided(network(name), scale=0.6, interval=(0.0, 100.0), schedule="cfg++"))

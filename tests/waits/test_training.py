@@ -4,7 +4,6 @@ guidance and student, in the real loop, without a GPU.
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from msdcli.engine.measure.classifier import TRAINING, Classification
 from msdcli.engine.train import precision
 from msdcli.nets.classifier import Classifier
 from tests.device import DOWN, READ, HostWaitError
-from tests.waits.cases import GUIDANCE, MORE, NETWORKS, STAGES, applies, device, objective_of, settings_of, trained
+from tests.waits.cases import GUIDANCE, MORE, NETWORKS, STAGES, device, objective_of, product, settings_of, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
 ALL = STAGES | MORE
@@ -26,9 +25,7 @@ ONCE = [
     *(("edm", name, "none") for name in NETWORKS if name not in ("unet", "sdxl")),  # which is sd15 with more of it
     *(("tsm", "unet", how) for how in GUIDANCE[1:]),
 ]
-EVERYTHING = [
-    case for case in itertools.product(ALL, NETWORKS, GUIDANCE) if case not in ONCE and applies(case[1], case[2])
-]
+EVERYTHING = [case for case in product() if case not in ONCE]
 NEEDS_PEFT = "dm with a fake of adapters"
 
 
@@ -70,7 +67,7 @@ def test_students_that_are_adapters_do_not_wait(tmp_path: Path) -> None:
 
 def test_networks_in_bfloat16_do_not_wait(tmp_path: Path) -> None:
     with device() as on:
-        settings = settings_of(STAGES["adm"])
+        settings = settings_of(STAGES["tsm"])
         objective = objective_of(settings, "unet", "guide")
         precision.lower(objective, "bf16")
         inside, _ = trained(on, objective, settings, tmp_path)
