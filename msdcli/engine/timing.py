@@ -121,9 +121,9 @@ def classifier_seconds(shape: tuple[int, ...], classes: int, on: torch.device) -
 
 def measured_rate(net: Denoiser, device: torch.device, batch: int, seconds: float) -> float:
     """Return how many operations a second this device does while it trains such a network: measured for some `seconds`,
-    with noise for images. The network's weights get gradients and stay as they are.
+    with noise for images. All weights of the network get gradients, a given teacher's too, and stay as they are.
     """
-    net = net.to(device)
+    net = net.to(device).requires_grad_(True)
     x, sigma = torch.randn(batch, *net.shape, device=device), torch.ones(batch, device=device)
     condition = torch.zeros(batch, dtype=torch.int64, device=device)
 
