@@ -81,9 +81,10 @@ def _switch(layer: Any, to: Any) -> Any:
 class IdentityProcessor:
     """What diffusers' `Attention` does around its attention, and the values in the place of it."""
 
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **more: Any) -> Tensor:
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, *args: Any, temb: Tensor | None = None, **more: Any
+    ) -> Tensor:  # `temb` by name: the library warns of what it finds no name for, and leaves it out
         residual, shape = hidden_states, hidden_states.shape
-        temb = more.get("temb")
         h = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         if h.ndim == 4:
             h = h.flatten(2).transpose(1, 2)

@@ -162,19 +162,29 @@ def guided(teacher: Denoiser, how: str) -> Denoiser:
 
 def applies(name: str, how: str) -> bool:
     """Whether a network can be guided so: the library's class-conditional U-Net knows no row for no class, and what
-    has no self-attention cannot be perturbed. msd refuses both.
+    has no self-attention of its own (SD3 looks at images and prompts together) cannot be perturbed. msd refuses both.
     """
     if how == "perturbed":
-        return name not in ("mlp", "pruned_unet")
+        return name not in ("mlp", "pruned_unet", "sd3")
     return name != "unet2d" or how in ("none", "guide")
 
 
+def takes(stage: str, name: str, how: str) -> bool:
+    """Whether msd takes an objective of a network and a guidance; what it does not, it refuses before training.
+
+    The reference of ddo, a stage of teachers, has no guidance; prompts are no classes to forget; EDM2's layers, which
+    are its own, take no adapters.
+    """
+    if stage == "ddo" and how != "none":
+        return False
+    if (stage == "dm that forgets" and name in TEXT) or (stage == "dm with a fake of adapters" and name == "edm2"):
+        return False
+    return applies(name, how)
+
+
 def product() -> list[tuple[str, str, str]]:
-    """Every objective, network and guidance that msd takes; the reference of ddo, a stage of teachers, has none."""
-    found = itertools.product(STAGES | MORE, NETWORKS, GUIDANCE)
-    return [
-        (stage, name, how) for stage, name, how in found if applies(name, how) and (how == "none" or stage != "ddo")
-    ]
+    """Every objective, network and guidance that msd takes."""
+    return [case for case in itertools.product(STAGES | MORE, NETWORKS, GUIDANCE) if takes(*case)]
 
 
 def there(net: Denoiser) -> Denoiser:
