@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from msdcli.diffusion.guidance import unguided
 from msdcli.engine import layers
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.counting import FlopCounter
+from msdcli.engine.train.precision import timed_in_turn
 from msdcli.errors import UserError
 from msdcli.nets.meta import on_meta
 from msdcli.recipe import Recipe
@@ -162,20 +162,20 @@ def candidates(teacher: Denoiser, span: tuple[float, float] = (0.0, 1.0)) -> lis
 
 def _parameters(network: NetworkSettings, teacher: Denoiser) -> int:
     with on_meta():
-        return sum(p.numel() for p in _build(network, teacher).parameters())
+        return sum(p.numel() for p in built(network, teacher).parameters())
 
 
 def _flops(network: NetworkSettings, teacher: Denoiser) -> int:
     """Return the floating-point operations of one evaluation."""
     with on_meta(), FlopCounter() as counter, torch.no_grad():
-        _build(network, teacher)(*_one(teacher, "meta"))
+        built(network, teacher)(*_one(teacher, "meta"))
     total: int = counter.total
     return total
 
 
-def _build(network: NetworkSettings, teacher: Denoiser) -> Denoiser:
-    shape, classes = teacher.shape, teacher.num_classes
-    net = nets.build(network, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+def built(network: NetworkSettings, teacher: Denoiser) -> Denoiser:
+    """Return a network of a section with random weights, for the images, classes and prompts of the teacher."""
+    net = nets.build_like(network, teacher)
     net.prompts = teacher.prompts
     return net
 
@@ -189,14 +189,7 @@ def _one(teacher: Denoiser, device: torch.device | str) -> tuple[torch.Tensor, t
 def latency(candidate: Candidate, teacher: Denoiser, *, repeats: int = 15) -> float:
     """Return the candidate's time per evaluation of one image as a share of the teacher's: medians, taken in turn."""
     device = next(teacher.parameters()).device
-    student, inputs = _build(candidate.network, teacher).to(device).eval(), _one(teacher, device)
-    times: dict[str, list[float]] = {"student": [], "teacher": []}
-    for repeat in range(-3, repeats):  # the first three warm up
-        for name, net in (("student", student), ("teacher", teacher)):
-            begun = time.perf_counter()
-            net(*inputs)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat >= 0:
-                times[name].append(time.perf_counter() - begun)
+    student, inputs = built(candidate.network, teacher).to(device).eval(), _one(teacher, device)
+    calls = {"student": lambda: student(*inputs), "teacher": lambda: teacher(*inputs)}
+    times = timed_in_turn(calls, device, repeats, warm_up=3)
     return statistics.median(times["student"]) / statistics.median(times["teacher"])

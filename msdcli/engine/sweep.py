@@ -14,6 +14,7 @@ from msdcli import records
 from msdcli.engine import pipeline
 from msdcli.engine.tracking.accounting import costs
 from msdcli.engine.tracking.events import Report
+from msdcli.engine.tracking.formatting import markdown_table
 from msdcli.errors import UserError
 from msdcli.outputs import MARK, check_drawn_table, check_table
 from msdcli.rundir import RunDir, write_text, writing
@@ -66,7 +67,7 @@ def lines(sweep: Sweep) -> list[TableRow]:
         if not done:
             continue
         metric = done[0][1]["metric"]
-        figures = [whole(result, "students") | cost_of(RunDir(cell.recipe.run_dir)) for cell, result in done]
+        figures = [whole(result, "students") | _cost(RunDir(cell.recipe.run_dir)) for cell, result in done]
         names = figures[0].keys()
         by_name = {name: [f[name] for f in figures] for name in names}
         table.append(TableRow(label, [cell.seed for cell, _ in done], done[0][1]["samples"], by_name))
@@ -103,7 +104,7 @@ def whole(result: dict[str, Any], who: str) -> dict[str, float]:
     return dict(row["values"])
 
 
-def cost_of(run_dir: RunDir) -> dict[str, float]:
+def _cost(run_dir: RunDir) -> dict[str, float]:
     total = next(row for row in costs(run_dir) if row["part"] == "all students")
     return {"student seconds": total["seconds"], "student FLOP": total["flops"]}
 
@@ -133,8 +134,7 @@ def write(sweep: Sweep, table: Sequence[TableRow]) -> list[Path]:
     paths = [sweep.folder / name for name in ("table.md", "table.csv", "table.png")]
     check(sweep)
     columns, rows = summary(table)
-    markdown = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    write_text(paths[0], "\n".join([*markdown, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n")
+    write_text(paths[0], "\n".join(markdown_table(columns, rows)) + "\n")
     write_text(paths[1], _csv(table))
     _draw(paths[2], sweep.name, table)
     return paths

@@ -19,7 +19,7 @@ from msdcli.engine.measure.classifier import TRAINING
 from msdcli.engine.measure.rows import MAX_CLASSES
 from msdcli.engine.tracking.formatting import roughly
 from msdcli.engine.train.counting import FlopCounter, with_memory
-from msdcli.engine.train.precision import synchronize
+from msdcli.engine.train.precision import synchronize, timed
 from msdcli.errors import UserError
 from msdcli.nets.adapters import AdaptedDenoiser
 from msdcli.nets.classifier import Classifier
@@ -109,14 +109,11 @@ def classifier_seconds(shape: tuple[int, ...], classes: int, on: torch.device) -
     for parameter in net.parameters():
         torch.nn.init.zeros_(parameter)
 
-    def step(batch: int) -> float:
-        begun = time.perf_counter()
+    def step(batch: int) -> None:
         net(torch.zeros(batch, *shape, device=on)).square().mean().backward()
-        synchronize(on)
-        return time.perf_counter() - begun
 
     step(2)  # warms up
-    return step(TRAINING.batch) * TRAINING.steps
+    return timed(lambda: step(TRAINING.batch), on) * TRAINING.steps
 
 
 def measured_rate(net: Denoiser, device: torch.device, batch: int, seconds: float) -> float:

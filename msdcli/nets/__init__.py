@@ -38,6 +38,11 @@ def build(settings: NetworkSettings, *, shape: tuple[int, ...], num_classes: int
     return denoiser
 
 
+def build_like(settings: NetworkSettings, like: Denoiser) -> Denoiser:
+    """Build the denoiser of a network section for the images and classes of another denoiser."""
+    return build(settings, shape=like.shape, num_classes=like.num_classes, sigma_data=like.sigma_data)
+
+
 def _mlp(settings: MLPSettings, shape: tuple[int, ...], num_classes: int) -> MLP:
     if len(shape) != 1:
         raise UserError(f"network kind 'mlp' is for points, the data are images of shape {shape}", hint="kind: unet")

@@ -59,7 +59,7 @@ def test_teachers_have_a_line_for_every_solver(tiny: Path, monkeypatch: pytest.M
         return {"metric": "l1", "samples": 9, "rows": rows, "teacher_sha256": str(cell.recipe.teacher.seed)}
 
     monkeypatch.setattr(engine, "result_of", found)
-    monkeypatch.setattr(engine, "cost_of", lambda run: {})
+    monkeypatch.setattr(engine, "_cost", lambda run: {})
     text = SWEEP.replace("seeds: [0, 1]", "seeds: [0, 1]\nseed_keys: [seed, teacher.seed]")
     other = text.replace("set: {stages", "set: {teacher.solver.name: deis, stages")
     for content, wanted in (

@@ -16,6 +16,7 @@ from msdcli.metrics.evaluate import collect
 from msdcli.metrics.frechet import frechet_distance
 from msdcli.metrics.inception import TORCHSCRIPT, open_network
 from tests.conftest import command, environment
+from tests.engine.train.test_distill import weights
 
 pytestmark = pytest.mark.gpu
 CARD = torch.device("cuda")
@@ -54,10 +55,6 @@ def run(recipe: Path) -> Path:
     """A run of two students, one after the other."""
     msd("distill", str(recipe), f"run={recipe.parent / 'one'}", "workers=1")
     return recipe.parent / "one"
-
-
-def weights(run: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.rglob("model.safetensors"))}
 
 
 def test_students_side_by_side_are_those_that_came_one_after_the_other(recipe: Path, run: Path) -> None:

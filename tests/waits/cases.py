@@ -32,47 +32,16 @@ from msdcli.recipe.networks import UNetSettings as Net
 from msdcli.recipe.stages import DdoSettings, Stage
 from msdcli.recipe.student import AdapterSettings
 from msdcli.seeds import generator
+from tests import latent_teacher, text_teacher
 from tests.device import FakeDevice
 from tests.tiny_unet import TINY_UNET
 
 CLASSES, PROMPTS, SIDE = 3, 3, 8
 ADM = {"channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.0, "model_channels": 32}
 ATTENTION = {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
-CROSS = {
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-}
-DIT = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-    "in_channels": 3,
-    "out_channels": 6,
-    "num_layers": 2,
-    "sample_size": SIDE,
-    "patch_size": 2,
-    "num_embeds_ada_norm": CLASSES,
-    "norm_num_groups": 4,
-}
-SD15 = TINY_UNET | CROSS | {"cross_attention_dim": 16, "attention_head_dim": 2}
-SDXL = SD15 | {
-    "transformer_layers_per_block": [2, 1],
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + 12,
-}
-SD3 = {
-    "sample_size": SIDE,
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": 2,
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 4,
-    "joint_attention_dim": 40,
-    "caption_projection_dim": 8,
-    "pooled_projection_dim": 24,
-    "pos_embed_max_size": 8,
-}
+DIT = latent_teacher.DIT | {"in_channels": 3, "out_channels": 6, "sample_size": SIDE, "num_embeds_ada_norm": CLASSES}
+SDXL = text_teacher.UNET | text_teacher.SDXL | {"cross_attention_dim": 16}
+SD3 = text_teacher.SD3 | {"in_channels": 3, "out_channels": 3}
 
 
 def _diffusers(class_name: str, config: dict[str, Any], **more: Any) -> DiffusersNetworkSettings:
@@ -88,7 +57,7 @@ NETWORKS: dict[str, Any] = {
     "edm2": EdmNetworkSettings(preconditioning="EDM2", arguments={k: v for k, v in ADM.items() if k != "dropout"}),
     "unet2d": _diffusers("UNet2DModel", TINY_UNET | ATTENTION | {"attention_head_dim": 4, "num_class_embeds": CLASSES}),
     "dit": _diffusers("DiTTransformer2DModel", DIT),
-    "sd15": _diffusers("UNet2DConditionModel", SD15, tokens=5),
+    "sd15": _diffusers("UNet2DConditionModel", text_teacher.UNET, tokens=5),
     "sdxl": _diffusers("UNet2DConditionModel", SDXL, tokens=5),
     "sd3": _diffusers("SD3Transformer2DModel", SD3, tokens=5, prediction="flow"),
 }

@@ -27,17 +27,9 @@ from msdcli.partition import consecutive
 from msdcli.recipe import LatentSettings
 from msdcli.recipe.solver import SolverSettings
 from tests.device import DOWN, READ, UP, HostWaitError, Remote
+from tests.latent_teacher import VAE
 from tests.waits.cases import CLASSES, GUIDANCE, NETWORKS, SIDE, TEXT, applies, device, guided, network, there
 
-VAE = {
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-    "sample_size": SIDE,
-    "scaling_factor": 0.6,
-}
 GUIDED = [how for how in GUIDANCE if how != "perturbed"]
 
 

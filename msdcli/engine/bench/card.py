@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, cast
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
+from msdcli.engine.tracking.formatting import markdown_table
 from msdcli.errors import MissingFileError, UserError
 
 Text = Annotated[str, Field(max_length=200, pattern=r"^[\w .,:;()/=+%*'-]*$")]  # what a table of Markdown may hold
@@ -111,11 +112,13 @@ def _errors(error: Exception) -> list[Any]:
 def markdown(card: Card) -> str:
     """Return the tables: an update of every stage in every mode, and what figures take."""
     lines = [f"{card['card']}, torch {card['torch']}, {card['date']}.", ""]
-    lines += _table(
-        ["an update of", "in", "images/s", "times plain", "of the peak", "GiB", "counted"],
-        [row for result in card["training"] for stage in result["stages"] for row in _stage(result, stage)],
-    )
-    lines += _table(["measuring", "s", "images/s"], [row for found in card["measuring"] for row in _measuring(found)])
+    updates = [row for result in card["training"] for stage in result["stages"] for row in _stage(result, stage)]
+    figures = [row for found in card["measuring"] for row in _measuring(found)]
+    if updates:
+        columns = ["an update of", "in", "images/s", "times plain", "of the peak", "GiB", "counted"]
+        lines += [*markdown_table(columns, updates, left=2), ""]
+    if figures:
+        lines += [*markdown_table(["measuring", "s", "images/s"], figures), ""]
     if card["tests"] is not None:
         tests = card["tests"]
         failed = (
@@ -147,10 +150,3 @@ def _measuring(found: Measuring) -> Iterator[list[str]]:
     for part, seconds in found["seconds"].items():
         what = f"{found['recipe']}: {found['images']:,} images of {found['classes']:,} classes, {part}"
         yield [what, f"{seconds:.1f}", f"{found['images'] / seconds:,.0f}" if seconds else ""]
-
-
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    if not rows:
-        return []
-    kinds = ["---", *("---:" if i > 1 or len(head) == 3 else "---" for i in range(1, len(head)))]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, kinds, *rows)] + [""]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +14,16 @@ from torch import nn
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.train.precision import dtype, synchronize, timed
 from msdcli.objectives import Objective
+
+
+@contextmanager
+def adding(seconds: dict[str, float], name: str, on: torch.device) -> Iterator[None]:
+    """Add what happens inside, and all that it starts on the device, to the seconds of `name`."""
+    synchronize(on)
+    begun = time.perf_counter()
+    yield
+    synchronize(on)
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - begun
 
 
 class NetworkTimer:
@@ -48,14 +58,8 @@ class NetworkTimer:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add what happens inside to the seconds of `name`."""
-        if not self._watching:
+        with adding(self.seconds, name, self.on) if self._watching else nullcontext():
             yield
-            return
-        synchronize(self.on)
-        begun = time.perf_counter()
-        yield
-        synchronize(self.on)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def clocked(*args: Any, **keys: Any) -> Any:

@@ -7,9 +7,6 @@ compared with themselves, so that their distance, which is nothing, is checked o
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch
 
 from msdcli.diffusion.generator import Generator
 from msdcli.engine import pipeline
+from msdcli.engine.bench.clock import adding
 from msdcli.engine.bench.fid import save_inception
 from msdcli.engine.bench.recipe import build
 from msdcli.engine.distributed import device
@@ -26,7 +24,6 @@ from msdcli.engine.measure.features import FeatureExtractor, of_students
 from msdcli.engine.measure.rows import MeasurementRows
 from msdcli.engine.sample import Students
 from msdcli.engine.tracking.events import Report
-from msdcli.engine.train.precision import synchronize
 from msdcli.errors import UserError
 from msdcli.metrics.inception import TORCHSCRIPT, open_network
 from msdcli.partition import Partition
@@ -52,14 +49,6 @@ def measure(recipe: Recipe, report: Report, *, images: int) -> dict[str, Any]:
         students.put(number, generator)
     classes = [i % num_classes for i in range(images)]
 
-    @contextmanager
-    def part(name: str) -> Iterator[None]:
-        synchronize(on)
-        begun = time.perf_counter()
-        yield
-        synchronize(on)
-        seconds[name] = time.perf_counter() - begun
-
     with tempfile.TemporaryDirectory() as folder:
         save_inception(Path(folder) / TORCHSCRIPT)
         network = open_network("clean", weights=Path(folder) / TORCHSCRIPT, device=on)
@@ -68,21 +57,21 @@ def measure(recipe: Recipe, report: Report, *, images: int) -> dict[str, Any]:
     of_students(students.stream(warm), warm, extractor, report, what="warming up")
     if on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(on)
-    with part("drawn"):
+    with adding(seconds, "drawn", on):
         for _, drawn in students.stream(classes):
             extractor.as_fed(drawn)
-    with part("drawn and seen"):
+    with adding(seconds, "drawn and seen", on):
         found = of_students(students.stream(classes), classes, extractor, report, what="samples")
     metric = FeatureMetric(network, "fid", network.protocol, by_frechet("fid", on, knows=False))
     asked = {f"class {c}": [c] for c in range(min(CLASS_LINES, num_classes))}
     rows = MeasurementRows(metric, partition, 0, asked=asked, single=False, report=report).of("students", found, found)
-    with part("whole line"):
+    with adding(seconds, "whole line", on):
         distance = next(rows).values["fid"]
-    with part("lines of students and classes"):
+    with adding(seconds, "lines of students and classes", on):
         lines = len(list(rows))
     return {
         "recipe": recipe.name,
-        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else on.type,
+        "device": device.name_of(on),
         "torch": torch.__version__,
         "images": images,
         "classes": num_classes,

@@ -206,7 +206,7 @@ def bench(
     report(reason)
     result: dict[str, Any] = {
         "recipe": recipe.name,
-        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else on.type,
+        "device": device.name_of(on),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": chosen,
@@ -261,9 +261,8 @@ def build(described: Denoiser, on: torch.device) -> Denoiser:
     if isinstance(described, Guided):
         guide = None if described.guide is None else build(described.guide, on)
         return described.over(build(described.plain, on), guide)
-    shape, classes, sigma_data = described.shape, described.num_classes, described.sigma_data
     with torch.device(on):
-        net = nets.build(described.settings, shape=shape, num_classes=classes, sigma_data=sigma_data)
+        net = nets.build_like(described.settings, described)
     if isinstance(described, AdaptedDenoiser):
         net = AdaptedDenoiser(net.to(on), described.adapter)
     net = net.to(on).requires_grad_(False).eval()

@@ -15,7 +15,7 @@ from msdcli.diffusion.generator import Generator
 from msdcli.engine.bench.clock import ratios
 from msdcli.engine.pictures import save_pngs, save_zip
 from msdcli.engine.sample import Students
-from msdcli.engine.train.precision import timed
+from msdcli.engine.train.precision import timed, timed_in_turn
 from msdcli.partition import Partition
 
 ENOUGH = 0.5  # seconds of the bare network, in batches that are written in one piece
@@ -58,7 +58,7 @@ def measure(
     }
     if len(student.shape) == 3 and student.shape[0] in (1, 3):  # pictures, and no latents
         calls |= {"zip": lambda: written(save_zip), "png": lambda: written(save_pngs)}
-    seconds = interleaved(calls, on, repeats)
+    seconds = timed_in_turn(calls, on, repeats)
     for name in seconds.keys() & {"zip", "png"}:
         seconds[name] = [s / many for s in seconds[name]]
     shares = {name: ratios(seconds["bare"], seconds[name]) for name in calls if name not in ("bare", "one")}
@@ -69,14 +69,3 @@ def measure(
         "images_per_second": {n: batch / statistics.median(s) for n, s in seconds.items() if n != "one"},
         "share_of_bare": shares,
     }
-
-
-def interleaved(calls: dict[str, Callable[[], Any]], on: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of every call in every repeat; one round before warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(-1, repeats):
-        for name, call in calls.items():
-            took = timed(call, on)
-            if repeat >= 0:
-                seconds[name].append(took)
-    return seconds

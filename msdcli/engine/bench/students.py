@@ -99,7 +99,7 @@ def measure(
         stages.append({"objective": stage.objective, "batch": size} | compare(jobs, on, repeats=repeats))
     return {
         "recipe": recipe.name,
-        "device": torch.cuda.get_device_name(on) if on.type == "cuda" else on.type,
+        "device": device.name_of(on),
         "cores": cores,
         "torch": torch.__version__,
         "precision": chosen,

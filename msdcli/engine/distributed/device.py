@@ -49,6 +49,11 @@ def local_device(name: str) -> torch.device:
     return resolve(name)
 
 
+def name_of(device: torch.device) -> str:
+    """Return what a GPU is called, for figures that were measured on it; of others their kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @contextmanager
 def seeded_apart(device: torch.device) -> Iterator[None]:
     """Give the global generators, the CPU's and the device's, back as they were; other devices are left alone."""

@@ -113,12 +113,8 @@ def notes(record: dict[str, Any]) -> list[str]:
 
 def markdown(record: dict[str, Any]) -> str:
     """Return both tables."""
-    return "\n".join(_ruled(*sizes(record)) + _ruled(*table(record))) + "\n"
-
-
-def _ruled(columns: list[str], rows: list[list[str]]) -> list[str]:
-    ruled = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    return [*ruled, *(f"| {' | '.join(row)} |" for row in rows)]
+    tables = (formatting.markdown_table(*made(record)) for made in (sizes, table))
+    return "\n".join(line for lines in tables for line in lines) + "\n"
 
 
 def as_csv(record: dict[str, Any]) -> str:

@@ -218,8 +218,7 @@ def evaluation_cost(net: Denoiser) -> tuple[int, int]:
     device.
     """
     with on_meta():
-        shape, classes, sigma_data = net.shape, net.num_classes, net.sigma_data
-        alike = nets.build(net.settings, shape=shape, num_classes=classes, sigma_data=sigma_data)
+        alike = nets.build_like(net.settings, net)
         return _forward(alike, KernelCounter()).total, forward_flops(alike)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -87,7 +87,7 @@ def compare(
         return {"chosen": "float32", "flops_per_image": flops}
     most = min(batch, micro_batch or batch)
     most = max(1, min(most, int((2e10 if device.type == "cpu" else 1e13) / flops)))
-    net, memory = with_prompts(_build(settings, like)).to(device).train(), DeviceBatch(report)
+    net, memory = with_prompts(nets.build_like(settings, like)).to(device).train(), DeviceBatch(report)
     batch, seconds = memory.most(lambda size: measure(net, size, device), most)
     ratio = seconds["float32"] / seconds["bf16"]
     chosen = "bf16" if ratio >= WORTH else "float32"
@@ -131,6 +131,21 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     call()
     synchronize(device)
     return time.perf_counter() - begun
+
+
+def timed_in_turn(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int, *, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Return the seconds of every call in every repeat, after rounds that warm up. The calls take turns, so that what
+    else the machine does meets all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(-warm_up, repeats):
+        for name, call in calls.items():
+            took = timed(call, device)
+            if repeat >= 0:
+                seconds[name].append(took)
+    return seconds
 
 
 def synchronize(device: torch.device) -> None:
@@ -210,9 +225,4 @@ def _plain(net: Denoiser, low: torch.dtype) -> Denoiser:
 def evaluation_flops(settings: NetworkSettings, teacher: Denoiser) -> int:
     """Operations of one evaluation of one image by the network of a section."""
     with on_meta():
-        return forward_flops(_build(settings, teacher))
-
-
-def _build(settings: NetworkSettings, teacher: Denoiser) -> Denoiser:
-    shape, classes = teacher.shape, teacher.num_classes
-    return nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+        return forward_flops(nets.build_like(settings, teacher))

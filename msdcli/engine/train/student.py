@@ -74,8 +74,7 @@ def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
         return copy.deepcopy(teacher).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator("network", recipe.seed, number).initial_seed())
-        shape, classes = teacher.shape, teacher.num_classes
-        student = nets.build(settings, shape=shape, num_classes=classes, sigma_data=teacher.sigma_data)
+        student = nets.build_like(settings, teacher)
     student.to(next(teacher.parameters()).device)
     student.prompts = teacher.prompts
     if init == "auto" and isinstance(settings, PrunedUNetSettings):
