@@ -225,7 +225,7 @@ def _vit(protocol: str, weights: str | Path | None, device: torch.device) -> Fea
     name = str(weights or VIT_MODELS[protocol])
     kind = transformers.CLIPVisionModelWithProjection if protocol == "clip" else transformers.Dinov2Model
     try:
-        model = kind.from_pretrained(name, local_files_only=True, use_safetensors=True).to(device).eval()  # type: ignore[arg-type]
+        model = kind.from_pretrained(name, local_files_only=True, use_safetensors=True).to(device).eval()
     except (OSError, ValueError) as error:
         raise UserError(
             f"The model {name} is not in transformers' cache: {_first_line(error)}",
