@@ -273,7 +273,7 @@ def _partition(recipe: Source | Mapping[str, Any] | Recipe, **overrides: Any) ->
     numbers of every student. Recipe and overrides are those of `distill`.
     """
     from msdcli import recipe as recipes
-    from msdcli.engine.inputs import partition as engine
+    from msdcli.engine.partitioning import making as engine
     from msdcli.engine.tracking.events import silent
 
     return engine.preview(recipes.load_any(recipe, overrides), silent)[0]

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from msdcli import records, routing
 from msdcli.errors import UserError, WrongValueError
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Partition:
-    """`parts[k]` are the condition numbers of student k; `rule` places prompts that have no number.
+    """`parts[k]` are the condition numbers of student k; `rule` places prompts that have no number. `evidence` is what
+    was measured of the classes where that placed them, as in partition.json.
 
     UserError unless every condition has exactly one owner.
     """
@@ -32,6 +33,7 @@ class Partition:
     num_conditions: int
     method: str
     rule: Rule | None = None
+    evidence: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         owners = Counter(c for part in self.parts for c in part)
@@ -65,7 +67,8 @@ class Partition:
 
     def save(self, path: Path) -> None:
         stored = {"method": self.method, "num_conditions": self.num_conditions, "parts": self.parts}
-        write_json(path, stored | ({} if self.rule is None else {"rule": self.rule.to_json()}))
+        more = {"rule": None if self.rule is None else self.rule.to_json(), "evidence": self.evidence}
+        write_json(path, stored | {name: value for name, value in more.items() if value is not None})
 
     @classmethod
     def load(cls, path: Path) -> Partition:
@@ -76,7 +79,7 @@ class Partition:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is not a partition: rule: {error}") from None
         try:
-            return cls(stored["parts"], stored["num_conditions"], stored["method"], rule)
+            return cls(stored["parts"], stored["num_conditions"], stored["method"], rule, stored.get("evidence"))
         except UserError as error:
             raise UserError(f"{path}: {error.message}", hint="was it edited? bring it back as it was") from None
 
@@ -149,6 +152,109 @@ def kmeans(vectors: np.ndarray, num_parts: int, *, seed: int = 0) -> Partition:
     order = sorted(range(num_parts), key=lambda k: int(np.flatnonzero(owner == k)[0]))
     parts = [np.flatnonzero(owner == k).tolist() for k in order]
     return Partition(parts, num, "kmeans", routing.Centres(centres[order], prices[order]))
+
+
+FINE = 10**6  # figures are rounded to so many parts of the largest: sums are exact, ties the same on every machine
+
+
+def _whole_numbers(figures: np.ndarray) -> np.ndarray:
+    """Figures that are not negative as whole numbers, the largest one `FINE`."""
+    import numpy as np
+
+    found = np.clip(np.nan_to_num(np.asarray(figures, np.float64)), 0, None)
+    return np.rint(found * (FINE / max(float(found.max()), 1e-300))).astype(np.int64)
+
+
+def by_difficulty(distances: Sequence[float], num_parts: int) -> Partition:
+    """Parts of equal size, and of equal total distance as far as that goes: every student gets hard and easy classes.
+
+    The hardest class that is left goes to the part with the least total that has room (longest processing time first);
+    then the parts of the largest and of the least total exchange the two classes that even them out the most, as long
+    as any do. Ties go to the lower number.
+    """
+    import numpy as np
+
+    hard, capacity = _whole_numbers(np.array(distances)), sizes(len(distances), num_parts)
+    owner, total, room = np.zeros(len(hard), np.int64), np.zeros(num_parts, np.int64), np.array(capacity)
+    for c in np.argsort(-hard, kind="stable"):
+        k = int(np.where(room > 0, total, np.iinfo(np.int64).max).argmin())
+        owner[c], total[k], room[k] = k, total[k] + hard[c], room[k] - 1
+    while True:
+        high, low = int(total.argmax()), int(total.argmin())
+        mine, theirs = np.flatnonzero(owner == high), np.flatnonzero(owner == low)
+        less = hard[mine][:, None] - hard[theirs]  # of the largest total, where the two change places
+        apart = np.abs(total[high] - total[low] - 2 * less)
+        i, j = np.unravel_index(int(apart.argmin()), apart.shape)
+        if apart[i, j] >= total[high] - total[low]:
+            return _by_owner(owner, num_parts, "difficulty")
+        owner[mine[i]], owner[theirs[j]] = low, high
+        total[high], total[low] = total[high] - less[i, j], total[low] + less[i, j]
+
+
+MOST_CONFUSED = 4096  # classes: each is compared with each
+RANDOM_STARTS = 4
+
+
+def by_confusion(mixed: np.ndarray, num_parts: int, *, seed: int = 0) -> Partition:
+    """Parts of equal size with as much confusion inside them as can be found: alike classes go to one student.
+
+    `mixed` [classes, classes] is how much class i is taken for class j. From several starts (parts that grow by the
+    class that they are mixed up with the most, consecutive ones, random ones) the two classes change places that gain
+    the most, as long as any do (Kernighan and Lin's exchange); the best end counts. Ties go to the lower number.
+    """
+    import numpy as np
+
+    num, capacity = len(mixed), sizes(len(mixed), num_parts)
+    if num > MOST_CONFUSED:
+        raise UserError(f"partition.method confusion compares every class with every other: at most {MOST_CONFUSED:,}")
+    alike = np.nan_to_num(np.asarray(mixed, np.float64))
+    np.fill_diagonal(alike, 0)
+    alike = _whole_numbers(alike + alike.T)
+    in_order = np.repeat(np.arange(num_parts), capacity)
+    random_ = [np.random.default_rng(derive("confusion", seed, i)).permutation(in_order) for i in range(RANDOM_STARTS)]
+    ends = [_exchanged(alike, owner, num_parts) for owner in (_grown(alike, capacity), in_order, *random_)]
+    inside = [int(alike[owner[:, None] == owner].sum()) for owner in ends]
+    return _by_owner(ends[inside.index(max(inside))], num_parts, "confusion")
+
+
+def _grown(alike: np.ndarray, capacity: Sequence[int]) -> np.ndarray:
+    """Owners of classes: a part begins with the two that are mixed up the most, and grows by what it is mixed up with
+    the most.
+    """
+    import numpy as np
+
+    free, owner = np.ones(len(alike), bool), np.zeros(len(alike), np.int64)
+    for k, size in enumerate(capacity):
+        pull = np.where(free, alike, 0).max(1)  # to an empty part: that of the best partner
+        for place in range(size):
+            c = int(np.where(free, pull, -1).argmax())
+            pull = alike[c] + (pull if place else 0)
+            owner[c], free[c] = k, False
+    return owner
+
+
+def _exchanged(alike: np.ndarray, owner: np.ndarray, num_parts: int) -> np.ndarray:
+    """Owners after the best exchanges of two classes, until none gains anything."""
+    import numpy as np
+
+    owner, num = owner.copy(), len(alike)
+    pull = np.stack([alike[:, owner == k].sum(1) for k in range(num_parts)], axis=1)  # of part k on class i
+    while True:
+        more = pull[:, owner] - pull[np.arange(num), owner][:, None]  # class i in the place of class j
+        gain = more + more.T - 2 * alike
+        i, j = np.unravel_index(int(gain.argmax()), gain.shape)
+        if gain[i, j] <= 0:
+            return owner
+        a, b = owner[i], owner[j]
+        pull[:, a] += alike[:, j] - alike[:, i]
+        pull[:, b] += alike[:, i] - alike[:, j]
+        owner[i], owner[j] = b, a
+
+
+def _by_owner(owner: np.ndarray, num_parts: int, method: str) -> Partition:
+    """The partition of these owners, its parts in the order of their first classes."""
+    parts = sorted((owner == k).nonzero()[0].tolist() for k in range(num_parts))
+    return Partition(parts, len(owner), method)
 
 
 def parse_classes(text: str, class_names: Sequence[str] = ()) -> list[int]:

@@ -193,6 +193,22 @@ class Candidates(TypedDict):
 
 
 @with_config(_LOOSE)
+class MixedWith(TypedDict):
+    """A class that another is mixed up with, and how much: the mean probability that each gives to the other."""
+
+    number: Whole
+    share: Figure
+
+
+@with_config(_LOOSE)
+class Evidence(TypedDict):
+    """What placed the classes, in their order."""
+
+    distances: NotRequired[list[Figure]]
+    mixed_with: NotRequired[list[list[MixedWith]]]
+
+
+@with_config(_LOOSE)
 class PartitionRecord(TypedDict):
     """partition.json."""
 
@@ -200,6 +216,7 @@ class PartitionRecord(TypedDict):
     num_conditions: Whole
     parts: list[list[Whole]]
     rule: NotRequired[dict[str, Any]]
+    evidence: NotRequired[Evidence]
 
 
 @with_config(_LOOSE)

@@ -25,6 +25,11 @@ class RowSettings(Section):
     label: str = Field(min_length=1, max_length=100, description="name of the line in tables and pictures")
     recipe: str | None = Field(None, description="another recipe than the sweep's, for this line")
     set: dict[str, Any] = Field({}, description="dotted recipe keys and their values")
+    runs: dict[str, str] = Field(
+        {},
+        description="dotted recipe keys that take the run of an earlier line, by its label, with the same seed; that "
+        "run is finished first",
+    )
 
 
 class FrontierSettings(Section):
@@ -99,6 +104,7 @@ class Cell:
     label: str
     seed: int
     recipe: Recipe
+    needs: tuple[str, ...] = ()  # lines whose run of this seed comes first
 
 
 @dataclass(frozen=True)
@@ -119,12 +125,20 @@ class Sweep:
         """Return a line's run of a seed. UserError where its keys make no good recipe."""
         named = row.recipe or self.settings.recipe
         near = self.file.parent / named
-        keys = self.settings.base | row.set | dict.fromkeys(self.settings.seed_keys, seed)
-        slug = f"{_slug(row.label)}-seed{seed}"
-        keys |= {"name": slug, "run": str(self.folder / slug)}
-        return Cell(
-            row.label, seed, _recipe(near if near.is_file() else find(named), keys, f"{self.file}: {row.label}")
-        )
+        others = {key: self._run(label, seed) for key, label in row.runs.items()}
+        keys = self.settings.base | row.set | others | dict.fromkeys(self.settings.seed_keys, seed)
+        run = self._run(row.label, seed)
+        keys |= {"name": Path(run).name, "run": run}
+        recipe = _recipe(near if near.is_file() else find(named), keys, f"{self.file}: {row.label}")
+        return Cell(row.label, seed, recipe, tuple(row.runs.values()))
+
+    def _run(self, label: str, seed: int) -> str:
+        """The run directory of a line and seed."""
+        return str(self.folder / f"{_slug(label)}-seed{seed}")
+
+    def needed_by(self, cell: Cell) -> list[Cell]:
+        """The runs that a run takes something from."""
+        return [other for other in self.cells if other.seed == cell.seed and other.label in cell.needs]
 
 
 def load(source: str | Path, *, folder: str | None = None) -> Sweep:
@@ -147,6 +161,9 @@ def load(source: str | Path, *, folder: str | None = None) -> Sweep:
         return empty
     rows = [*settings.rows, *_grid_rows(settings.grid)] or [RowSettings(label=path.stem)]
     check_distinct(path, [row.label for row in rows])
+    for number, row in enumerate(rows):
+        if unknown := set(row.runs.values()) - {other.label for other in rows[:number]}:
+            raise UserError(f"{path}: {row.label}: runs names {min(unknown)!r}, and no line before it is called so")
     cells = [empty.cell(row, seed) for row in rows for seed in settings.seeds]
     return replace(empty, cells=cells)
 

@@ -45,6 +45,7 @@ ROOMS = (
     {"layers"},
     {"sample", "search"},
     {"measure"},
+    {"partitioning"},
     {"pipeline", "timing"},
     {"report", "export", "bench", "sweep", "plan", "proposal"},
     {"frontier"},

@@ -1,5 +1,6 @@
 """Partitions are disjoint, complete and balanced, or refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from msdcli import partition as p
 from msdcli.errors import UserError
 from msdcli.partition import Partition
+from msdcli.rundir import write_json
 
 conditions = st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
 
@@ -62,10 +64,84 @@ def test_kmeans_finds_clusters_and_keeps_parts_equal() -> None:
     assert sorted(map(len, p.kmeans(lopsided, 3).parts)) == [4, 4, 4]
 
 
+figures = st.lists(st.floats(0, 1e6), min_size=1, max_size=40).flatmap(
+    lambda d: st.tuples(st.just(d), st.integers(1, len(d)))
+)
+
+
+@given(figures)
+def test_hard_classes_are_shared_out(drawn: tuple[list[float], int]) -> None:
+    distances, parts = drawn
+    found = p.by_difficulty(distances, parts)
+    assert sorted(map(len, found.parts), reverse=True) == p.sizes(len(distances), parts)
+    assert found == p.by_difficulty(distances, parts), "the same again"
+    if len(distances) % parts == 0:  # an exchange with the least part would not bring two totals closer together
+        total = [sum(distances[c] for c in part) for part in found.parts]
+        apart, fine = max(total) - min(total), 1e-5 * max(distances)
+        hard, easy = found.parts[total.index(max(total))], found.parts[total.index(min(total))]
+        less = [distances[i] - distances[j] for i in hard for j in easy]
+        assert all(abs(apart - 2 * d) >= apart - fine * len(distances) for d in less)
+
+
+def test_planted_difficulties_come_out_level() -> None:
+    hard = [9.0, 8, 7, 6, 5, 4, 3, 2, 1, 9, 8, 7, 6, 5, 4, 3, 2, 1]
+    total = [sum(hard[c] for c in part) for part in p.by_difficulty(hard, 3).parts]
+    assert total == [30, 30, 30]
+    assert p.by_difficulty([1.0] * 6, 3).parts == [[0, 3], [1, 4], [2, 5]], "ties go to the lower number"
+    assert p.by_difficulty([100.0, 1, 1, 1], 2).parts[0][0] == 0
+    one_each = p.by_difficulty([3.0, 1, 2], 3)
+    assert one_each.parts == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("shapes", [(4, 4, 4), (5, 5, 5, 5, 5), (3, 3, 2)])
+def test_planted_confusions_are_found(shapes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    group = rng.permutation(np.repeat(np.arange(len(shapes)), shapes))
+    mixed = rng.uniform(0, 0.05, (len(group), len(group))) + 0.2 * (group[:, None] == group)
+    found = p.by_confusion(mixed, len(shapes))
+    assert {frozenset(part) for part in found.parts} == {frozenset(np.flatnonzero(group == k)) for k in set(group)}
+    assert found == p.by_confusion(mixed, len(shapes))
+    assert p.by_confusion(mixed + mixed.T, len(shapes)) == found, "one direction is as good as the other"
+
+
+@given(st.integers(1, 9).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.integers(0, 5))
+def test_confusion_is_as_good_as_any_exchange(drawn: tuple[int, int], seed: int) -> None:
+    num, parts = drawn
+    mixed = np.random.default_rng(seed).uniform(size=(num, num)) ** 3
+    mixed[0] = np.nan  # a class of which no image was held out
+    found = p.by_confusion(mixed, parts)
+    assert sorted(map(len, found.parts), reverse=True) == p.sizes(num, parts)
+    alike = np.nan_to_num(mixed) + np.nan_to_num(mixed).T
+    np.fill_diagonal(alike, 0)
+    owner = np.array(found.owner)
+
+    def inside(owner: np.ndarray) -> float:
+        return float(alike[owner[:, None] == owner].sum())
+
+    for i in range(num):
+        for j in range(i):
+            other = owner.copy()
+            other[[i, j]] = other[[j, i]]
+            assert inside(other) <= inside(owner) + 1e-4
+
+
+def test_equal_confusions_are_decided_by_number() -> None:
+    assert p.by_confusion(np.ones((6, 6)), 3).parts == [[0, 1], [2, 3], [4, 5]]
+    with pytest.raises(UserError, match="at most 4,096"):
+        p.by_confusion(np.broadcast_to(np.float32(0), (5000, 5000)), 2)
+
+
 def test_file_round_trip_and_damage(tmp_path: Path) -> None:
     path = tmp_path / "partition.json"
     p.shuffled(10, 3).save(path)
     assert Partition.load(path) == p.shuffled(10, 3)
+    why = replace(p.by_difficulty([1.0, 2.0], 2), evidence={"metric": "fd", "distances": [1.0, 2.0]})
+    why.save(path)
+    assert Partition.load(path) == why
+    for evidence in ({"distances": ["x"]}, {"mixed_with": [[{"number": -1, "share": 0.1}]]}, 5):
+        write_json(path, {"method": "x", "num_conditions": 1, "parts": [[0]], "evidence": evidence})
+        with pytest.raises(UserError, match="evidence"):
+            Partition.load(path)
     for text in ("{", "[]", '{"parts": 5}', '{"parts": [["a"]], "num_conditions": 1, "method": "x"}'):
         path.write_text(text)
         with pytest.raises(UserError):

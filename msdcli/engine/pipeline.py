@@ -25,13 +25,14 @@ from msdcli.engine.distributed import device, workers
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.interrupt import preemptible
-from msdcli.engine.inputs import autoencoder, dataset, latents, partition, stitches, teacher, teacher_stages
+from msdcli.engine.inputs import autoencoder, dataset, latents, stitches, teacher, teacher_stages
 from msdcli.engine.inputs.pairs import Pairs
 from msdcli.engine.measure import fid
 from msdcli.engine.measure import part_evaluator as examine
 from msdcli.engine.measure import teacher as teacher_alone
 from msdcli.engine.measure.rows import Measurement
 from msdcli.engine.measure.teacher import Verdict
+from msdcli.engine.partitioning import making as partition
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.tracking.formatting import evaluations, plural
 from msdcli.engine.tracking.loggers import logged
@@ -238,7 +239,7 @@ def prepare(
     if students:
         resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report, seen))
         resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
-    parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen))
+    parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen, on, told))
     return TrainingRun(run, resolved, seen, frozen, Pairs(run, recipe, seen, teacher_hash), parts, on, group)
 
 
@@ -253,11 +254,14 @@ def finish(training: TrainingRun, left: list[int], report: Report) -> DistillRes
     return DistillResult(training.run, measured, preview(training), [])
 
 
-def provide_partition(run: RunDir, recipe: Recipe, data: Dataset, frozen: Denoiser) -> Partition:
+def provide_partition(
+    run: RunDir, recipe: Recipe, data: Dataset, frozen: Denoiser, on: torch.device, report: Report
+) -> Partition:
     """Return the run's partition, made once."""
+    mixed = partition.mixed_up(run, recipe, data, on, report)
     with lock(run.root, "the run directory", wait=lambda _: None):
         if not run.partition.exists():
-            made = partition.make(recipe.partition, data, frozen)
+            made = partition.make(recipe.partition, data, frozen, mixed)
             partition.check_parts(recipe, data, made)
             made.save(run.partition)
     return Partition.load(run.partition)

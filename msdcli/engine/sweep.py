@@ -46,9 +46,10 @@ def run(sweep: Sweep, report: Report, *, worker: tuple[int, int] = (0, 1)) -> No
     index, count = worker
     mine = sweep.cells[index::count]
     for cell in mine:
-        report(f"{cell.label}, seed {cell.seed} ({sweep.cells.index(cell) + 1} of {len(sweep.cells)})")
-        if result_of(cell) is None:
-            pipeline.distill(cell.recipe, report)
+        for wanted in [*sweep.needed_by(cell), cell]:
+            report(f"{wanted.label}, seed {wanted.seed} ({sweep.cells.index(wanted) + 1} of {len(sweep.cells)})")
+            if result_of(wanted) is None:
+                pipeline.distill(wanted.recipe, report)
 
 
 def result_of(cell: Cell) -> dict[str, Any] | None:

@@ -43,22 +43,32 @@ class PartitionSettings(Section):
     """Which student owns which condition."""
 
     students: int = Field(1, ge=1, le=100_000, description="number of students, K")
-    method: Literal["consecutive", "random", "kmeans", "explicit", "quadrants"] = Field(
+    method: Literal["consecutive", "random", "kmeans", "difficulty", "confusion", "explicit", "quadrants"] = Field(
         "consecutive",
-        description="how the conditions are divided; prompts: quadrants or kmeans (of pooled embeddings), or random",
+        description="how the conditions are divided: as numbered, at random, alike ones together (kmeans; confusion: "
+        "those that the data's classifier mixes up), hard and easy ones shared out (difficulty), or as `parts` says; "
+        "prompts: quadrants or kmeans (of pooled embeddings), or random",
+    )
+    run: FilePath | None = Field(
+        None,
+        min_length=1,
+        description="difficulty: a finished run of the same classes, of one student say, whose distance of every class "
+        "says how hard it is",
     )
     features: Literal["embedding", "images"] = Field(
         "embedding", description="kmeans: cluster the teacher's class embeddings or the mean image of each class"
     )
-    seed: Seed = Field(0, description="seed of `random` and `kmeans`")
+    seed: Seed = Field(0, description="seed of `random`, `kmeans` and `confusion`")
     parts: list[list[Annotated[int, Field(ge=0, lt=10**9)]]] | None = Field(
         None, description="explicit: the classes of each student, e.g. [[0, 1], [2, 3]]"
     )
 
     @model_validator(mode="after")
-    def _parts_go_with_explicit(self) -> PartitionSettings:
+    def _keys_go_with_methods(self) -> PartitionSettings:
         if (self.method == "explicit") != (self.parts is not None):
             raise ValueError("`parts` and `method: explicit` go together")
+        if (self.method == "difficulty") != (self.run is not None):
+            raise ValueError("`run` and `method: difficulty` go together")
         if self.parts is not None and len(self.parts) != self.students:
             raise ValueError(f"`parts` lists {len(self.parts)} students, `students` says {self.students}")
         return self

@@ -60,7 +60,8 @@ def _solver(recipe: Recipe) -> set[str]:
 def _partition(recipe: Recipe) -> set[str]:
     method = recipe.partition.method
     unread = set() if method == "kmeans" else {"features"}
-    unread |= set() if method in ("kmeans", "random") else {"seed"}
+    unread |= set() if method in ("kmeans", "random", "confusion") else {"seed"}
+    unread |= set() if method == "difficulty" else {"run"}
     return unread | (set() if method == "explicit" else {"parts"})
 
 

@@ -51,6 +51,31 @@ def test_two_workers_finish_one_sweep_and_the_table_sums_it_up(msd: Msd, tiny: P
     assert msd("status", "runs/mini/k-1-seed0").returncode == 0, "a cell is an ordinary run"
 
 
+def test_a_line_may_take_the_run_of_an_earlier_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"label": "K = 1", "set": {"partition.students": 1}},
+        {
+            "label": "K = 2, difficulty",
+            "set": {"partition": {"method": "difficulty", "students": 2}},
+            "runs": {"partition.run": "K = 1"},
+        },
+    ]
+    file = tiny.parent / "chained.yaml"
+    file.write_text(json.dumps({"recipe": "tiny.yaml", "seeds": [0, 1], "rows": rows}))
+    loaded = sweep.load(file)
+    assert [cell.recipe.partition.run for cell in loaded.cells[2:]] == [
+        "runs/chained/k-1-seed0",
+        "runs/chained/k-1-seed1",
+    ]
+    made: list[str] = []
+    monkeypatch.setattr(engine.pipeline, "distill", lambda recipe, _: made.append(recipe.name))
+    engine.run(loaded, lambda _: None, worker=(3, 4))
+    assert made == ["k-1-seed1", "k-2-difficulty-seed1"], "a worker finishes what its runs need"
+    file.write_text(json.dumps({"recipe": "tiny.yaml", "rows": rows[::-1]}))
+    with pytest.raises(UserError, match="K = 2, difficulty: runs names 'K = 1', and no line before it"):
+        sweep.load(file)
+
+
 def test_teachers_have_a_line_for_every_solver(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found(cell: sweep.Cell) -> dict[str, Any]:
         solver = cell.recipe.teacher.solver

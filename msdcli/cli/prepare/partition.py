@@ -12,7 +12,7 @@ from msdcli import console
 from msdcli.cli import options
 
 if TYPE_CHECKING:
-    from msdcli.engine.inputs.partition import Explanation
+    from msdcli.engine.partitioning.explaining import Explanation
     from msdcli.partition import Partition
 
 EXAMPLES = 5  # prompts shown of every student
@@ -34,7 +34,8 @@ def partition(
     dry_run: options.DryRun = False,
 ) -> None:
     """Show which student owns which classes or prompts: of a run as it was made, of a recipe as it would be."""
-    from msdcli.engine.inputs import partition as engine
+    from msdcli.engine.partitioning import explaining
+    from msdcli.engine.partitioning import making as engine
     from msdcli.outputs import check_file
     from msdcli.recipe import load
 
@@ -44,9 +45,13 @@ def partition(
     if dry_run and (count := engine.to_embed(loaded, explaining=explain is not None)):
         console.outcome(f"would embed {count:,} prompts first", {"prompts_to_embed": count}, json_=json_)
         return
+    if dry_run and engine.classifier_first(loaded):
+        said = "would first train the classifier of the data, unless a run beside this one has"
+        console.outcome(said, {"classifier": True}, json_=json_)
+        return
     with console.Monitor(quiet=json_) as monitor:
         if explain is not None:
-            _show_explanation(engine.explain(loaded, explain, monitor), json_)
+            _show_explanation(explaining.explain(loaded, explain, monitor), json_)
             return
         result, data = engine.preview(loaded, monitor)
     _show(result, data.class_names, loaded.has_prompts, json_)
@@ -59,19 +64,27 @@ def partition(
 
 
 def _show(result: Partition, names: Sequence[str], prompts: bool, json_: bool) -> None:
-    """Print the parts; of prompts their number and examples."""
+    """Print the parts, and what was measured of the classes where that made them; of prompts number and examples."""
+    from msdcli.engine.partitioning.explaining import reasons, totals
+
     if json_:
         if prompts:
             parts = [{"number": len(part), "examples": [names[c] for c in part[:EXAMPLES]]} for part in result.parts]
             console.print_json({"method": result.method, "parts": parts})
         else:
-            console.print_json({"method": result.method, "parts": result.parts, "class_names": names})
+            more = {} if result.evidence is None else {"evidence": result.evidence}
+            console.print_json({"method": result.method, "parts": result.parts, "class_names": names} | more)
         return
     shown = [[names[c] for c in (part[:EXAMPLES] if prompts else part)] for part in result.parts]
-    between = "\n" if prompts else ", "
+    between, total = "\n" if prompts else ", ", totals(result)
     rows = [[str(k), between.join(s), f"{len(p):,}"] for k, (s, p) in enumerate(zip(shown, result.parts, strict=True))]
     columns = ["student", "prompts (the first)" if prompts else "classes", "number"]
+    if total is not None:
+        columns, rows = [*columns, "distances"], [[*row, f"{t:.4g}"] for row, t in zip(rows, total, strict=True)]
     console.table(f"partition: {result.method}", columns, rows, text_columns=2)
+    if why := reasons(result, names):
+        rows = [[names[c], str(k), why[c]] for k, part in enumerate(result.parts) for c in part]
+        console.table("why each class is where it is", ["class", "student", "why"], rows, text_columns=3)
 
 
 def _show_explanation(found: Explanation, json_: bool) -> None:
@@ -79,7 +92,9 @@ def _show_explanation(found: Explanation, json_: bool) -> None:
         console.print_json(found.to_json())
         return
     console.say(f"{found.condition}: student {found.student}")
-    if found.margin is None:
+    if found.reason is not None:
+        console.say(found.reason)
+    elif found.margin is None:
         console.say("no border: this partition does not look at what the conditions are like")
     else:
         console.say(

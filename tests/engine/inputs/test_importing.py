@@ -12,7 +12,7 @@ import torch
 from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.checkpoints.model import load_model
-from msdcli.engine.inputs import partition
+from msdcli.engine.partitioning import making as partition
 from msdcli.engine.train.student import new_network
 from msdcli.errors import UserError
 from msdcli.nets.edm.importing import build_edm

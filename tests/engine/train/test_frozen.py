@@ -11,8 +11,8 @@ from msdcli import nets
 from msdcli.data import open_data
 from msdcli.diffusion.draws import Source
 from msdcli.engine.checkpoints.model import load_model
-from msdcli.engine.inputs.partition import check_forgetting
 from msdcli.engine.inputs.teacher import check_fake_guidance
+from msdcli.engine.partitioning.making import check_forgetting
 from msdcli.engine.tracking.events import silent
 from msdcli.engine.train import student as student_module
 from msdcli.engine.train.student import Student, distill_student

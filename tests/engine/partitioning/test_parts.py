@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from msdcli.engine import pipeline
-from msdcli.engine.inputs import partition
+from msdcli.engine.partitioning import making as partition
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, load
 from tests.data.test_folder import picture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,34 @@ from msdcli import routing
 from msdcli.data.base import Dataset, PromptDataset, has_images, in_turn
 from msdcli.data.files.labels import empty_classes
 from msdcli.data.folder import ExpectedPictures
-from msdcli.data.prompts import ExpectedPrompts, clean
+from msdcli.data.prompts import ExpectedPrompts
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import pictures
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.distributed import device
 from msdcli.engine.inputs import dataset, prompts
+from msdcli.engine.partitioning import evidence
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import UserError
 from msdcli.nets.edm.unet_taps import TappedUNet
 from msdcli.partition import (
     Partition,
+    by_confusion,
+    by_difficulty,
     consecutive,
     kmeans,
     named_parts,
     of_rule,
-    parse_classes,
     shuffled,
     sizes,
 )
 from msdcli.recipe import PartitionSettings, Recipe
-from msdcli.recipe.data import PromptsSettings
 from msdcli.recipe.stages import StageSettings, teacher_stage
 from msdcli.rundir import RunDir
 
 LISTED = 12  # classes, in a message
 TEXT_METHODS = ("quadrants", "kmeans", "random")
+Mixed = tuple[np.ndarray, dict[str, Any]]  # how much each class is taken for each, and the record of it
 
 
 def check(settings: PartitionSettings, class_names: Sequence[str], *, prompts: bool = False) -> None:
@@ -78,6 +80,8 @@ def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -
     stored = RunDir(recipe.run_dir).partition
     if parts is None and stored.is_file():
         parts = Partition.load(stored)
+    elif parts is None and settings.method == "confusion":
+        evidence.check_confusion(data)
     elif parts is None and settings.method != "kmeans":
         parts = make(settings, data, None)
     for stage in recipe.stages:
@@ -150,8 +154,10 @@ def _without_pictures(classes: Sequence[int], names: Sequence[str]) -> str:
     return f"{'class' if len(classes) == 1 else 'classes'} {named}{more} {'has' if len(classes) == 1 else 'have'} none"
 
 
-def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -> Partition:
-    """Return the partition. `teacher` is needed for k-means on class embeddings, and has the prompts' embeddings."""
+def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None, mixed: Mixed | None = None) -> Partition:
+    """Return the partition. `teacher` is needed for k-means on class embeddings, and has the prompts' embeddings;
+    `mixed` is what `mixed_up` gives.
+    """
     if isinstance(data, PromptDataset):
         pooled = None if teacher is None or teacher.prompts is None else teacher.prompts.pooled
         return of_prompts(settings, data.prompts, pooled)
@@ -162,7 +168,22 @@ def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None) -
         return consecutive(num, settings.students)
     if settings.method == "random":
         return shuffled(num, settings.students, seed=settings.seed)
+    if settings.run is not None:
+        each, found = evidence.distances(settings.run, data.class_names)
+        return replace(by_difficulty(each, settings.students), evidence=found)
+    if settings.method == "confusion":
+        assert mixed is not None, "these parts follow from what the classifier says"
+        return replace(by_confusion(mixed[0], settings.students, seed=settings.seed), evidence=mixed[1])
     return kmeans(class_vectors(settings, data, teacher), settings.students, seed=settings.seed)
+
+
+def mixed_up(run: RunDir, recipe: Recipe, data: Dataset, on: torch.device, report: Report) -> Mixed | None:
+    """What the data's classifier mixes up, where the partition asks for it and the run has none yet; trained here
+    if nobody has.
+    """
+    if recipe.partition.method != "confusion" or run.partition.is_file():
+        return None
+    return evidence.confusion(run, recipe, data, on, report)
 
 
 def of_prompts(settings: PartitionSettings, prompts: Sequence[str], pooled: np.ndarray | None) -> Partition:
@@ -219,7 +240,12 @@ def preview(recipe: Recipe, report: Report = silent) -> tuple[Partition, Dataset
     if isinstance(data, PromptDataset):
         store = prompts.for_recipe(run, recipe, data, report) if _looks(recipe.partition) else None
         return of_prompts(recipe.partition, data.prompts, None if store is None else store.pooled), data
-    return make(recipe.partition, data, _teacher(run, recipe)), data
+    if recipe.partition.method == "confusion":
+        evidence.check_confusion(data)
+        data = dataset.provide(run, recipe, report)
+        mixed = evidence.confusion(run, recipe, data, device.prepare(recipe), report)
+        return make(recipe.partition, data, None, mixed), data
+    return make(recipe.partition, data, teacher_looked_at(run, recipe)), data
 
 
 def _has_made(run: RunDir, recipe: Recipe) -> bool:
@@ -235,6 +261,11 @@ def _looks(settings: PartitionSettings) -> bool:
     return settings.students > 1 and settings.method != "random"
 
 
+def classifier_first(recipe: Recipe) -> bool:
+    """Whether showing the partition asks the data's classifier, which may have to be trained."""
+    return recipe.partition.method == "confusion" and not _has_made(RunDir(recipe.run_dir), recipe)
+
+
 def to_embed(recipe: Recipe, *, explaining: bool) -> int:
     """Return how many prompts showing (or explaining) the partition would have to embed first."""
     data, run = dataset.look(recipe), RunDir(recipe.run_dir)
@@ -247,7 +278,7 @@ def to_embed(recipe: Recipe, *, explaining: bool) -> int:
     return 0 if (prompts.folder_for(run, recipe, data) / prompts.RECORD).is_file() else len(data.prompts)
 
 
-def _teacher(run: RunDir, recipe: Recipe) -> Denoiser | None:
+def teacher_looked_at(run: RunDir, recipe: Recipe) -> Denoiser | None:
     """The teacher, where the partition looks at it."""
     if recipe.partition.method != "kmeans" or recipe.partition.features != "embedding":
         return None
@@ -257,100 +288,6 @@ def _teacher(run: RunDir, recipe: Recipe) -> Denoiser | None:
             hint="msd distill trains it first; partition.features=images needs none",
         )
     return load_model(run.teacher)[0]
-
-
-NEIGHBOURS = 5
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Why a condition goes where it goes: its student, the second choice, how far the border to that one is and what
-    part of the conditions that were trained on lie nearer to theirs (None without borders), and its neighbours.
-    """
-
-    condition: str
-    student: int
-    second: int | None
-    margin: float | None
-    percentile: float | None
-    neighbours: list[dict[str, Any]]  # name, student and similarity (cosine) of conditions that were trained on
-    seconds: dict[str, float]
-
-    def to_json(self) -> dict[str, Any]:
-        return vars(self)
-
-
-def explain(recipe: Recipe, asked: str, report: Report = silent) -> Explanation:
-    """Explain where a prompt, or a class by number or name, goes. UserError for a class that does not exist."""
-    partition, data = preview(recipe, report)
-    run = RunDir(recipe.run_dir)
-    if isinstance(data, PromptDataset):
-        return _explain_prompt(run, recipe, partition, data, clean(asked), report)
-    number = parse_classes(asked, data.class_names)
-    if len(number) != 1:
-        raise UserError("one class at a time")
-    vectors = None
-    if recipe.partition.method == "kmeans":
-        vectors = class_vectors(recipe.partition, data, _teacher(run, recipe))
-    others = partition.parts[partition.owner[number[0]]]
-    if vectors is None:  # no geometry: its companions are all there is to say
-        near = [{"name": data.class_names[c], "student": partition.owner[c]} for c in others if c != number[0]]
-        name = data.class_names[number[0]]
-        return Explanation(name, partition.owner[number[0]], None, None, None, near[:NEIGHBOURS], {})
-    return _explain(data.class_names[number[0]], vectors[number[0]], vectors, partition, data.class_names, {}, number)
-
-
-def _explain_prompt(
-    run: RunDir, recipe: Recipe, partition: Partition, data: PromptDataset, prompt: str, report: Report
-) -> Explanation:
-    if not prompt:
-        raise UserError("a prompt is empty")
-    store = prompts.for_recipe(run, recipe, data, report)
-    dtype = recipe.data.embeddings if isinstance(recipe.data, PromptsSettings) else "float32"
-    with prompts.text_folder(run, recipe) as text:
-        prompt_router = prompts.PromptRouter(
-            text, partition, store=store, device=device.resolve(recipe.device), dtype=dtype
-        )
-        prompt_router.number([prompt])
-        pooled = prompt_router.look_up(torch.tensor([prompt_router.known]))[1][0].numpy()
-    seconds = {"encoder": prompt_router.encoder_seconds, "routing": prompt_router.routing_seconds}
-    same = [data.prompts.index(prompt)] if prompt in data.prompts else []
-    return _explain(prompt, pooled, store.pooled, partition, data.prompts, seconds, same)
-
-
-def _explain(
-    name: str,
-    vector: np.ndarray,
-    vectors: np.ndarray,
-    partition: Partition,
-    names: Sequence[str],
-    seconds: dict[str, float],
-    itself: Sequence[int],
-) -> Explanation:
-    placed, rule = None, partition.rule
-    if rule is not None:
-        placed = rule.place([name], vector[None])
-    student = partition.owner[itself[0]] if itself or placed is None else int(placed.owner[0])
-    second = margin = percentile = None
-    if rule is not None and placed is not None and placed.margin is not None and placed.second is not None:
-        second, margin = int(placed.second[0]), float(placed.margin[0])
-        theirs = rule.place(names, vectors).margin
-        assert theirs is not None
-        percentile = float((theirs < margin).mean() * 100)
-    similar = cosine(vectors, vector)
-    nearest = [int(i) for i in np.argsort(-similar, kind="stable") if int(i) not in itself][:NEIGHBOURS]
-    near = [{"name": names[i], "student": partition.owner[i], "similarity": float(similar[i])} for i in nearest]
-    return Explanation(name, student, second, margin, percentile, near, seconds)
-
-
-def cosine(vectors: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """The cosine between each of `vectors` [n, width] and `vector`, both after subtracting the mean of all."""
-    mean = np.asarray(vectors, np.float64).mean(0)
-    here, rows = vector.astype(np.float64) - mean, list[np.ndarray]()
-    for start in range(0, len(vectors), routing.CHUNK):
-        chunk = np.asarray(vectors[start : start + routing.CHUNK], np.float64) - mean
-        rows.append(chunk @ here / np.maximum(np.linalg.norm(chunk, axis=1) * np.linalg.norm(here), 1e-300))
-    return np.concatenate(rows)
 
 
 def draw(path: Path, partition: Partition, data: Dataset, *, columns: int = 16) -> None:
