@@ -202,10 +202,11 @@ class MixedWith(TypedDict):
 
 @with_config(_LOOSE)
 class Evidence(TypedDict):
-    """What placed the classes, in their order."""
+    """What placed the classes, in their order; `origins` are the students', where a run was extended."""
 
     distances: NotRequired[list[Figure]]
     mixed_with: NotRequired[list[list[MixedWith]]]
+    origins: NotRequired[list[str]]
 
 
 @with_config(_LOOSE)

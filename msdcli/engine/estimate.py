@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from msdcli.objectives import Objective, objective_class
 from msdcli.recipe import Recipe
 from msdcli.recipe.solver import SolverSettings
 from msdcli.recipe.stages import GeneratorSettings, StageSettings
+from msdcli.rundir import RunDir
 
 # Of every number that learns: weight and Adam's two moments. Gradients are there while a network's turn lasts.
 LEARNING_BYTES, FROZEN_BYTES = 12, 4
@@ -96,11 +98,19 @@ def estimate(
             for stage, own in with_teachers(recipe.stages, student, teacher)
         ],
         evaluation_flops=float(samples * recipe.stages[-1].evaluations * forward_student + more * sampling),
-        students=recipe.partition.students,
+        students=trained_students(recipe),
         selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),
         more_flops=float(more * sampling),
         evaluation=(float(forward_flops(unguided(teacher))), float(forward_student)),
     )
+
+
+def trained_students(recipe: Recipe) -> int:
+    """How many students a run trains: those that it keeps from another are not."""
+    parts = recipe.partition
+    if parts.method != "extend":
+        return parts.students
+    return parts.students - RunDir(Path(str(parts.run))).recipe().partition.students + len(set(parts.retrain))
 
 
 def _teacher_flops(recipe: Recipe, teacher: Denoiser, sampling: float) -> float:

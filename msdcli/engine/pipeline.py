@@ -32,6 +32,7 @@ from msdcli.engine.measure import part_evaluator as examine
 from msdcli.engine.measure import teacher as teacher_alone
 from msdcli.engine.measure.rows import Measurement
 from msdcli.engine.measure.teacher import Verdict
+from msdcli.engine.partitioning import keeping
 from msdcli.engine.partitioning import making as partition
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.tracking.formatting import evaluations, plural
@@ -240,6 +241,8 @@ def prepare(
         resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report, seen))
         resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
     parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen, on, told))
+    if students:
+        group.leader_first(lambda: keeping.keep(run, recipe, parts, frozen, told))
     return TrainingRun(run, resolved, seen, frozen, Pairs(run, recipe, seen, teacher_hash), parts, on, group)
 
 

@@ -72,7 +72,7 @@ def timing(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser, 
     of_students = rate
     if not isinstance(student, AdaptedDenoiser) and of_student != of_teacher:
         of_students = measured_rate(with_memory(student), on, _batch(of_student, recipe.stages[-1].batch), SECONDS)
-    count, together = recipe.partition.students, device.num_workers(recipe, on)
+    count, together = cost.students, device.num_workers(recipe, on)
     seconds = {"teacher": cost.teacher_flops / rate, "its samples": (cost.pairs_flops + cost.more_flops) / rate}
     seconds["students"] = math.ceil(count / together) * cost.student_flops / of_students
     if recipe.has_measure:

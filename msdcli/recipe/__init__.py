@@ -43,17 +43,24 @@ class PartitionSettings(Section):
     """Which student owns which condition."""
 
     students: int = Field(1, ge=1, le=100_000, description="number of students, K")
-    method: Literal["consecutive", "random", "kmeans", "difficulty", "confusion", "explicit", "quadrants"] = Field(
-        "consecutive",
-        description="how the conditions are divided: as numbered, at random, alike ones together (kmeans; confusion: "
-        "those that the data's classifier mixes up), hard and easy ones shared out (difficulty), or as `parts` says; "
-        "prompts: quadrants or kmeans (of pooled embeddings), or random",
+    method: Literal["consecutive", "random", "kmeans", "difficulty", "confusion", "explicit", "extend", "quadrants"] = (
+        Field(
+            "consecutive",
+            description="how the conditions are divided: as numbered, at random, alike ones together (kmeans; "
+            "confusion: those that the data's classifier mixes up), hard and easy ones shared out (difficulty), as "
+            "`parts` says, or as in a finished run whose students are kept (extend); "
+            "prompts: quadrants or kmeans (of pooled embeddings), or random",
+        )
     )
     run: FilePath | None = Field(
         None,
         min_length=1,
         description="difficulty: a finished run of the same classes, of one student say, whose distance of every class "
-        "says how hard it is",
+        "says how hard it is; extend: the one whose students are kept as they are, beside new ones for classes that it "
+        "does not have",
+    )
+    retrain: list[Annotated[int, Field(ge=0, lt=10**9)]] = Field(
+        [], max_length=100_000, description="extend: students of that run that are trained anew, e.g. [2]"
     )
     features: Literal["embedding", "images"] = Field(
         "embedding", description="kmeans: cluster the teacher's class embeddings or the mean image of each class"
@@ -67,8 +74,10 @@ class PartitionSettings(Section):
     def _keys_go_with_methods(self) -> PartitionSettings:
         if (self.method == "explicit") != (self.parts is not None):
             raise ValueError("`parts` and `method: explicit` go together")
-        if (self.method == "difficulty") != (self.run is not None):
-            raise ValueError("`run` and `method: difficulty` go together")
+        if (self.method in ("difficulty", "extend")) != (self.run is not None):
+            raise ValueError("`run` and `method: difficulty` or `extend` go together")
+        if self.retrain and self.method != "extend":
+            raise ValueError("`retrain` and `method: extend` go together")
         if self.parts is not None and len(self.parts) != self.students:
             raise ValueError(f"`parts` lists {len(self.parts)} students, `students` says {self.students}")
         return self

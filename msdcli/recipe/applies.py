@@ -61,7 +61,8 @@ def _partition(recipe: Recipe) -> set[str]:
     method = recipe.partition.method
     unread = set() if method == "kmeans" else {"features"}
     unread |= set() if method in ("kmeans", "random", "confusion") else {"seed"}
-    unread |= set() if method == "difficulty" else {"run"}
+    unread |= set() if method in ("difficulty", "extend") else {"run"}
+    unread |= set() if method == "extend" else {"retrain"}
     return unread | (set() if method == "explicit" else {"parts"})
 
 

@@ -81,6 +81,8 @@ def _show(result: Partition, names: Sequence[str], prompts: bool, json_: bool) -
     columns = ["student", "prompts (the first)" if prompts else "classes", "number"]
     if total is not None:
         columns, rows = [*columns, "distances"], [[*row, f"{t:.4g}"] for row, t in zip(rows, total, strict=True)]
+    if origins := (result.evidence or {}).get("origins"):
+        columns, rows = [*columns, "from"], [[*row, origin] for row, origin in zip(rows, origins, strict=True)]
     console.table(f"partition: {result.method}", columns, rows, text_columns=2)
     if why := reasons(result, names):
         rows = [[names[c], str(k), why[c]] for k, part in enumerate(result.parts) for c in part]

@@ -21,7 +21,7 @@ from msdcli.engine import pictures
 from msdcli.engine.checkpoints.model import is_complete, load_model
 from msdcli.engine.distributed import device
 from msdcli.engine.inputs import dataset, prompts
-from msdcli.engine.partitioning import evidence
+from msdcli.engine.partitioning import evidence, keeping
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import UserError
 from msdcli.nets.edm.unet_taps import TappedUNet
@@ -84,6 +84,8 @@ def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -
         evidence.check_confusion(data)
     elif parts is None and settings.method != "kmeans":
         parts = make(settings, data, None)
+        if settings.method == "extend":
+            keeping.check_steps(recipe)
     for stage in recipe.stages:
         if (needed := _needed(stage, recipe, data, labels)) is None:
             continue
@@ -133,7 +135,7 @@ def _check_filled(parts: Partition | None, students: int, found: set[int], needs
             hint="fewer partition.students, or labels that begin at 0 and have no gaps",
         )
     for number, part in enumerate(parts.parts if parts else []):
-        if not found.intersection(part):
+        if not found.intersection(part) and not (parts and keeping.is_kept(parts, number)):
             raise UserError(
                 f"{needs}, and student {number} has none: {_without_pictures(part, names)}",
                 hint="labels that begin at 0 and have no gaps, fewer partition.students, or partition.method=explicit",
@@ -168,6 +170,8 @@ def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None, m
         return consecutive(num, settings.students)
     if settings.method == "random":
         return shuffled(num, settings.students, seed=settings.seed)
+    if settings.method == "extend":
+        return keeping.extended(settings, data.class_names)
     if settings.run is not None:
         each, found = evidence.distances(settings.run, data.class_names)
         return replace(by_difficulty(each, settings.students), evidence=found)

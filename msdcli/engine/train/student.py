@@ -41,6 +41,8 @@ from msdcli.recipe.student import AdapterSettings
 from msdcli.rundir import building, read_json, write_json, writing
 from msdcli.seeds import derive, generator
 
+NO_COST = {"seconds": 0.0, "images": 0.0, "flops": 0.0, "peak_bytes": 0}  # of what was not trained here
+
 
 @dataclass(frozen=True)
 class Student:
@@ -144,8 +146,7 @@ def hand_on(student: Student, number: int, report: Report) -> None:
         for path in [*before.glob("*.safetensors"), *([newest] if newest else [])]:
             if path == newest or not path.name.startswith(("state", "best")):
                 _copy(path, folder / path.name)
-        nothing = {"seconds": 0.0, "images": 0.0, "flops": 0.0, "peak_bytes": 0}
-        record = {"steps": stage.steps, "stage": stage.model_dump(mode="json"), "cost": nothing, "handed_on": True}
+        record = {"steps": stage.steps, "stage": stage.model_dump(mode="json"), "cost": NO_COST, "handed_on": True}
         write_json(folder / MODEL, read_json(before / MODEL) | record)
         report(f"student {student.number} {stage.objective}: owns nothing to forget, and stays as it is")
     student.group.broadcast(None)

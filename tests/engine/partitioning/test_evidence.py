@@ -81,11 +81,11 @@ def test_a_first_run_that_does_not_do_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "partition",
-    [{"method": "difficulty"}, {"method": "confusion", "run": "x"}, {"run": "x"}],
-    ids=["without a run", "a run too many", "a run and no method"],
+    [{"method": "difficulty"}, {"method": "confusion", "run": "x"}, {"run": "x"}, {"method": "extend"}],
+    ids=["without a run", "a run too many", "a run and no method", "nothing to extend"],
 )
 def test_run_and_difficulty_go_together(partition: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="`run` and `method: difficulty` go together"):
+    with pytest.raises(UserError, match="`run` and `method: difficulty` or `extend` go together"):
         load_any(BASE | {"partition": partition}, {})
 
 
