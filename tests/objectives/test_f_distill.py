@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from msdcli import nets
 from msdcli.diffusion.divergences import WEIGHTS
-from msdcli.diffusion.draws import Draws, Source
-from msdcli.diffusion.guidance import Guided
-from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
-from msdcli.engine.train.loop import gradients
-from msdcli.engine.train.passes import Passes
-from msdcli.objectives import Objective, objective_class
 from msdcli.objectives.adm import AdversarialDistributionMatching, RatioStatistics
-from msdcli.recipe.networks import UNetSettings
-from msdcli.recipe.stages import (
-    AdmSettings,
-    CdSettings,
-    DdoSettings,
-    DmSettings,
-    EdmSettings,
-    FlowSettings,
-    ProgressiveSettings,
-    RegressSettings,
-    SidSettings,
-    StageSettings,
-    TsmSettings,
-)
-from tests.objectives.test_adm import Pictures
+from msdcli.recipe.stages import AdmSettings, DmSettings
+from tests.objectives.test_batches_cut import learned, made
 from tests.objectives.test_sid import (
     BOTH,
     MEAN,
@@ -71,110 +49,11 @@ def test_the_weighted_gradient_is_that_of_the_divergence(divergence: str, s: flo
     assert close(student.grad, differences(of, STUDENT), 1e-6)
 
 
-def networks() -> list[nets.Denoiser]:
-    torch.manual_seed(0)
-    settings = UNetSettings(channels=8, embedding=8, multipliers=[1])
-    made = [nets.build(settings, shape=(1, 8, 8), num_classes=10, sigma_data=0.5) for _ in range(2)]
-    for parameter in [p for net in made for p in net.parameters()]:
-        torch.nn.init.normal_(parameter, std=0.1)
-    return made
-
-
-def made(settings: StageSettings, *, guided: bool = False) -> Objective:
-    student, teacher = networks()
-    teacher.requires_grad_(False)
-    torch.manual_seed(1)
-    asked = Guided(teacher, scale=(1.0, 3.0), interval=(0.1, 50.0)) if guided else teacher
-    objective = objective_class(settings.objective)(settings, student, asked)
-    with torch.no_grad():  # a fake network that is the teacher still has nothing to say
-        for parameter in objective.nets.get("fake", torch.nn.Module()).parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    return objective
-
-
-class Quiet:
-    """A log that nobody reads."""
-
-    def images(self, *_: object) -> None: ...
-
-
-def pairs() -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(2)
-    return torch.randn(16, 1, 8, 8), torch.randn(16, 1, 8, 8), torch.arange(16) % 2 + 3
-
-
-EIGHT = EdmSettings(batch=8)
-
-
-def learned(
-    settings: StageSettings,
-    passes: int,
-    steps: int = 3,
-    *,
-    guided: bool = False,
-    group: ProcessGroup = SINGLE_PROCESS,
-) -> tuple[list[Tensor], Objective]:
-    """The gradients of every turn of some steps, in so many slices; nothing is updated."""
-    objective, found = made(settings, guided=guided), list[Tensor]()
-    source = Source(Pictures(), [3, 4], pairs=pairs())
-    for step in range(steps):
-        for turn, (names, loss) in enumerate(objective.turns(step)):
-            for name, net in objective.nets.items():
-                net.requires_grad_(name in names)
-                net.zero_grad()
-            draws, cut = (
-                partial(Draws, source, 8, (0, 0, 0, step), turn),
-                Passes(EIGHT, group=group, micro_batch=8 // passes),
-            )
-            gradients(objective, names, loss, draws, cut, source.device, Quiet())  # type: ignore[arg-type]
-            params = [p.grad for name in names for p in objective.nets[name].parameters()]
-            found.append(torch.cat([g.flatten() for g in params if g is not None]))
-    return found, objective
-
-
-SETTINGS: Sequence[StageSettings] = [
-    EdmSettings(label_dropout=0.5),
-    DdoSettings(label_dropout=0.5),
-    TsmSettings(),
-    DmSettings(fake_updates=1),
-    DmSettings(fake_updates=1, sigmas=[2.5, 0.5], weight="none", fake_sigma="lognormal", pairs="none"),
-    AdmSettings(fake_updates=1, gan_weight=0.1),
-    AdmSettings(fake_updates=1, gan_weight=0.1, divergence="js", ratio_rate=0.5, pairs="none"),
-    AdmSettings(fake_updates=1, gan_weight=0.1, divergence="kl", features="teacher", sigmas=[2.5, 0.5], pairs="none"),
-    AdmSettings(fake_updates=1, gan_weight=1.0, dm_weight=0.0, features="teacher", head_penalty=0.1, pairs="none"),
-    SidSettings(alpha=0.5),
-    SidSettings(distance="huber", sigmas=[2.5, 0.5]),
-    SidSettings(gan_weight=0.1, divergence="kl"),
-    SidSettings(gan_weight=0.1, divergence="jeffreys", through_ratio=True),
-    CdSettings(),
-    RegressSettings(),
-    RegressSettings(flow_weight=1.0),
-    FlowSettings(anneal=1.0),
-    ProgressiveSettings(intervals=2),
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.objective}-{len(repr(s)) % 1000}")
-def test_gradients_do_not_depend_on_how_a_batch_is_cut(settings: StageSettings) -> None:
-    (whole, _), (cut, _) = learned(settings, 1), learned(settings, 4)
-    for a, b in zip(whole, cut, strict=True):
-        assert a.abs().max() > 0
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
-
-
-@pytest.mark.parametrize("settings", SETTINGS[2:], ids=lambda s: f"{s.objective}-{len(repr(s)) % 1000}")
-def test_nor_with_a_teacher_that_is_guided(settings: StageSettings) -> None:
-    """By a scale of each image's own; who asks the teacher learns something else than without."""
-    found = {cut: learned(settings, cut, steps=1, guided=True)[0] for cut in (1, 4)}
-    for a, b in zip(found[1], found[4], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * a.abs().max().item())
-    asks = settings.asks_teacher and getattr(settings, "dm_weight", 1) > 0
-    assert torch.equal(found[1][-1], learned(settings, 1, steps=1)[0][-1]) is not asks
-
-
-def test_reverse_kl_is_adm_bit_for_bit() -> None:
-    plain, named = (learned(AdmSettings(fake_updates=1, **how), 1)[0] for how in ({}, {"divergence": "rkl"}))
-    assert all(torch.equal(a, b) for a, b in zip(plain, named, strict=True))
+def test_reverse_kl_is_dm_bit_for_bit() -> None:
+    """The student's turn, where the heads have no weight."""
+    dm, adm = DmSettings(fake_updates=1), AdmSettings(fake_updates=1, gan_weight=0.0, divergence="rkl")
+    plain, named = (learned(settings, 1)[0][1::2] for settings in (dm, adm))
+    assert len(plain) == 2 and all(torch.equal(a, b) for a, b in zip(plain, named, strict=True))
 
 
 def test_means_are_those_of_the_batch_before() -> None:

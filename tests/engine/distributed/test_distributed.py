@@ -146,7 +146,7 @@ def test_gradients_of_two_processes_are_those_of_one_in_every_objective(tmp_path
     both, alone = load_file(tmp_path / "two.safetensors"), gradients.of_all()
     assert both.keys() == alone.keys()
     for name, gradient in alone.items():
-        assert (both[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+        assert gradient.abs().max() > 0 and (both[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
 @pytest.mark.slow
@@ -224,7 +224,7 @@ def test_a_part_that_cannot_be_written_ends_the_run_with_one_sentence(tmp_path: 
         "runpy.run_module('msdcli', run_name='__main__')\n"
     )
     done = launched(tmp_path, "limited.py", *words)
-    assert done.returncode != 0 and done.stderr.count("File too large") == 1, done.stderr
+    assert done.returncode != 0 and done.stderr.count("error: file too large") == 1, done.stderr
     run = tmp_path / "runs/tiny"
     assert checkpoint_files.step_of(run / "students/0/0-adm") == 4 and not list(run.rglob("*.tmp"))
     assert torchrun(tmp_path, *words).returncode == 0

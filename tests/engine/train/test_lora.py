@@ -27,8 +27,8 @@ from msdcli.recipe.stages import DmSettings, SidSettings
 from tests.engine.distributed import sharded
 from tests.engine.distributed.sharded import DIFFUSERS, EDM2, UNET
 from tests.engine.distributed.test_distributed import state_in
+from tests.objectives.test_batches_cut import learned
 from tests.objectives.test_dm import Points
-from tests.objectives.test_f_distill import learned
 
 pytest.importorskip("peft")
 LORA: dict[str, Any] = {"fake": {"kind": "lora", "rank": 2, "alpha": 4.0}}
