@@ -17,6 +17,7 @@ from msdcli.diffusion.guidance import Guided, unguided
 from msdcli.diffusion.sampler import evaluated_levels
 from msdcli.diffusion.stitch import Stitch
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
+from msdcli.engine.tracking.formatting import counted
 from msdcli.engine.train.counting import (
     DEVICE,
     PEAK_FLOPS,
@@ -67,6 +68,7 @@ class Estimate:
     selection_flops: float = 0.0  # of one student, measured while it trains
     more_flops: float = 0.0  # of evaluation_flops, those of the teacher's samples that are no pairs
     evaluation: tuple[float, float] = (0.0, 0.0)  # of one image: by the teacher without guidance, and by a student
+    teacher: Sequence[StageCost] = ()  # of teacher_flops: its training, where it is trained, and its stages
 
     @property
     def flops(self) -> float:
@@ -89,9 +91,11 @@ def estimate(
         student, teacher = small, other
     forward_student, sampling = forward_flops(student), sampling_flops(recipe.teacher.solver, teacher, stitch)
     samples = recipe.evaluation.samples
+    teaching = _teacher_costs(recipe, teacher)
     more = max(0, samples - (recipe.pairs.count if recipe.needs_pairs else 0))
     return Estimate(
-        teacher_flops=_teacher_flops(recipe, teacher, sampling),
+        teacher_flops=sum(stage.flops for stage in teaching)
+        + len(recipe.teacher.stages) * recipe.pairs.count * sampling,  # each with the samples of its reference
         pairs_flops=float(recipe.pairs.count * sampling) if recipe.needs_pairs else 0.0,
         stages=[
             stage_cost(stage, student, own, recipe.micro_batch)
@@ -102,6 +106,7 @@ def estimate(
         selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),
         more_flops=float(more * sampling),
         evaluation=(float(forward_flops(unguided(teacher))), float(forward_student)),
+        teacher=teaching,
     )
 
 
@@ -113,12 +118,11 @@ def trained_students(recipe: Recipe) -> int:
     return parts.students - RunDir(Path(str(parts.run))).recipe().partition.students + len(set(parts.retrain))
 
 
-def _teacher_flops(recipe: Recipe, teacher: Denoiser, sampling: float) -> float:
-    """Operations of the teacher's training and of its stages, each with the samples of its reference."""
+def _teacher_costs(recipe: Recipe, teacher: Denoiser) -> list[StageCost]:
+    """What the teacher's training needs, where it is trained, and each of its stages."""
     settings, plain = recipe.teacher, unguided(teacher)
-    trained = 0.0 if settings.path else stage_cost(settings.training, teacher, None, recipe.micro_batch).flops
-    stages = (stage_cost(stage, copy.deepcopy(plain), plain, recipe.micro_batch).flops for stage in settings.stages)
-    return trained + sum(stages) + len(settings.stages) * recipe.pairs.count * sampling
+    trained = [] if settings.path else [stage_cost(settings.training, plain, None, recipe.micro_batch)]
+    return trained + [stage_cost(stage, copy.deepcopy(plain), plain, recipe.micro_batch) for stage in settings.stages]
 
 
 def sampling_flops(solver: SolverSettings, teacher: Denoiser, stitch: Stitch | None = None) -> float:
@@ -147,8 +151,8 @@ def _flops_at(net: Denoiser, levels: list[float]) -> float:
 def solver_line(solver: SolverSettings, teacher: Denoiser, stitch: Stitch | None = None) -> str:
     """Return what a plan says of the solver."""
     order = solver.record().get("order")
-    text = f"{solver.name}{f' of order {order}' if order else ''}, {solver.steps} noise levels from "
-    text += f"{solver.sigma_max:g} to {solver.sigma_min:g}, {solver.evaluations} evaluations"
+    text = f"{solver.name}{f' of order {order}' if order else ''}, {counted(solver.steps, 'noise level')} from "
+    text += f"{solver.sigma_max:g} to {solver.sigma_min:g}, {counted(solver.evaluations, 'evaluation')}"
     high, low = _split(solver, stitch)
     if stitch is not None:
         text += f", {len(high)} of them (above {stitch.above:g}) by small networks"
@@ -219,7 +223,7 @@ def lines(cost: Estimate) -> Sequence[str]:
     rows = [("teacher", cost.teacher_flops), ("pairs", cost.pairs_flops)]
     rows += [(f"one student, {stage.objective}", stage.flops) for stage in cost.stages]
     rows += [("one student, select", cost.selection_flops)]
-    rows += [("evaluation", cost.evaluation_flops), (f"all, {cost.students} students", cost.flops)]
+    rows += [("evaluation", cost.evaluation_flops), (f"all, {counted(cost.students, 'student')}", cost.flops)]
     wide = max(len(what) for what, flops in rows if flops)
     told = [f"{what:<{wide}} {flops:9.3g} FLOP{_hours(flops)}" for what, flops in rows if flops]
     memory = [

@@ -177,18 +177,18 @@ def teach(recipe: Recipe, report: Report) -> TeachResult:
 
 
 def judge(training: TrainingRun, report: Report) -> None:
-    """Measure a teacher that was trained here before the first student starts. UserError where it is plainly unfit and
-    the recipe does not go on with it.
+    """Measure the teacher, trained or given, before the first student starts: its samples are compared with when the
+    run ends anyway. UserError where it is plainly unfit and the recipe does not go on with it.
     """
     recipe, run = training.recipe, training.run
-    wanted = recipe.evaluation.judge != "off" and recipe.teacher.path is None and recipe.has_measure
+    wanted = recipe.evaluation.judge != "off" and recipe.has_measure
     if not wanted or run.begun():
         return
     _, found = _teacher_measured(training, report, brief=True)
     if found.state != "fit":
         preview_of_teacher(training)
     if found.state == "unfit" and recipe.evaluation.judge == "stop":
-        raise teacher_alone.refusal(found, recipe.teacher.training.steps, run)
+        raise teacher_alone.refusal(found, recipe.teacher, run)
     report(found.said)
 
 
@@ -229,7 +229,7 @@ def prepare(
     group.broadcast(None)
     if not dataset.is_as_begun(run, data):  # before an hour of training with them
         raise begun_otherwise(run, "data")
-    on = device.prepare(recipe) if group.size == 1 else device.local_device(recipe.device)
+    on = device.prepare(recipe, shared=group.size > 1)
     frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
     if claim is not None:

@@ -15,14 +15,19 @@ from msdcli.data.folder import PictureFiles
 from msdcli.data.opening import is_there
 from msdcli.data.survey import Survey
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine import estimate
+from msdcli.engine import estimate, search
 from msdcli.engine.inputs import hub, stitches
 from msdcli.engine.pipeline import check, networks_on_meta
 from msdcli.engine.timing import Timing, timing
+from msdcli.engine.tracking.formatting import counted
 from msdcli.engine.train.counting import DEVICE, num_parameters
+from msdcli.engine.train.student import new_network
+from msdcli.nets.meta import on_meta
 from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings, PromptsSettings
 from msdcli.rundir import RunDir, write_json
+
+AN_ESTIMATE = "an estimate, from one step of each kind: other work on this machine can move it by half"
 
 
 @dataclass(frozen=True)
@@ -43,16 +48,18 @@ class Plan:
     missing: list[str]
     timing: Timing
     pictures: Survey | None = None
+    searched: bool = False  # the student's network, which the recipe names by a target, is known
 
     def lines(self) -> list[str]:
         """Return the plan for people."""
         recipe = self.recipe
-        steps = " -> ".join(f"{stage.objective} ({stage.steps} steps of {stage.batch})" for stage in recipe.stages)
-        kinds, what = "prompts" if recipe.has_prompts else "classes", "images" if self.has_images else "rows"
-        made = f"{recipe.data.label}, {self.images:,} {what} of {list(self.shape)} in {self.conditions} {kinds}"
+        steps = " -> ".join(f"{s.objective} ({counted(s.steps, 'step')} of {s.batch})" for s in recipe.stages)
+        conditions = counted(self.conditions, *(("prompt",) if recipe.has_prompts else ("class", "classes")))
+        made = f"{recipe.data.label}, {counted(self.images, 'image' if self.has_images else 'row')} of "
+        made += f"{list(self.shape)} in {conditions}"
         made += " to train on" if self.pictures is not None and self.pictures.held_out else ""
         if recipe.data.name == "none":
-            made = f"none: {self.conditions} classes of {list(self.shape)}, which are the teacher's"
+            made = f"none: {conditions} of {list(self.shape)}, which are the teacher's"
         embeddings = f"prompts:   {self.embedding_bytes / 2**30:,.3g} GiB of embeddings"
         return [
             f"data:      {made}",
@@ -60,16 +67,26 @@ class Plan:
             *([] if self.latent_shape is None else [f"latents:   {list(self.latent_shape)} of every picture"]),
             f"teacher:   {recipe.teacher.path or 'trained or reused'}, {self.parameters[0]:,} parameters",
             f"solver:    {self.solver}",
-            f"partition: {recipe.partition.method}, {recipe.partition.students} students",
-            f"students:  {self.parameters[1]:,} parameters each{self._adapted()}; {steps}",
+            f"partition: {recipe.partition.method}, {counted(recipe.partition.students, 'student')}",
+            f"students:  {self._sizes()}{self._adapted()}; {steps}",
             *([embeddings] if recipe.has_prompts else []),
             f"time:      {self.timing.line()}",
-            *([] if self.timing.why_not else ["           an estimate, from a moment of training here"]),
+            *([] if self.timing.why_not else [f"           {AN_ESTIMATE}"]),
             *estimate.lines(self.cost),
             f"run:       {RunDir(recipe.run_dir).root}{' (exists: would resume)' if self.resumes else ''}",
             *(f"missing:   {line}" for line in self.missing),
             *(f"look:      {line}" for line in remarks(recipe, self.pictures)),
         ]
+
+    def _sizes(self) -> str:
+        """Say how large a student is, or may be where its network is searched when the run starts."""
+        settings, (of_teacher, own) = self.recipe.student, self.parameters
+        each = " each" if self.recipe.partition.students > 1 else ""
+        if settings.target is None or self.searched:
+            return f"{counted(own, 'parameter')}{each}"
+        share = f"at most {settings.target:.0%} of the teacher's"
+        size = f"parameters ({settings.target * of_teacher:,.0f})" if settings.parameters else "latency"
+        return f"{share} {size}{each}, searched when the run starts and counted here as one of {own:,} parameters"
 
     def _adapted(self) -> str:
         adapter = self.recipe.student.adapter
@@ -90,7 +107,11 @@ class Plan:
                 "evaluations": recipe.teacher.solver.evaluations,
             },
             "partition": {"method": recipe.partition.method, "students": recipe.partition.students},
-            "student": {"parameters": self.parameters[1], "stages": [asdict(stage) for stage in cost.stages]},
+            "student": {
+                "parameters": self.parameters[1],
+                "exact": recipe.student.target is None or self.searched,
+                "stages": [asdict(stage) for stage in cost.stages],
+            },
             "flops": flops,
             "device_hours": {name: estimate.device_hours(value) for name, value in flops.items()},
             "hours_of": DEVICE,
@@ -108,7 +129,7 @@ def plan(recipe: Recipe) -> Plan:
     run = RunDir(recipe.run_dir)
     if run.recipe_file.exists():
         run.check(recipe)
-    frozen, student = networks_on_meta(recipe, data, planning=True)
+    frozen, student = _networks(recipe, data)
     stitch = stitches.on_meta(recipe, frozen)
     cost = estimate.estimate(recipe, data, frozen, student, stitch)
     return Plan(
@@ -126,15 +147,28 @@ def plan(recipe: Recipe) -> Plan:
         missing=missing(recipe),
         timing=timing(recipe, data, frozen, student, cost),
         pictures=seen,
+        searched=search.settled(run, recipe) is not None,
     )
 
 
 def note_flops(recipe: Recipe) -> None:
     """Count what the parts of a run cost and leave it in the run, where watch and status weigh what is left by it."""
     data = check(recipe, planning=True)
-    cost = estimate.estimate(recipe, data, *networks_on_meta(recipe, data, planning=True))
+    cost = estimate.estimate(recipe, data, *_networks(recipe, data))
     stages = [stage.flops for stage in cost.stages]
     write_json(RunDir(recipe.run_dir).flops_file, {"teacher": cost.teacher_flops, "stages": stages})
+
+
+def _networks(recipe: Recipe, data: Dataset) -> tuple[Denoiser, Denoiser]:
+    """The teacher and a student without memory; where a student's network is searched, the one that was found, or one
+    that stands for it.
+    """
+    frozen, student = networks_on_meta(recipe, data, planning=True)
+    if recipe.student.target is None:
+        return frozen, student
+    known = search.settled(RunDir(recipe.run_dir), recipe) or search.stand_in(recipe, frozen)
+    with on_meta():
+        return frozen, new_network(known, frozen, 0)
 
 
 def look(recipe: Recipe) -> tuple[Dataset, Survey | None]:

@@ -37,10 +37,11 @@ LADDER = ((8, 1), (12, 1), (16, 1), (24, 1), (32, 1), (32, 2), (48, 2), (64, 2),
 BATCH = 64
 ENOUGH = 2500  # the teacher's steps below which a larger network is no gain
 LEAST = 50  # a student's steps, below which fewer students are made
+FEWEST_STEPS, FEWEST_SAMPLES = 200, 256  # of a teacher: fewer teach nothing
+TOO_LONG = 1.25  # times what was asked for: more is said, for it could not be met
 TEACHER, SAMPLES, STUDENTS = 0.5, 0.15, 0.25  # parts of the time; the rest is the classifier's and the measurements'
 # Images held out of training: a distance to fewer says little, one to more is hardly surer.
 FEWEST_HELD_OUT, MOST_HELD_OUT = 500, 10_000
-SECONDS = 1.0  # of measuring how fast this device is
 
 
 @dataclass(frozen=True)
@@ -163,32 +164,32 @@ class _Budget:
         def built(settings: UNetSettings) -> Denoiser:
             return nets.build(settings, shape=shape, num_classes=classes, sigma_data=sigma_data)
 
-        total, rate = 60 * minutes, 0.0
-        network, step = _network(LADDER[0], shape[1]), 0.0
-        for rung in LADDER:
-            wanted = _network(rung, shape[1])
-            with on_meta():
-                net = built(wanted)
-            flops = estimate.stage_cost(EdmSettings(steps=1, batch=BATCH), net, None).flops
-            rate = rate or timing.measured_rate(built(wanted), on, BATCH, SECONDS / 2)
-            if rung != LADDER[0] and TEACHER * total * rate / flops < ENOUGH:
+        measuring = timing.classifier_seconds(shape, classes, on) + timing.table_seconds(classes, students or 5)
+        left = 60 * minutes - measuring
+        network = _network(LADDER[0], shape[1])
+        for rung in LADDER[1:]:
+            larger = _network(rung, shape[1])
+            if TEACHER * left / _step_seconds(EdmSettings(steps=1, batch=BATCH), built(larger), on) < ENOUGH:
                 break
-            network, step = wanted, flops
-        rate = timing.measured_rate(built(network), on, BATCH, SECONDS)
-        with on_meta():
-            net = built(network)
-            student = DmSettings(steps=1, batch=BATCH, fake_batch="shared")
-        sample, update = forward_flops(net) * solver.evaluations, estimate.stage_cost(student, net, net).flops
-        teacher_steps = _rounded(max(200, min(100_000, TEACHER * total * rate / step)))
-        samples = _rounded(max(256, min(10_000, SAMPLES * total * rate / sample)))
-        updates = STUDENTS * total * rate / update
+            network = larger
+        net = built(network).requires_grad_(False)
+        step = _step_seconds(EdmSettings(steps=1, batch=BATCH), net, on)
+        update = _step_seconds(DmSettings(steps=1, batch=BATCH, fake_batch="shared"), net, on)
+        flops = float(forward_flops(net))
+        sample = solver.evaluations * flops / timing.evaluation_rate(net, on, flops, BATCH)
+        least = {"teacher": FEWEST_STEPS * step, "samples": FEWEST_SAMPLES * sample}
+        least["students"] = (students or 1) * LEAST * update
+        buys = _shared(left, {"teacher": TEACHER, "samples": SAMPLES, "students": STUDENTS}, least)
+        teacher_steps = max(FEWEST_STEPS, _rounded(min(100_000, buys["teacher"] / step)))
+        samples = max(FEWEST_SAMPLES, _rounded(min(10_000, buys["samples"] / sample)))
+        updates = buys["students"] / update
         students = students or max(1, min(5, classes, int(updates / LEAST)))
-        student_steps = _rounded(max(LEAST, min(5000, updates / students)))
+        student_steps = max(LEAST, _rounded(min(5000, updates / students)))
         seconds = {
-            "teacher": teacher_steps * step / rate,
-            "its samples": samples * sample / rate,
-            plural(students, "student", "students"): students * student_steps * update / rate,
-            "measuring": timing.classifier_seconds(shape, classes, on) + (1 - TEACHER - SAMPLES - STUDENTS) / 4 * total,
+            "teacher": teacher_steps * step,
+            "its samples": samples * sample,
+            plural(students, "student", "students"): students * student_steps * update,
+            "measuring": measuring + samples * sample / solver.evaluations,
         }
         return cls(
             *(network, students, sigma_data, teacher_steps, student_steps, samples, solver),
@@ -198,16 +199,47 @@ class _Budget:
     def minutes(self) -> dict[str, float]:
         return {name: seconds / 60 for name, seconds in self.seconds.items()}
 
-    def assumed(self) -> list[str]:
+    def cost(self) -> str:
+        """Say how long the run takes."""
         parts = ", ".join(f"{name} {roughly(seconds)}" for name, seconds in self.seconds.items())
-        total = sum(self.seconds.values()) / 60
-        found = [f"about {total:.0f} minutes on this device ({self.device}, measured for a second): {parts}"]
+        return f"about {roughly(sum(self.seconds.values()))} on this device ({self.device}, measured here): {parts}"
+
+    def assumed(self) -> list[str]:
+        asked, total = roughly(60 * self.asked), sum(self.seconds.values())
+        found = [self.cost()]
+        if total > TOO_LONG * 60 * self.asked:
+            found.append(
+                f"{asked} cannot be met here: the shortest run is about {roughly(total)}, of the smallest network, "
+                f"{self.teacher_steps} steps of the teacher, {self.student_steps} of each student, {self.samples} "
+                f"samples, and {roughly(self.seconds['measuring'])} for what measures it"
+            )
         if self.teacher_steps < ENOUGH:
             found.append(
-                f"{self.asked:g} minutes are short: its teacher gets {self.teacher_steps:,} steps of a small network, "
-                "and may not be fit to be distilled; msd says so before it trains students"
+                f"{roughly(max(total, 60 * self.asked))} is short: the teacher gets {self.teacher_steps:,} steps of a "
+                "small network, and may not be fit to be distilled; msd says so before it trains students"
             )
         return found
+
+
+def _step_seconds(stage: EdmSettings | DmSettings, net: Denoiser, on: torch.device) -> float:
+    """Seconds of a step of a stage with a network, as the teacher's or a student's."""
+    teacher = None if isinstance(stage, EdmSettings) else net.to(on)
+    with on_meta():
+        like = nets.build_like(net.settings, net)
+        cost = estimate.stage_cost(stage, like, None if teacher is None else like)
+    return timing.stage_seconds(stage, net.to(on), teacher, cost, on)
+
+
+def _shared(left: float, shares: dict[str, float], least: dict[str, float]) -> dict[str, float]:
+    """Share out the seconds that are left so that each part has its least, and else its share of the rest."""
+    given, free = dict[str, float](), dict(shares)
+    while free:
+        rest = (left - sum(given.values())) / (sum(free.values()) + 1 - sum(shares.values()))
+        if not (short := [name for name, share in free.items() if share * rest < least[name]]):
+            return given | {name: share * rest for name, share in free.items()}
+        given |= {name: least[name] for name in short}
+        free = {name: share for name, share in free.items() if name not in short}
+    return given
 
 
 def _network(rung: tuple[int, int], side: int) -> UNetSettings:
@@ -266,7 +298,7 @@ def _header(data: FolderSettings, seen: Survey, plan: _Budget, assumed: list[str
         f"# Shows: {plan.students} one-step {plural(plan.students, 'student')} of {data.label}, "
         f"{seen.pictures:,} pictures in {count:,} {plural(count, 'class', 'classes')}."
     )
-    yield f"# Costs: {assumed[-1 if plan.teacher_steps >= ENOUGH else -2]}."
+    yield f"# Costs: {plan.cost()}."
     yield f"# Measured: not yet. Written by `msd recipes new` on {time.strftime('%Y-%m-%d')}; what it saw and assumed:"
     for line in [*seen.lines(), *seen.remarks(), *assumed]:
         yield f"# - {line}"

@@ -34,6 +34,7 @@ WIDTHS = [w / 20 for w in range(20, 2, -1)]
 DEPTHS = [1.0, 0.75, 0.5, 0.25]
 MEASURED = 16  # candidates that are timed: those whose operation count comes nearest to the target
 TRIES = 6  # of a target of latency, each with one that is drawn in
+CHOICE = "student.json"  # in a run: what was chosen
 CLOSE = 0.15  # how far under a target of parameters a candidate may lie
 
 
@@ -58,10 +59,9 @@ def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report, data
 
     UserError if no network of the teacher's kind meets the target.
     """
-    student = recipe.student
-    if student.parameters is None and student.latency is None:
+    student, path = recipe.student, run.root / CHOICE
+    if student.target is None:
         return recipe
-    path = run.root / "student.json"
     with lock(run.root, "the run directory", wait=report):
         if not path.exists():
             chosen, tried = (
@@ -69,12 +69,34 @@ def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report, data
             )
             write_json(path, {"target": student.model_dump(mode="json"), "chosen": chosen.record(), "tried": tried})
             report(_said(chosen))
+    found = settled(run, recipe)
+    assert found is not None, "it was written"
+    return found
+
+
+def settled(run: RunDir, recipe: Recipe) -> Recipe | None:
+    """Return the recipe with the network that the run has searched; None where it has not yet. UserError where its
+    record is damaged.
+    """
+    if not (path := run.root / CHOICE).exists():
+        return None
     chosen_network = records.read(path, records.Searched, "choice of a network")["chosen"]["network"]
     try:
         network = TypeAdapter[NetworkSettings](Network).validate_python(chosen_network)
     except ValidationError as error:
         raise UserError(f"{path} does not describe a network msd knows: {error}") from None
-    return recipe.model_copy(update={"student": StudentSettings(network=network, init=student.init)})
+    return recipe.model_copy(update={"student": StudentSettings(network=network, init=recipe.student.init)})
+
+
+def stand_in(recipe: Recipe, teacher: Denoiser) -> Recipe:
+    """Return the recipe with a network in the place of one that is still to be searched, to count a run's cost by: the
+    widest whose share of the teacher's parameters is at most the target, else the narrowest. A share of latency is
+    taken for one of parameters, with which operations go, and with these the time.
+    """
+    size, networks = _parameters(teacher.settings, teacher), [teacher.settings.scaled(width, 1.0) for width in WIDTHS]
+    target = recipe.student.target or 1.0
+    network = next((n for n in networks if _parameters(n, teacher) <= target * size), networks[-1])
+    return recipe.model_copy(update={"student": StudentSettings(network=network, init="random")})
 
 
 def _said(chosen: Candidate) -> str:

@@ -1,9 +1,10 @@
-"""How long a run would take on this machine: its operations, at the speed that a moment of training shows here."""
+"""How long a run would take on this machine: a step of every stage, and an evaluation of each network, taken here."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +15,23 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.float32 import fast_float32
 from msdcli.diffusion.guidance import unguided
 from msdcli.engine.distributed import device
-from msdcli.engine.estimate import Estimate
+from msdcli.engine.estimate import Estimate, StageCost
 from msdcli.engine.measure.classifier import TRAINING
 from msdcli.engine.measure.rows import MAX_CLASSES
-from msdcli.engine.tracking.formatting import roughly
-from msdcli.engine.train.counting import FlopCounter, with_memory
-from msdcli.engine.train.precision import synchronize, timed
+from msdcli.engine.tracking.formatting import plural, roughly
+from msdcli.engine.train.counting import with_memory
+from msdcli.engine.train.precision import timed
+from msdcli.engine.train.student import with_teachers
+from msdcli.engine.train.trial import Mode, RandomDraws, StageTrainer, resized
 from msdcli.errors import UserError
-from msdcli.nets.adapters import AdaptedDenoiser
 from msdcli.nets.classifier import Classifier
 from msdcli.nets.meta import without_first_weights
 from msdcli.recipe import Recipe
+from msdcli.recipe.stages import StageSettings
 
-SECONDS = 0.5  # of measuring, after a pass that warms up
-# Operations of a pass forth and back that a laptop's CPU does in about half a second; a network that needs more for one
-# image is none for a CPU.
+SECONDS = 0.2  # of measuring each kind of work, or one piece of it where that takes longer
+# Operations that a laptop's CPU does in about half a second; a network that needs more for one image forth and back is
+# none for a CPU.
 PASS = 1e10
 ROW_SECONDS = 0.3  # of a line of the table: 100 resamples of 64 features
 
@@ -40,6 +43,7 @@ class Timing:
     device: str
     seconds: dict[str, float]
     why_not: str | None = None
+    students: int = 2
 
     @property
     def total(self) -> float:
@@ -48,7 +52,9 @@ class Timing:
     def line(self) -> str:
         if self.why_not is not None:
             return f"no minutes: {self.why_not}"
-        parts = ", ".join(f"{part} {roughly(seconds)}" for part, seconds in self.seconds.items() if seconds >= 1)
+        names = {"students": plural(self.students, "student")}
+        told = {names.get(part, part): seconds for part, seconds in self.seconds.items() if seconds >= 1}
+        parts = ", ".join(f"{part} {roughly(seconds)}" for part, seconds in told.items())
         return f"about {roughly(self.total)} on this machine ({self.device}): {parts or 'next to nothing'}"
 
     def to_json(self) -> dict[str, Any]:
@@ -64,20 +70,37 @@ def timing(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser, 
         on = device.prepare(recipe)
     except UserError as error:
         return Timing(recipe.device, {}, error.message)
-    network = unguided(teacher)
-    of_teacher, of_student = cost.evaluation
-    if (why_not := _too_large(network, of_teacher, on)) is not None:
+    if (why_not := _too_large(unguided(teacher), cost.evaluation[0], on)) is not None:
         return Timing(str(on), {}, why_not)
-    rate = measured_rate(with_memory(network), on, _batch(of_teacher, recipe.teacher.training.batch), SECONDS)
-    of_students = rate
-    if not isinstance(student, AdaptedDenoiser) and of_student != of_teacher:
-        of_students = measured_rate(with_memory(student), on, _batch(of_student, recipe.stages[-1].batch), SECONDS)
+    alike = student.settings == teacher.settings and cost.evaluation[0] == cost.evaluation[1]
+    teacher, student = with_memory(teacher).to(on), with_memory(student).to(on)
+    own, plain = with_teachers(recipe.stages, student, teacher), unguided(teacher)
     count, together = cost.students, device.num_workers(recipe, on)
-    seconds = {"teacher": cost.teacher_flops / rate, "its samples": (cost.pairs_flops + cost.more_flops) / rate}
-    seconds["students"] = math.ceil(count / together) * cost.student_flops / of_students
+    rate = evaluation_rate(plain, on, cost.evaluation[0], recipe.evaluation.batch)
+    of_students = rate if alike else evaluation_rate(student, on, cost.evaluation[1], recipe.evaluation.batch)
+    learning = sum(
+        stage_seconds(stage, student, by, one, on, recipe) for (stage, by), one in zip(own, cost.stages, strict=True)
+    )
+    learning += cost.selection_flops / of_students
+    seconds = {
+        "teacher": _of_teacher(recipe, teacher, cost, rate, on),
+        "its samples": (cost.pairs_flops + cost.more_flops) / rate,
+        "students": math.ceil(count / together) * learning,
+    }
     if recipe.has_measure:
         seconds["measuring"] = _measuring(recipe, data, cost, of_students, on)
-    return Timing(str(on), seconds)
+    return Timing(str(on), seconds, students=count)
+
+
+def _of_teacher(recipe: Recipe, teacher: Denoiser, cost: Estimate, rate: float, on: torch.device) -> float:
+    """Seconds of the teacher's training, of its stages and of their samples."""
+    settings, plain = recipe.teacher, unguided(teacher)
+    trained: list[tuple[StageSettings, Denoiser | None]] = [] if settings.path else [(settings.training, None)]
+    stages = trained + [(stage, plain) for stage in settings.stages]
+    sampled = cost.teacher_flops - sum(one.flops for one in cost.teacher)
+    return sampled / rate + sum(
+        stage_seconds(stage, plain, by, one, on, recipe) for (stage, by), one in zip(stages, cost.teacher, strict=True)
+    )
 
 
 def _too_large(network: Denoiser, evaluation: float, on: torch.device) -> str | None:
@@ -89,17 +112,16 @@ def _too_large(network: Denoiser, evaluation: float, on: torch.device) -> str | 
     return None
 
 
-def _batch(evaluation: float, wanted: int) -> int:
-    """Return how many images fit into a moment."""
-    return max(1, min(wanted, int(PASS / (3 * evaluation))))
-
-
 def _measuring(recipe: Recipe, data: Dataset, cost: Estimate, rate: float, on: torch.device) -> float:
     """Seconds of the classifier, of drawing the students' samples and of the table."""
     classes, parts = len(data.class_names), recipe.partition.students
-    lines = 1 + (parts if parts > 1 else 0) + (classes if classes <= MAX_CLASSES else 0)
     trained = classifier_seconds(tuple(data.shape), classes, on) if len(data.shape) == 3 else 0.0
-    return trained + (cost.evaluation_flops - cost.more_flops) / rate + 2 * lines * ROW_SECONDS
+    return trained + (cost.evaluation_flops - cost.more_flops) / rate + table_seconds(classes, parts)
+
+
+def table_seconds(classes: int, students: int) -> float:
+    """Seconds of the table's lines: of teacher and students, whole, by student and by class."""
+    return 2 * ROW_SECONDS * (1 + (students if students > 1 else 0) + (classes if classes <= MAX_CLASSES else 0))
 
 
 def classifier_seconds(shape: tuple[int, ...], classes: int, on: torch.device) -> float:
@@ -109,31 +131,57 @@ def classifier_seconds(shape: tuple[int, ...], classes: int, on: torch.device) -
     for parameter in net.parameters():
         torch.nn.init.zeros_(parameter)
 
-    def step(batch: int) -> None:
-        net(torch.zeros(batch, *shape, device=on)).square().mean().backward()
-
-    step(2)  # warms up
-    return timed(lambda: step(TRAINING.batch), on) * TRAINING.steps
-
-
-def measured_rate(net: Denoiser, device: torch.device, batch: int, seconds: float) -> float:
-    """Return how many operations a second this device does while it trains such a network: measured for some `seconds`,
-    with noise for images. All weights of the network get gradients, a given teacher's too, and stay as they are.
-    """
-    net = net.to(device).requires_grad_(True)
-    x, sigma = torch.randn(batch, *net.shape, device=device), torch.ones(batch, device=device)
-    condition = torch.zeros(batch, dtype=torch.int64, device=device)
+    batch = TRAINING.batch // 4
 
     def step() -> None:
-        with fast_float32():
-            net(x, sigma, condition).square().mean().backward()
+        net(torch.zeros(batch, *shape, device=on)).square().mean().backward()
 
-    with FlopCounter() as counter:
-        step()  # warms up, too
-    synchronize(device)
-    begun, steps = time.perf_counter(), 0
-    while not steps or time.perf_counter() - begun < seconds:
-        step()
-        synchronize(device)
-        steps += 1
-    return float(counter.total * steps) / (time.perf_counter() - begun)
+    return _least(lambda: timed(step, on), on) * TRAINING.batch / batch * TRAINING.steps
+
+
+def stage_seconds(
+    stage: StageSettings,
+    student: Denoiser,
+    teacher: Denoiser | None,
+    cost: StageCost,
+    on: torch.device,
+    recipe: Recipe | None = None,
+) -> float:
+    """Return the seconds of all of a stage's steps: of the gradients of one with random images, made here at the
+    stage's batch or what of it fits into a moment. (Optimizers take little beside them, and seconds to import.)
+    """
+    limit = (None if recipe is None else recipe.micro_batch) or stage.batch
+    size = _fitting(cost.flops / stage.steps / stage.batch, min(stage.batch, limit))
+    trainer = StageTrainer(resized(stage, size), teacher, student, on)
+    if recipe is not None and recipe.precision == "bf16":
+        trainer.enter(Mode("bf16"))
+    draws = RandomDraws(student, size, on)
+    with fast_float32():
+        return stage.steps * stage.batch / size * _least(lambda: trainer.update(draws, learns=False)["update"], on)
+
+
+@torch.no_grad()
+def evaluation_rate(net: Denoiser, on: torch.device, flops: float, batch: int) -> float:
+    """Return how many operations a second this device does while it evaluates a network of so many an image."""
+    size = _fitting(8 * flops, batch)
+    x, sigma = torch.randn(size, *net.shape, device=on), torch.ones(size, device=on)
+    condition = torch.zeros(size, dtype=torch.int64, device=on)
+    with fast_float32():
+        return size * flops / _least(lambda: timed(lambda: net(x, sigma, condition), on), on)
+
+
+def _fitting(flops: float, batch: int) -> int:
+    """Return the batch, or what is left of it after it was halved until its operations fit into a moment."""
+    while batch > 1 and batch * flops > 2 * PASS:
+        batch = (batch + 1) // 2
+    return batch
+
+
+def _least(clocked: Callable[[], float], on: torch.device) -> float:
+    """Return the least seconds that a clock says in a moment, of one time at least: on a CPU counting warms up."""
+    if on.type != "cpu":
+        clocked()
+    begun, found = time.perf_counter(), [clocked()]
+    while time.perf_counter() - begun < SECONDS:
+        found.append(clocked())
+    return min(found)

@@ -16,7 +16,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.linalg import blas, lapack
 
 from msdcli.errors import UserError
 from msdcli.metrics.moments import Gaussian, Moments
@@ -60,6 +59,8 @@ def factor(sigma: np.ndarray) -> np.ndarray:
 
 def _crossed(S1: np.ndarray, S2: np.ndarray) -> np.ndarray:
     """X^T Y [rank, rank]; X stays in its pivots' order, so that its triangle saves half of the product."""
+    from scipy.linalg import blas  # slow to import
+
     lower, pivots = _cholesky(S1)
     rank = lower.shape[1]
     Y = np.ascontiguousarray(factor(S2).T[:, pivots]).T
@@ -72,6 +73,8 @@ def _cholesky(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     LAPACK's dpstrf pivots completely and stops at its own tolerance, d eps times the largest variance.
     """
+    from scipy.linalg import lapack  # slow to import
+
     lower, pivots, rank, info = lapack.dpstrf(sigma.T, lower=1)  # symmetric, and .T is what Fortran reads uncopied
     assert info >= 0, "dpstrf takes any symmetric matrix"
     pivots = pivots - 1

@@ -99,8 +99,8 @@ class EvaluationSettings(Section):
     seed: Seed = Field(0, description="seed of the measured samples")
     judge: Literal["stop", "tell", "off"] = Field(
         "stop",
-        description="a teacher that was trained here is measured before students start: stop where it is plainly not "
-        "fit to be distilled, tell it and go on, or do not measure it",
+        description="the teacher, trained or given, is measured before students start, where there are real images: "
+        "stop where it is plainly not fit to be distilled, tell it and go on, or do not measure it",
     )
     solver_error: int | None = Field(
         None,

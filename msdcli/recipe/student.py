@@ -69,6 +69,11 @@ class StudentSettings(Section):
             raise ValueError(f"`prune` begins with the weights of the blocks that stay, not with `init: {self.init}`")
         return self
 
+    @property
+    def target(self) -> float | None:
+        """The share of the teacher's parameters or latency that a network is searched for when a run starts."""
+        return self.parameters or self.latency
+
     def network_for(self, teacher: NetworkSettings) -> NetworkSettings:
         """Return the student's network, scaled from the teacher's."""
         if self.network is not None:

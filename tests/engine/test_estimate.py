@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from msdcli.engine import estimate, pipeline
+from msdcli.engine import estimate, pipeline, plan, search
 from msdcli.engine.inputs import dataset
-from msdcli.engine.train.counting import MemoryCounter, forward_flops, turn_bytes
+from msdcli.engine.tracking import formatting
+from msdcli.engine.train.counting import MemoryCounter, forward_flops, num_parameters, turn_bytes
 from msdcli.recipe import load, shipped
+from msdcli.rundir import write_json
 from tests.conftest import Msd
 
 MISSING = """
@@ -130,3 +132,27 @@ def test_every_shipped_recipe_can_be_planned(msd: Msd, tmp_path: Path, path: Pat
     assert "FLOP" in planned.stdout
     assert path.stem != "sd15-msd4" or "859,520,964 parameters" in planned.stdout  # Stable Diffusion 1.5's own count
     assert not list(tmp_path.iterdir())
+
+
+def test_a_student_that_is_searched_is_counted_as_what_its_target_implies(tmp_path: Path) -> None:
+    recipe = load("digits", [f"run={tmp_path / 'r'}", "student={parameters: 0.58, prune: layers}"])
+    data = pipeline.check(recipe, planning=True)
+    teacher, student = plan._networks(recipe, data)
+    share = num_parameters(student) / num_parameters(teacher)
+    assert 0.4 < share <= 0.58, "the widest that keeps the target"
+    made = {"recipe": recipe, "parameters": (num_parameters(teacher), num_parameters(student))}
+    said = plan.Plan._sizes(SimpleNamespace(**made, searched=False))  # type: ignore[arg-type]
+    assert "at most 58% of the teacher's parameters (87,743) each" in said
+    chosen = search.Candidate(teacher.settings.scaled(0.5, 1.0), 0.3, 0.3)
+    write_json(tmp_path / "r" / "student.json", {"target": {}, "chosen": chosen.record(), "tried": []})
+    assert num_parameters(plan._networks(recipe, data)[1]) < num_parameters(student), "what a run found is counted"
+
+
+def test_one_of_a_thing_is_not_several() -> None:
+    assert [formatting.counted(n, "class", "classes") for n in (1, 2, 1200)] == [
+        "1 class",
+        "2 classes",
+        "1,200 classes",
+    ]
+    lines = estimate.lines(estimate.Estimate(1e12, 0.0, [], 1e10, students=1))
+    assert any("all, 1 student " in line for line in lines)

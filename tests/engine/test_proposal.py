@@ -15,7 +15,9 @@ from tests.conftest import Msd
 
 @pytest.fixture(autouse=True)
 def device_of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timing, "measured_rate", lambda *_: 1e11)
+    monkeypatch.setattr(timing, "stage_seconds", lambda *arguments: arguments[3].flops / 1e11)
+    monkeypatch.setattr(timing, "evaluation_rate", lambda *_: 1e11)
+    monkeypatch.setattr(timing, "classifier_seconds", lambda *_: 5.0)
 
 
 def save(folder: Path, size: tuple[int, int], *, grey: bool = True, count: int = 3) -> None:
@@ -46,7 +48,7 @@ def test_a_folder_gets_a_recipe(msd: Msd, tmp_path: Path) -> None:
 def test_more_time_buys_a_larger_network_and_more_steps(tmp_path: Path) -> None:
     save(tmp_path / "a", (16, 16), grey=False)
     short, long = (proposal.propose(str(tmp_path), minutes=m, students=1) for m in (1, 600))
-    assert "are short" in short.assumed[-1] and "are short" not in long.assumed[-1]
+    assert "is short" in short.assumed[-1] and "is short" not in long.assumed[-1]
     assert "channels: 8," in short.text and "channels: 128," in long.text
     assert sum(long.minutes.values()) == pytest.approx(600, rel=0.2)
 
@@ -61,3 +63,23 @@ def test_pictures_of_all_sizes_and_without_classes(tmp_path: Path) -> None:
     for said in ("labels: false", "crop: true", "resize: box", "size: 24", "on_bad: skip", "students: 1"):
         assert said in found.text, said
     assert "channels: 1\n" not in found.text
+
+
+def test_minutes_are_met_or_it_says_what_the_shortest_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "a", (16, 16))
+    for minutes in (2.0, 10.0):
+        met = proposal.propose(str(tmp_path), minutes=minutes, students=1)
+        assert 0.8 * minutes < sum(met.minutes.values()) <= 1.1 * minutes
+        assert not any("cannot be met" in line for line in met.assumed)
+    monkeypatch.setattr(timing, "classifier_seconds", lambda *_: 600.0)
+    short = proposal.propose(str(tmp_path), minutes=4, students=1)
+    (said,) = [line for line in short.assumed if "4 min cannot be met here: the shortest run is about 10 min" in line]
+    assert "10 min for what measures it" in said and "steps: 200," in short.text
+
+
+def test_seconds_are_shared_out_by_what_parts_need_at_least() -> None:
+    shares = {"a": 0.5, "b": 0.2, "c": 0.2}
+    assert proposal._shared(100, shares, dict.fromkeys(shares, 1.0)) == pytest.approx({"a": 50, "b": 20, "c": 20})
+    found = proposal._shared(100, shares, {"a": 1, "b": 1, "c": 60})
+    assert found["c"] == 60 and sum(found.values()) <= 100 and found["a"] / found["b"] == pytest.approx(2.5)
+    assert proposal._shared(10, shares, dict.fromkeys(shares, 40.0)) == dict.fromkeys(shares, 40.0), "too little"

@@ -16,13 +16,14 @@ from msdcli import nets
 from msdcli.diffusion.draws import Source
 from msdcli.diffusion.ema import EMA
 from msdcli.diffusion.float32 import fast_float32
-from msdcli.engine.bench.recipe import Mode, RandomDraws, StageTrainer, counted_bytes
+from msdcli.engine.bench.recipe import counted_bytes
 from msdcli.engine.checkpoints.train_state import TrainState
 from msdcli.engine.distributed.group import SINGLE_PROCESS
 from msdcli.engine.tracking.events import silent
 from msdcli.engine.train import compiling
 from msdcli.engine.train.log import TrainLog
 from msdcli.engine.train.loop import TrainOptions, optimizers, train, update
+from msdcli.engine.train.trial import Mode, RandomDraws, StageTrainer
 from msdcli.objectives import objective_class
 from msdcli.recipe.networks import UNetSettings
 from msdcli.recipe.stages import AdmSettings, DmSettings, StageSettings

@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 
 from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine.bench.recipe import RandomDraws
 from msdcli.engine.train import compiling
 from msdcli.engine.train.counting import MetaDraws
+from msdcli.engine.train.trial import RandomDraws
 from msdcli.nets.meta import on_meta
 from msdcli.objectives import Objective, objective_class
 from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings

@@ -9,6 +9,7 @@ import typer
 
 from msdcli import console
 from msdcli.cli import options
+from msdcli.engine.tracking.formatting import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -70,7 +71,7 @@ def export(
     students = engine.check(directory, target, format_, chosen)
     if dry_run:
         console.outcome(
-            f"would write {len(students.folders)} students to {target}",
+            f"would write {counted(len(students.folders), 'student')} to {target}",
             {"folder": str(target), "format": format_, "students": len(students.folders)},
             json_=json_,
         )
@@ -97,7 +98,6 @@ def _show(record: dict[str, Any], target: Path) -> None:
             f"{low:.4f} in {record['precision']} ({distance['change']:+.4f})"
         )
     difference = f"{record['max_difference']:.3g}, allowed {record['tolerance']:.3g}"
-    console.say(
-        f"{len(record['students'])} students: {target} (largest difference from the run's samples: {difference})"
-    )
+    how_many = counted(len(record["students"]), "student")
+    console.say(f"{how_many}: {target} (largest difference from the run's samples: {difference})")
     console.say(f"how to use it: {target / 'README.md'}   to the Hub's layout: msd push {target} --to FOLDER")

@@ -9,6 +9,7 @@ import typer
 
 from msdcli import console
 from msdcli.cli import options
+from msdcli.engine.tracking.formatting import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -37,6 +38,6 @@ def push(
     if where is None:
         rows = [[name, f"{size:,}"] for name, size in planned.files]
         console.table(f"{exported}: would go to {to or 'a repository'}", ["file", "bytes"], rows)
-    size = f"{len(planned.files)} files, {planned.size / 2**20:,.1f} MiB"
+    size = f"{counted(len(planned.files), 'file')}, {planned.size / 2**20:,.1f} MiB"
     hint = " (nothing was written; --to FOLDER or --to hub:owner/name)" if to is None else ""
     console.say(f"{size}: {where}" if where else f"{size}{hint}")

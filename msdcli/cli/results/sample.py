@@ -9,6 +9,7 @@ import typer
 
 from msdcli import console
 from msdcli.cli import options
+from msdcli.engine.tracking.formatting import counted, plural
 
 if TYPE_CHECKING:
     from msdcli.engine.sample import Students
@@ -71,7 +72,7 @@ def sample(
     serving = sorted(students.route(asked))
     if dry_run:
         console.outcome(
-            f"would draw {number} samples from students {', '.join(map(str, serving))} and write {target}",
+            f"would draw {counted(number, 'sample')} from {_named(serving)} and write {target}",
             {"file": str(target), "classes": asked, "seed": seed, "students": serving},
             json_=json_,
         )
@@ -84,7 +85,13 @@ def sample(
             {"file": str(target), "classes": asked, "seed": seed, "students": serving, "seconds": seconds}
         )
     else:
-        console.say(f"{number} samples of {len(wanted)} classes from students {', '.join(map(str, serving))}: {target}")
+        of = counted(len(wanted), "class", "classes")
+        console.say(f"{counted(number, 'sample')} of {of} from {_named(serving)}: {target}")
+
+
+def _named(students: list[int]) -> str:
+    """Return `student 3`, or `students 0, 3`."""
+    return f"{plural(len(students), 'student')} {', '.join(map(str, students))}"
 
 
 def _of_prompts(
@@ -106,12 +113,12 @@ def _of_prompts(
     asked = students.numbers(texts)
     assert students.prompt_router is not None
     names, owners = [students.name(c) for c in asked], [students.prompt_router.owner_of(c) for c in asked]
-    different, serving = list(dict.fromkeys(names)), ", ".join(map(str, sorted(set(owners))))
+    different, serving = list(dict.fromkeys(names)), _named(sorted(set(owners)))
     target = out or engine.prompts_target(run, format_, different, seed)
     engine.check_target(target, format_)
     if dry_run:
         console.outcome(
-            f"would draw {len(asked)} samples from students {serving} and write {target}",
+            f"would draw {counted(len(asked), 'sample')} from {serving} and write {target}",
             {"file": str(target), "prompts": names, "students": owners, "seed": seed},
             json_=json_,
         )
@@ -127,9 +134,9 @@ def _of_prompts(
     for text, owner in list(dict(zip(names, owners, strict=True)).items())[:10]:
         console.say(f"student {owner}: {text}")
     if len(different) > 10:
-        console.say(f"and {len(different) - 10} more prompts")
+        console.say(f"and {counted(len(different) - 10, 'more prompt')}")
     share = routing / (encoder + routing + seconds)
-    console.say(f"{len(asked)} samples of {len(different)} prompts from students {serving}: {target}")
+    console.say(f"{counted(len(asked), 'sample')} of {counted(len(different), 'prompt')} from {serving}: {target}")
     console.say(
         f"text encoder {1e3 * encoder / len(different):.3g} ms and routing {1e3 * routing / len(different):.3g} ms a "
         f"prompt, students {1e3 * seconds / len(asked):.3g} ms a sample (weights read and files written on the way): "

@@ -14,7 +14,6 @@ import torch
 
 from msdcli.diffusion.generator import Generator
 from msdcli.engine import pipeline
-from msdcli.engine.bench.clock import adding
 from msdcli.engine.bench.fid import save_inception
 from msdcli.engine.bench.recipe import build
 from msdcli.engine.distributed import device
@@ -24,6 +23,7 @@ from msdcli.engine.measure.features import FeatureExtractor, of_students
 from msdcli.engine.measure.rows import MeasurementRows
 from msdcli.engine.sample import Students
 from msdcli.engine.tracking.events import Report
+from msdcli.engine.train.clock import adding
 from msdcli.errors import UserError
 from msdcli.metrics.inception import TORCHSCRIPT, open_network
 from msdcli.partition import Partition

@@ -32,6 +32,7 @@ from msdcli.engine.inputs import dataset
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train.counting import num_parameters
 from msdcli.engine.train.student import with_teachers
+from msdcli.engine.train.trial import Mode, StageTrainer, resized
 from msdcli.errors import WorkerError
 from msdcli.recipe import Recipe
 from msdcli.seeds import derive
@@ -62,11 +63,11 @@ class BenchJob:
             filled(bench.build(net, on)) for net in pipeline.networks_on_meta(self.recipe, data, planning=True)
         )
         stage, own_teacher = with_teachers(self.recipe.stages, student, teacher)[self.stage]
-        stage, trainers = bench.resized(stage, self.batch), dict[int, bench.StageTrainer]()
+        stage, trainers = resized(stage, self.batch), dict[int, StageTrainer]()
         for number in self.students:
             torch.manual_seed(derive(self.recipe.seed, number))
-            trainers[number] = bench.StageTrainer(stage, own_teacher, student, on, self.recipe.micro_batch)
-            trainers[number].enter(bench.Mode(self.precision))
+            trainers[number] = StageTrainer(stage, own_teacher, student, on, self.recipe.micro_batch)
+            trainers[number].enter(Mode(self.precision))
         return ThreadedStudents(trainers, on, threads=self.threads, key=(self.recipe.seed,))
 
 

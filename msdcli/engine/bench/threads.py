@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine.bench.recipe import RandomDraws, StageTrainer
 from msdcli.engine.train.precision import parts, synchronize
+from msdcli.engine.train.trial import RandomDraws, StageTrainer
 from msdcli.seeds import generator
 
 

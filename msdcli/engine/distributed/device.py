@@ -13,11 +13,13 @@ from msdcli.errors import UserError
 from msdcli.recipe import Recipe
 
 
-def prepare(recipe: Recipe) -> torch.device:
-    """Set the thread count and return the device. UserError if this machine does not have it."""
+def prepare(recipe: Recipe, *, shared: bool = False) -> torch.device:
+    """Set the thread count and return the device; of several GPUs, where the machine is `shared` by the processes of a
+    group, this one's own. UserError if this machine does not have it.
+    """
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    return resolve(recipe.device)
+    return local_device(recipe.device) if shared else resolve(recipe.device)
 
 
 def resolve(name: str) -> torch.device:

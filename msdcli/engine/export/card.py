@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from msdcli.engine.export.format import ExportResult, ExportSource
 
 TASK = {"type": "unconditional-image-generation", "name": "class-conditional image generation in {steps}"}
-CARD = """# {name}: {count} {kind} students
+CARD = """# {name}: {count} {kind}
 
 Distilled with msd from one diffusion teacher by {stages}. Every class belongs to one student; a sample costs
 {evaluations}{size}. With this folder called `{folder}`:
@@ -42,7 +42,7 @@ def write(source: ExportSource, exported: ExportResult, record: dict[str, Any], 
     text = CARD.format(
         name=record["name"],
         count=len(source.students.folders),
-        kind=f"{word(source.steps)}-step",
+        kind=f"{word(source.steps)}-step {plural(len(source.students.folders), 'student')}",
         evaluations=evaluations(source.steps),
         stages=", ".join(stage.objective for stage in recipe.stages),
         size=_size(source),

@@ -14,15 +14,14 @@ from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.diffusion.guidance import Guided
-from msdcli.engine.checkpoints.model import MODEL, load_model, predicts, save_model
+from msdcli.engine.checkpoints.model import MODEL, load_model, predicts
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
-from msdcli.engine.distributed.sharding import whole_state
 from msdcli.engine.inputs import autoencoder as autoencoders
 from msdcli.engine.inputs import hub, importing, prompts, stitches, teacher_stages
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import precision
 from msdcli.engine.train.loop import TrainOptions, train
-from msdcli.engine.train.student import accelerate, computed_in, is_finished, peak_memory
+from msdcli.engine.train.student import accelerate, computed_in, is_finished
 from msdcli.errors import MissingFileError, UserError
 from msdcli.nets.diffusers.autoencoder import Geometry
 from msdcli.nets.meta import on_meta as on_meta_device
@@ -290,15 +289,8 @@ def _train(
     accelerate(objective, settings.training, source, recipe, options, passes, report)
     how: dict[str, Any] = {"key": ("teacher", settings.seed), "what": "teacher", "options": options, "passes": passes}
     state = train(objective, settings.training, source, folder, **how, report=report)
-    product = whole_state(state.ema.denoiser, group)
-    if group.is_leader:
-        record = {
-            "steps": settings.training.steps,
-            "cost": state.cost | peak_memory(device),
-            "computed_in": computed_in(recipe.precision, device),
-        }
-        save_model(folder, state.ema.denoiser, record, product)
-    group.broadcast(None)
+    record = {"steps": settings.training.steps, "computed_in": computed_in(recipe.precision, device)}
+    teacher_stages.save(folder, state, record, device, group)
 
 
 def _planned(settings: LatentShapeSettings, data: Dataset) -> tuple[int, ...]:

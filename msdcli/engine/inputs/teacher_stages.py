@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from msdcli import records
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.draws import Source
 from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, predicts, save_model
+from msdcli.engine.checkpoints.train_state import TrainState
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.distributed.sharding import whole_state
 from msdcli.engine.inputs.pairs import Pairs
@@ -96,10 +98,14 @@ def _after(
         objective = objective_class(stage.objective)(stage, network, reference)
         options, seeds = TrainOptions.of(recipe, group), ("teacher", settings.seed, number)
         state = train(objective, stage, source, folder, key=seeds, what=what, options=options, report=report)
-        product = whole_state(state.ema.denoiser, group)
-        if group.is_leader:
-            done = [s.model_dump(mode="json") for s in settings.stages[: number + 1]]
-            record = {"steps": stage.steps, DONE: done, "cost": state.cost | peak_memory(device)}
-            save_model(folder, state.ema.denoiser, record, product)
-        group.broadcast(None)
+        done = [s.model_dump(mode="json") for s in settings.stages[: number + 1]]
+        save(folder, state, {"steps": stage.steps, DONE: done}, device, group)
     return folder
+
+
+def save(folder: Path, state: TrainState, record: dict[str, Any], device: torch.device, group: ProcessGroup) -> None:
+    """Write the average that a teacher's training ended with, and its cost; all processes of the group wait for it."""
+    product = whole_state(state.ema.denoiser, group)
+    if group.is_leader:
+        save_model(folder, state.ema.denoiser, record | {"cost": state.cost | peak_memory(device)}, product)
+    group.broadcast(None)

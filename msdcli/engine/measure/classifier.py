@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from scipy.special import bdtrc
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -70,6 +69,8 @@ class HeldOut:
     @property
     def knows(self) -> bool:
         """Whether guessing would hardly be right as often: a binomial test."""
+        from scipy.special import bdtrc  # slow to import
+
         return self.images > 0 and bool(bdtrc(self.right - 1, self.images, self.guessed / self.images) <= SURE)
 
     def told(self) -> str:

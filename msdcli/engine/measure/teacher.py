@@ -1,5 +1,5 @@
-"""Is the teacher fit to be distilled? Measured alone, after its training: no student becomes better than what it learns
-from.
+"""Is the teacher fit to be distilled? Measured alone, before the students start: none becomes better than what it
+learns from.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from msdcli.engine.tracking.formatting import figure
 from msdcli.errors import UserError
 from msdcli.metrics.moments import Gaussian
 from msdcli.partition import Partition
+from msdcli.recipe.teacher import TeacherSettings
 from msdcli.rundir import RunDir, write_json
 
 FOLDER = "teacher"  # in metrics/: what is known of the teacher alone is no result of the run
@@ -111,10 +112,30 @@ def _guess(context: EvaluationContext) -> float | None:
     return held_out["guessed"] / held_out["images"] if knows else None
 
 
-def refusal(found: Verdict, steps: int, run: RunDir) -> UnfitTeacherError:
-    """The error that stops a run before its students."""
+def refusal(found: Verdict, settings: TeacherSettings, run: RunDir) -> UnfitTeacherError:
+    """The error that stops a run before its students, with what to look at in such a teacher."""
+    cure = _cure_of_trained(settings) if settings.path is None else _cure_of_given(settings)
     return UnfitTeacherError(
         f"{found.said} Its samples: {run.samples / 'teacher.png'}",
-        hint=f"teacher.training.steps={4 * steps} (now {steps}) trains it longer, a larger teacher.network learns "
-        "more; evaluation.judge=tell goes on all the same",
+        hint=f"{cure}; evaluation.judge=tell goes on all the same",
+    )
+
+
+def _cure_of_trained(settings: TeacherSettings) -> str:
+    steps = settings.training.steps
+    return (
+        f"teacher.training.steps={4 * steps} (now {steps}) trains it longer, a larger teacher.network learns more, and "
+        "teacher.sigma_data is the deviation of the pictures (msd recipes validate)"
+    )
+
+
+def _cure_of_given(settings: TeacherSettings) -> str:
+    """What is usually wrong where somebody else's teacher, which was good there, makes bad samples here."""
+    solver, guidance = settings.solver, settings.guidance
+    scale = "" if guidance is None else f", and teacher.guidance.scale (now {guidance.scale}) is what it wants"
+    return (
+        "look at them: are data and classes those that it learnt, in the same order, size, colours and range (msd "
+        "import --check compares its predictions with the original's, which shows a wrong scale of its noise, "
+        f"sigma_data); are {solver.steps} steps of teacher.solver {solver.name} enough "
+        f"(teacher.solver.steps={2 * solver.steps}){scale}"
     )

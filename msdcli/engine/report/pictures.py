@@ -25,6 +25,7 @@ from msdcli.engine.inputs import teacher as teachers
 from msdcli.engine.measure import watch
 from msdcli.engine.report.facts import RunFacts
 from msdcli.engine.tracking.events import silent
+from msdcli.engine.tracking.formatting import counted
 from msdcli.engine.train.counting import forward_flops
 from msdcli.engine.train.student import new_network
 from msdcli.errors import UserError
@@ -200,7 +201,11 @@ class SampleRenderer:
             self.students.put(number, now)
         if found and self.teacher is not None and (theirs := self._same_noise(classes)) is not None:
             with self._noting("No samples of the teacher"):
-                found.append(draw_strip(f"teacher, {self.facts.evaluations} evaluations", self.students.decode(theirs)))
+                found.append(
+                    draw_strip(
+                        f"teacher, {counted(self.facts.evaluations, 'evaluation')}", self.students.decode(theirs)
+                    )
+                )
         return found
 
     def _newest(self, number: int) -> Generator | None:
@@ -233,7 +238,7 @@ class SampleRenderer:
                 break
             with self._noting(f"Student {number} after {stage.objective} is not drawn"):
                 net, description = load_model(folder, base=lambda: load_model(self.run.teacher)[0])
-                label = f"after {stage.objective}, {description['steps']:,} steps"
+                label = f"after {stage.objective}, {counted(description['steps'], 'step')}"
                 if isinstance(stage, GeneratorSettings):
                     yield label, Generator(net, tuple(stage.sigmas))
                 else:

@@ -15,6 +15,7 @@ from msdcli.engine.report import charts, words
 from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, metrics, row
 from msdcli.engine.tracking import formatting
 from msdcli.engine.tracking.events import Report
+from msdcli.engine.tracking.formatting import counted
 from msdcli.foreign import versions
 from msdcli.outputs import check_file
 from msdcli.rundir import write_text
@@ -101,8 +102,8 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
     if result is not None:
         against = result.get("students_against") or "data"
         whose = (
-            ("students", against, "1 evaluation an image"),
-            ("teacher", "data" if against == "teacher" else against, f"{facts.evaluations} evaluations"),
+            ("students", against, f"{counted(facts.steps, 'evaluation')} an image"),
+            ("teacher", "data" if against == "teacher" else against, counted(facts.evaluations, "evaluation")),
         )
         for who, other, said in whose:
             if line := row(result, who):
@@ -121,7 +122,13 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
     done = sum(all(s["state"] == "done" for s in student["stages"]) for student in facts.state["students"])
     number = facts.recipe.partition.students
     classes = len(facts.class_names)
-    found.append(("students finished", f"{done} of {number}", f"{classes:,} classes between them" if classes else ""))
+    found.append(
+        (
+            "students finished",
+            f"{done} of {number}",
+            f"{counted(classes, 'class', 'classes')} between them" if classes else "",
+        )
+    )
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, row
 from msdcli.engine.tracking.formatting import (
+    counted,
     describe_selected,
     duration,
     evaluations,
@@ -46,13 +47,17 @@ def closing(run: RunDir) -> list[str]:
     """
     (facts,) = load_runs([run.root])
     result = main_result(facts)
-    return [*_how_good(facts), *([] if result is None else [*collapse(result), *_companions(result)]), *_health(facts)]
+    return [
+        *_how_good(facts),
+        *([] if result is None else [*collapse(result), *_companions(result)]),
+        *_health(facts),
+    ]
 
 
 def _what(facts: RunFacts) -> str:
     recipe, count = facts.recipe, len(facts.class_names)
     number = recipe.partition.students
-    stages = " then ".join(f"{s.objective} ({s.steps:,} steps of {s.batch})" for s in recipe.stages)
+    stages = " then ".join(f"{s.objective} ({counted(s.steps, 'step')} of {s.batch})" for s in recipe.stages)
     done = sum(all(s["state"] == "done" for s in student["stages"]) for student in facts.state["students"])
     verb = "was" if number == 1 else "were"
     if done < number:
@@ -83,6 +88,7 @@ def _sizes(facts: RunFacts) -> str:
 
 
 def _how_good(facts: RunFacts) -> list[str]:
+    """Say how far the samples are from the data; what the metric is stands over the table of figures."""
     result = main_result(facts)
     if result is None:
         return []
@@ -92,13 +98,15 @@ def _how_good(facts: RunFacts) -> list[str]:
         return []
     against = AGAINST.get(result.get("students_against") or "data", "the reference")
     text = (
-        f"By {metric} ({result['protocol']}) {students['samples']:,} samples of the students are "
-        f"{measured(students, metric)} from {against}, at {evaluations(facts.steps)} each."
+        f"By {metric}, {students['samples']:,} samples of the students are {measured(students, metric)} from "
+        f"{against}, at {evaluations(facts.steps)} each."
     )
     comparable = teacher is not None and result.get("students_against") != "teacher"
     if comparable:
         assert teacher is not None
-        text += f" The teacher, with {facts.evaluations} evaluations each, is {measured(teacher, metric)} away: "
+        text += (
+            f" The teacher, with {counted(facts.evaluations, 'evaluation')} each, is {measured(teacher, metric)} away: "
+        )
         text += verdict(students, teacher, metric)
     halves = row(result, "real halves")
     if halves is not None:
@@ -237,7 +245,8 @@ def _health(facts: RunFacts) -> list[str]:
     most = sorted((where for where in skipped if skipped[where]), key=lambda where: -skipped[where])
     if most:
         total, first = sum(skipped.values()), f"{most[0]} ({skipped[most[0]]:.0f})"
-        found.append(f"{total:.0f} updates were skipped because they were not finite, most of them by {first}.")
+        what = f"{counted(round(total), 'update')} {plural(round(total), 'was', 'were')} skipped"
+        found.append(f"{what} for not being finite, most of them by {first}.")
     return found
 
 

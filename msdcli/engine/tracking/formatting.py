@@ -24,6 +24,11 @@ def plural(count: int, one: str, many: str | None = None) -> str:
     return one if count == 1 else many or f"{one}s"
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """Return `1 student` or `1,024 students`."""
+    return f"{count:,} {plural(count, one, many)}"
+
+
 def evaluations(steps: int) -> str:
     """Return `one network evaluation`, or how many there are."""
     return f"{word(steps)} network {plural(steps, 'evaluation')}"

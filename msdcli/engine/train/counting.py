@@ -59,12 +59,27 @@ class FlopCounter(_Eager):
         formula = self._formulas.get(getattr(func, "_overloadpacket", func))
         if formula is None and hasattr(func, "decompose") and func is not torch.ops.prim.device.default:
             with self:  # what is made of others is counted by them
-                if (made := func.decompose(*args, **kwargs)) is not NotImplemented:
+                if (made := _decomposed(func, args, kwargs)) is not NotImplemented:
                     return made
         result = func(*args, **kwargs)
         if formula is not None:
             self.total += int(formula(*args, **kwargs, out_val=result))
         return result
+
+
+def _decomposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what an operation that is made of others gives, made of them; NotImplemented for one that is not.
+
+    `decompose` alone prefers rules in Python, also for operations with a kernel of their own (those that resize
+    images), and they import SymPy: half a second of every process.
+    """
+    composite, has_kernel = (
+        torch._C.DispatchKey.CompositeImplicitAutograd,
+        torch._C._dispatch_has_kernel_for_dispatch_key,
+    )
+    if has_kernel(func.name(), composite):
+        return func._op_dk(composite, *args, **kwargs)
+    return NotImplemented if has_kernel(func.name(), "CPU") else func.decompose(*args, **kwargs)
 
 
 class KernelCounter(_Eager):

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import pipeline
-from msdcli.engine.bench import clock as clocks
 from msdcli.engine.bench import recipe as bench_recipe
-from msdcli.engine.bench.recipe import RandomDraws, StageTrainer, half_batch
+from msdcli.engine.bench.recipe import half_batch
 from msdcli.engine.inputs import dataset
+from msdcli.engine.train import clock as clocks
+from msdcli.engine.train.trial import RandomDraws, StageTrainer, resized
 from msdcli.recipe import Recipe, load
 from tests.conftest import Msd
 
@@ -102,7 +103,7 @@ def test_passes_and_their_halves(monkeypatch: pytest.MonkeyPatch) -> None:
 def stage_trainer(recipe: Recipe, micro_batch: int | None = None) -> StageTrainer:
     data = dataset.look(recipe, planning=True)
     teacher, student = (bench_recipe.build(net, CPU) for net in pipeline.networks_on_meta(recipe, data, planning=True))
-    return StageTrainer(bench_recipe.resized(recipe.stages[0], 8), teacher, student, CPU, micro_batch)
+    return StageTrainer(resized(recipe.stages[0], 8), teacher, student, CPU, micro_batch)
 
 
 def test_the_table_and_both_commands(msd: Msd, tmp_path: Path) -> None:

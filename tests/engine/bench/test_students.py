@@ -10,8 +10,8 @@ import torch
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import Guided
 from msdcli.engine.bench import students as bench_students
-from msdcli.engine.bench.recipe import Mode, StageTrainer
 from msdcli.engine.bench.threads import ThreadedStudents
+from msdcli.engine.train.trial import Mode, StageTrainer
 from msdcli.recipe.stages import AdmSettings, StageSettings
 from tests.conftest import Msd
 from tests.engine.train.test_precision import CPU, STAGES, build, objective_of

@@ -14,6 +14,7 @@ from msdcli.engine.distributed import device, group, workers
 from msdcli.engine.train import precision
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.prompt_store import PromptStore
+from msdcli.recipe import load
 from tests.data.test_fingerprint import Pictures
 from tests.engine.train.test_precision import build
 
@@ -96,3 +97,13 @@ def test_processes_on_a_device_share_its_free_memory(monkeypatch: pytest.MonkeyP
         free -= processes
         assert not kept()[1]
     assert workers._environment(0, 3, torch.device("cuda:1"))[PROCESSES] == "3", "one is named"
+
+
+def test_every_process_of_a_group_has_the_recipes_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    recipe = load("toy", ["threads=3", "device=cpu"])
+    assert device.prepare(recipe, shared=True) == device.prepare(recipe) == CPU and asked == [3, 3]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert device.prepare(load("toy", ["device=cuda"]), shared=True) == torch.device("cuda", 1)

@@ -86,6 +86,33 @@ def test_an_unfit_teacher_stops_the_run_and_keeps_no_name(
     assert msd("distill", "tiny.yaml", "stages.0.lr=0.5").returncode == 2, "now there are students"
 
 
+def test_a_given_teacher_is_judged_as_a_trained_one_and_its_advice_fits(
+    msd: Msd, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert msd("distill", "tiny.yaml", "--teacher").returncode == 0
+    monkeypatch.setattr(teacher, "SURE", 10)
+    monkeypatch.setattr(teacher, "UNFIT_SPREAD", 0.0)
+    given = ("distill", "tiny.yaml", "name=given", "teacher.path=runs/tiny/teacher", "evaluation.judge=stop")
+    done = msd(*given)
+    assert done.returncode == 2 and "not fit to be distilled" in done.stderr
+    hint = done.stderr[done.stderr.index("hint:") :] if "hint:" in done.stderr else done.stderr
+    said = " ".join(hint.split())
+    assert "training.steps" not in said and "classes those that it learnt" in said and "teacher.solver.steps=" in said
+    done = msd("distill", "tiny.yaml", "name=given", "teacher.path=runs/tiny/teacher", "evaluation.judge=tell")
+    assert done.returncode == 0 and "not fit to be distilled" in done.stderr
+    assert json.loads(Path("runs/given/metrics/teacher/l1_toy2d.json").read_text())["verdict"]["state"] == "unfit"
+
+
+def test_a_teacher_without_real_images_is_not_measured(msd: Msd, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert msd("distill", "tiny.yaml", "--teacher").returncode == 0
+    monkeypatch.setattr(teacher, "measure", lambda *_, **__: pytest.fail("there is nothing to measure it by"))
+    done = msd(
+        "distill", "tiny.yaml", "name=given", "teacher.path=runs/tiny/teacher", "data={name: none}",
+        "evaluation.judge=stop",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_whose_data_are_bad_leaves_no_directory(msd: Msd, tmp_path: Path) -> None:
     from PIL import Image
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from msdcli import nets
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import Guided
-from msdcli.engine.bench.recipe import RandomDraws
 from msdcli.engine.train import compiling, precision
+from msdcli.engine.train.trial import RandomDraws
 from msdcli.objectives import Objective, objective_class
 from msdcli.recipe.networks import EdmNetworkSettings, MLPSettings
 from msdcli.recipe.networks import UNetSettings as Net
