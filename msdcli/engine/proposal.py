@@ -51,6 +51,7 @@ class Proposal:
     text: str
     seen: Survey
     assumed: list[str]
+    cautions: list[str]
     minutes: dict[str, float]
 
 
@@ -66,8 +67,8 @@ def propose(folder: str, *, minutes: float, students: int | None = None, on: str
         )
     where = device.resolve(on)
     plan = _Budget.of(data, seen, students, minutes, where)
-    assumed += plan.assumed()
-    return Proposal(_written(data, seen, plan, assumed), seen, assumed, plan.minutes())
+    assumed.append(plan.cost())
+    return Proposal(_written(data, seen, plan, assumed), seen, assumed, plan.cautions(), plan.minutes())
 
 
 # The data.
@@ -151,6 +152,7 @@ class _Budget:
     samples: int
     solver: SolverSettings
     parameters: int
+    batch: int
     seconds: dict[str, float]
     asked: float
     device: str
@@ -177,8 +179,13 @@ class _Budget:
         update = _step_seconds(DmSettings(steps=1, batch=BATCH, fake_batch="shared"), net, on)
         flops = float(forward_flops(net))
         sample = solver.evaluations * flops / timing.evaluation_rate(net, on, flops, BATCH)
-        least = {"teacher": FEWEST_STEPS * step, "samples": FEWEST_SAMPLES * sample}
-        least["students"] = (students or 1) * LEAST * update
+        for batch in (BATCH, BATCH // 2, BATCH // 4):  # smaller ones where not even the fewest steps fit
+            part = batch / BATCH
+            least = {"teacher": FEWEST_STEPS * step * part, "samples": FEWEST_SAMPLES * sample}
+            least["students"] = (students or 1) * LEAST * update * part
+            if sum(least.values()) <= left:
+                break
+        step, update = step * part, update * part
         buys = _shared(left, {"teacher": TEACHER, "samples": SAMPLES, "students": STUDENTS}, least)
         teacher_steps = max(FEWEST_STEPS, _rounded(min(100_000, buys["teacher"] / step)))
         samples = max(FEWEST_SAMPLES, _rounded(min(10_000, buys["samples"] / sample)))
@@ -193,7 +200,7 @@ class _Budget:
         }
         return cls(
             *(network, students, sigma_data, teacher_steps, student_steps, samples, solver),
-            *(num_parameters(net), seconds, minutes, str(on)),
+            *(num_parameters(net), batch, seconds, minutes, str(on)),
         )
 
     def minutes(self) -> dict[str, float]:
@@ -204,14 +211,15 @@ class _Budget:
         parts = ", ".join(f"{name} {roughly(seconds)}" for name, seconds in self.seconds.items())
         return f"about {roughly(sum(self.seconds.values()))} on this device ({self.device}, measured here): {parts}"
 
-    def assumed(self) -> list[str]:
-        asked, total = roughly(60 * self.asked), sum(self.seconds.values())
-        found = [self.cost()]
+    def cautions(self) -> list[str]:
+        """Say where the minutes could not be met, or are too few for a good teacher."""
+        asked, total, found = roughly(60 * self.asked), sum(self.seconds.values()), list[str]()
         if total > TOO_LONG * 60 * self.asked:
             found.append(
-                f"{asked} cannot be met here: the shortest run is about {roughly(total)}, of the smallest network, "
-                f"{self.teacher_steps} steps of the teacher, {self.student_steps} of each student, {self.samples} "
-                f"samples, and {roughly(self.seconds['measuring'])} for what measures it"
+                f"{asked} cannot be met here: the shortest run is about {roughly(total)}, of the smallest network "
+                f"and batch, {self.teacher_steps} steps of the teacher, {self.student_steps} of each student, "
+                f"{self.samples} samples, and {roughly(self.seconds['measuring'])} for what measures it: a classifier, "
+                "whose steps are fixed"
             )
         if self.teacher_steps < ENOUGH:
             found.append(
@@ -272,7 +280,7 @@ def _written(data: FolderSettings, seen: Survey, plan: _Budget, assumed: list[st
             f"  network: {{kind: unet, channels: {network.channels}, multipliers: {network.multipliers}, "
             f"blocks: {network.blocks}, attention: {network.attention}}}  # {plan.parameters:,} parameters",
             f"  sigma_data: {plan.sigma_data}  # the pictures' standard deviation",
-            f"  training: {{steps: {plan.teacher_steps}, batch: {BATCH}, lr: 1e-3, "
+            f"  training: {{steps: {plan.teacher_steps}, batch: {plan.batch}, lr: 1e-3, "
             f"ema: {_ema(plan.teacher_steps)}, warmup: {min(100, plan.teacher_steps // 10)}}}",
             f"  solver: {{name: {plan.solver.name}, order: {plan.solver.order}, steps: {plan.solver.steps}}}",
             f"partition: {{method: consecutive, students: {plan.students}}}  # who gets which classes: msd partition",
@@ -280,7 +288,7 @@ def _written(data: FolderSettings, seen: Survey, plan: _Budget, assumed: list[st
             "stages:",
             "  - objective: dm  # distribution matching: a one-step student",
             f"    steps: {plan.student_steps}",
-            f"    batch: {BATCH}",
+            f"    batch: {plan.batch}",
             f"    lr: {min(2e-3, max(1e-4, 0.2 / plan.student_steps)):.1e}",
             "    betas: [0.5, 0.999]",
             "    fake_updates: 5",
@@ -300,7 +308,7 @@ def _header(data: FolderSettings, seen: Survey, plan: _Budget, assumed: list[str
     )
     yield f"# Costs: {plan.cost()}."
     yield f"# Measured: not yet. Written by `msd recipes new` on {time.strftime('%Y-%m-%d')}; what it saw and assumed:"
-    for line in [*seen.lines(), *seen.remarks(), *assumed]:
+    for line in [*seen.lines(), *seen.remarks(), *assumed, *plan.cautions()]:
         yield f"# - {line}"
 
 

@@ -48,7 +48,7 @@ def test_a_folder_gets_a_recipe(msd: Msd, tmp_path: Path) -> None:
 def test_more_time_buys_a_larger_network_and_more_steps(tmp_path: Path) -> None:
     save(tmp_path / "a", (16, 16), grey=False)
     short, long = (proposal.propose(str(tmp_path), minutes=m, students=1) for m in (1, 600))
-    assert "is short" in short.assumed[-1] and "is short" not in long.assumed[-1]
+    assert "is short" in short.cautions[-1] and not long.cautions
     assert "channels: 8," in short.text and "channels: 128," in long.text
     assert sum(long.minutes.values()) == pytest.approx(600, rel=0.2)
 
@@ -70,11 +70,11 @@ def test_minutes_are_met_or_it_says_what_the_shortest_run_is(tmp_path: Path, mon
     for minutes in (2.0, 10.0):
         met = proposal.propose(str(tmp_path), minutes=minutes, students=1)
         assert 0.8 * minutes < sum(met.minutes.values()) <= 1.1 * minutes
-        assert not any("cannot be met" in line for line in met.assumed)
+        assert not any("cannot be met" in line for line in met.cautions)
     monkeypatch.setattr(timing, "classifier_seconds", lambda *_: 600.0)
     short = proposal.propose(str(tmp_path), minutes=4, students=1)
-    (said,) = [line for line in short.assumed if "4 min cannot be met here: the shortest run is about 10 min" in line]
-    assert "10 min for what measures it" in said and "steps: 200," in short.text
+    (said,) = [line for line in short.cautions if "4 min cannot be met here: the shortest run is about 10 min" in line]
+    assert "10 min for what measures it" in said and "steps: 200, batch: 16" in short.text
 
 
 def test_seconds_are_shared_out_by_what_parts_need_at_least() -> None:

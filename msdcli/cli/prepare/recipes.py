@@ -118,7 +118,12 @@ def new(
     if not dry_run:
         write_text(target, f"# yaml-language-server: $schema={schema}\n{found.text}")
     if json_:
-        told = {"file": None if dry_run else str(target), "pictures": found.seen.to_json(), "assumed": found.assumed}
+        told = {
+            "file": None if dry_run else str(target),
+            "pictures": found.seen.to_json(),
+            "assumed": found.assumed,
+            "look": found.cautions,
+        }
         console.print_json(told | {"minutes": found.minutes, "recipe": found.text})
         return
     if dry_run:
@@ -128,6 +133,8 @@ def new(
         console.say(f"seen:    {line}")
     for line in [*found.seen.remarks(), *found.assumed]:
         console.say(f"assumed: {line}")
+    for line in found.cautions:
+        console.say(f"look:    {line}")
     console.say(f"written: {target}  (next: msd distill {target} --dry-run, then without)")
 
 
