@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -47,6 +48,19 @@ class Source:
         self.image_labels = labels[self.numbers].to(self.device)
         self._pairs = None if pairs is None else [t.to(self.device) for t in pairs]
         self._pairs_of_part: Tensor | None = None
+
+    def only(self, classes: Sequence[int]) -> Source:
+        """Return the source of those of these classes that the part has, with the pairs of these classes alone."""
+        wanted, found = torch.tensor(list(classes), device=self.device), copy.copy(self)
+        kept = torch.isin(self.image_labels, wanted)
+        found.numbers, found.image_labels = self.numbers[kept.cpu()], self.image_labels[kept]
+        found.classes = self.classes[torch.isin(self.classes, wanted)]
+        if self._pairs is not None:
+            of = torch.isin(self._pairs[2], wanted)
+            found._pairs = [t[of] for t in self._pairs]
+        found._pairs_of_part = None
+        found.__dict__.pop("_images", None)  # those of all classes
+        return found
 
     @functools.cached_property
     def _images(self) -> Tensor | None:

@@ -70,6 +70,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     """
     data = dataset.look(recipe, planning=planning)
     partition.check(recipe.partition, data.class_names, prompts=recipe.has_prompts)
+    partition.check_classes(recipe, data)
     partition.check_parts(recipe, data)
     none = not has_images(data) and not (planning and recipe.has_prompts)
     if needing := [s.objective for s in recipe.stages if s.needs_images and none]:

@@ -99,6 +99,12 @@ class GeneratorSettings(StageSettings):
     sigma_init: NoiseLevel | None = Field(
         None, exclude=True, description="the first noise level; alone it is short for `sigmas: [sigma_init]`"
     )
+    classes: list[Annotated[int, Field(ge=0, lt=10**9)]] | None = Field(
+        None,
+        min_length=1,
+        description="numbers of the classes that the stage trains on, images and pairs too; students that own none of "
+        "them stay as they are. Absent: all",
+    )
     select: SelectSettings | None = Field(
         None, description="keep the best of several averages, by a distance measured in training; absent: the last one"
     )

@@ -187,6 +187,8 @@ class DmSettings(GeneratorSettings):
         return self
 
     def _check_forgetting(self, before: StageSettings | None) -> None:
+        if self.classes is not None:
+            raise ValueError("`forget` names the classes that it is about: leave `classes` out")
         if self.needs_images or self.pairs_used != "none":
             raise ValueError("`forget` must not see the classes to forget: `pairs: none`, and no loss on images")
         if not isinstance(before, GeneratorSettings) or before.sigmas != self.sigmas:

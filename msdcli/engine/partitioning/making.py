@@ -37,7 +37,7 @@ from msdcli.partition import (
     sizes,
 )
 from msdcli.recipe import PartitionSettings, Recipe
-from msdcli.recipe.stages import StageSettings, teacher_stage
+from msdcli.recipe.stages import GeneratorSettings, StageSettings, teacher_stage
 from msdcli.rundir import RunDir
 
 LISTED = 12  # classes, in a message
@@ -86,11 +86,41 @@ def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -
         parts = make(settings, data, None)
         if settings.method == "extend":
             keeping.check_steps(recipe)
-    for stage in recipe.stages:
+    for number, stage in enumerate(recipe.stages):
+        of = getattr(stage, "classes", None)
+        if of is not None:
+            _check_left_out(recipe, number, parts, of)
         if (needed := _needed(stage, recipe, data, labels)) is None:
             continue
         what, found = needed
-        _check_filled(parts, settings.students, found, f"stage {stage.objective} needs {what}", names)
+        _check_filled(parts, settings.students, found, f"stage {stage.objective} needs {what}", names, of)
+
+
+def check_classes(recipe: Recipe, data: Dataset) -> None:
+    """Raise UserError where a stage names classes that are not there."""
+    for stage in recipe.stages:
+        if (of := getattr(stage, "classes", None)) is None:
+            continue
+        if recipe.has_prompts:
+            raise UserError(f"stage {stage.objective}: classes names classes, and the data are prompts")
+        if max(of) >= len(data.class_names):
+            raise UserError(f"stage {stage.objective}: classes names {max(of)}, there are {len(data.class_names)}")
+
+
+def _check_left_out(recipe: Recipe, number: int, parts: Partition | None, of: Sequence[int]) -> None:
+    """Raise UserError where a student that owns none of a stage's classes could not stay as it is."""
+    stage, left = (
+        recipe.stages[number],
+        [k for k, part in enumerate(parts.parts if parts else []) if not {*part} & {*of}],
+    )
+    before = recipe.stages[number - 1] if number else None
+    same = isinstance(before, GeneratorSettings) and before.sigmas == getattr(stage, "sigmas", None)
+    if parts is not None and left and not same and not keeping.is_kept(parts, left[0]):
+        raise UserError(
+            f"stage {stage.objective}: classes leaves student {left[0]} out, which can stay only what a stage before "
+            "made of it, of the same `sigmas`",
+            hint="classes of every student, or a stage of all classes before this one",
+        )
 
 
 def _needed(stage: StageSettings, recipe: Recipe, data: Dataset, labels: Tensor) -> tuple[str, set[int]] | None:
@@ -125,17 +155,28 @@ def check_forgetting(recipe: Recipe, data: Dataset) -> None:
             raise UserError(f"stage {stage.objective}: forget names every class")
 
 
-def _check_filled(parts: Partition | None, students: int, found: set[int], needs: str, names: Sequence[str]) -> None:
-    """Raise UserError unless every student has a class among those found, or can have where parts are not known yet."""
+def _check_filled(
+    parts: Partition | None,
+    students: int,
+    found: set[int],
+    needs: str,
+    names: Sequence[str],
+    of: Sequence[int] | None = None,
+) -> None:
+    """Raise UserError unless every student has a class among those found, or can have where parts are not known yet;
+    where the stage is `of` some classes alone, every owner of one.
+    """
+    found = found if of is None else found & {*of}
     empty = [c for c in range(len(names)) if c not in found]
-    if parts is None and students > len(found):
+    if parts is None and of is None and students > len(found):
         raise UserError(
             f"{needs}, and {students} students are more than the {len(found)} classes that have any: "
             f"{_without_pictures(empty, names)}",
             hint="fewer partition.students, or labels that begin at 0 and have no gaps",
         )
     for number, part in enumerate(parts.parts if parts else []):
-        if not found.intersection(part) and not (parts and keeping.is_kept(parts, number)):
+        idle = of is not None and not {*of} & {*part}
+        if not found.intersection(part) and not idle and not (parts and keeping.is_kept(parts, number)):
             raise UserError(
                 f"{needs}, and student {number} has none: {_without_pictures(part, names)}",
                 hint="labels that begin at 0 and have no gaps, fewer partition.students, or partition.method=explicit",

@@ -132,9 +132,10 @@ def distill_student(student: Student, report: Report) -> None:
 
 
 def concerns(stage: StageSettings, student: Student) -> bool:
-    """Whether a stage is for this student: one that forgets is for the owners of what is to be forgotten."""
+    """Whether a stage is for this student: one of some classes, or that forgets some, is for their owners."""
     forget = getattr(stage, "forget", None)
-    return forget is None or bool(torch.isin(student.source.classes.cpu(), torch.tensor(forget.classes)).any())
+    of = getattr(stage, "classes", None) if forget is None else forget.classes
+    return of is None or bool(torch.isin(student.source.classes.cpu(), torch.tensor(of)).any())
 
 
 def hand_on(student: Student, number: int, report: Report) -> None:
@@ -148,7 +149,7 @@ def hand_on(student: Student, number: int, report: Report) -> None:
                 _copy(path, folder / path.name)
         record = {"steps": stage.steps, "stage": stage.model_dump(mode="json"), "cost": NO_COST, "handed_on": True}
         write_json(folder / MODEL, read_json(before / MODEL) | record)
-        report(f"student {student.number} {stage.objective}: owns nothing to forget, and stays as it is")
+        report(f"student {student.number} {stage.objective}: owns no class that this is about, and stays as it is")
     student.group.broadcast(None)
 
 
@@ -179,15 +180,16 @@ def train_stage(student: Student, number: int, report: Report) -> None:
         objective.statistics.to(student.device)
     if number > 0:
         inherit(objective, student, number, report)
-    frozen = fill_frozen(objective, student, number)
+    frozen, classes = fill_frozen(objective, student, number), getattr(stage, "classes", None)
+    source = student.source if classes is None else student.source.only(classes)
     passes = options.passes(stage, report)
-    accelerate(objective, stage, student.source, recipe, options, passes, report)
+    accelerate(objective, stage, source, recipe, options, passes, report)
     for net in [teacher, *frozen] if options.fsdp else []:
         shard(net, student.group)
     key, what = (recipe.seed, student.number, number), f"student {student.number} {stage.objective}"
     chosen = selection(student, stage, folder, what, report)
     how: dict[str, Any] = {"key": key, "what": what, "options": options, "report": report, "passes": passes}
-    state = train(objective, stage, student.source, folder, **how, selection=chosen)
+    state = train(objective, stage, source, folder, **how, selection=chosen)
     product, choice = chosen.product(state, student.group)
     if student.group.is_leader:
         record = {
