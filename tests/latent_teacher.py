@@ -74,5 +74,5 @@ partition: {students: 2}
 pairs: {count: 16, shard: 8}
 stages:
   - {objective: dm, steps: 2, batch: 4, fake_updates: 1, log_every: 1}
-evaluation: {samples: 40}
+evaluation: {samples: 40, judge: off}
 """

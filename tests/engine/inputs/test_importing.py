@@ -39,6 +39,7 @@ teacher: {path: teacher.pkl, solver: {steps: 2}}
 partition: {students: 2}
 pairs: {count: 8, shard: 8}
 stages: [{objective: dm, steps: 2, batch: 4, fake_updates: 1, log_every: 1}]
+evaluation: {judge: off}
 """
 
 
