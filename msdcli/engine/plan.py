@@ -27,7 +27,7 @@ from msdcli.recipe import Recipe
 from msdcli.recipe.data import FolderSettings, PromptsSettings
 from msdcli.rundir import RunDir, write_json
 
-AN_ESTIMATE = "an estimate, from one step of each kind: other work on this machine can move it by half"
+AN_ESTIMATE = "an estimate, from one step of each kind; busy machines and tiny networks can take twice as long"
 
 
 @dataclass(frozen=True)
