@@ -132,6 +132,7 @@ SD_15 = DiffusersNetworkSettings(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("settings", "shape", "classes", "millions"),
     [(ADM_64, (3, 64, 64), 1000, 296), (SD_15, (4, 64, 64), 0, 860)],

@@ -47,6 +47,7 @@ def test_no_step_waits_for_the_device(stage: str, name: str, how: str, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_objective_waits_with_any_guidance(name: str, tmp_path: Path) -> None:
     for stage, _, how in (case for case in EVERYTHING if case[1] == name):
