@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
+from contextlib import ExitStack
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from msdcli import nets
 from msdcli.data import open_data
+from msdcli.diffusion.denoiser import Denoiser, edm_weight
 from msdcli.engine import layers, search
 from msdcli.engine.layers import BlockCost
 from msdcli.errors import UserError
 from msdcli.nets.prune import keep_blocks
+from msdcli.nets.unet import ResidualBlock
 from msdcli.recipe.data import DigitsSettings
 from msdcli.recipe.networks import PrunedUNetSettings, UNetSettings
 from msdcli.recipe.student import StudentSettings
@@ -56,6 +61,48 @@ def test_a_block_whose_branches_give_zero_costs_nothing(teacher: nets.Denoiser) 
     found = layers.costs(teacher, DIGITS)
     assert found[name] < 1e-10 and found[name] < 1e-4 * min(found[other] for other in found if other != name)
     assert torch.equal(teacher(torch.ones(1, 1, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.int64)), before)
+
+
+class Row(ResidualBlock):
+    """A linear block: it adds `times` its own row of the image to it."""
+
+    def __init__(self, row: int, times: float) -> None:
+        super().__init__((1,), 1, 4, resample="none", attention=False, dropout=0.0)
+        self.row, self.times = row, times
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        own = torch.zeros_like(x)
+        own[:, :, self.row] = self.times * x[:, :, self.row]
+        return (x + own) * math.sqrt(0.5)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict({f"row{i}": Row(i, times) for i, times in enumerate((0.5, -0.3, 1.5, 0.1))})
+
+    def forward(self, x: Tensor, c_noise: Tensor, condition: Tensor | None) -> Tensor:
+        for block in self.blocks.values():
+            x = block(x, c_noise)
+        return x
+
+
+def test_costs_add_up_where_blocks_are_a_linear_chain() -> None:
+    """Each block's is E |F - F_without|^2, the weight being that of D; of any of them together the sum, exactly."""
+    teacher = Denoiser(Chain(), shape=(1, 8, 8), num_classes=10, sigma_data=0.5).requires_grad_(False)
+    found = layers.costs(teacher, DIGITS)
+    x, sigma, c = layers.noisy(DIGITS, torch.device("cpu"))
+    seen = x / (sigma**2 + 0.25).sqrt()[:, None, None, None] / 4  # four halves of a variance
+    for i, times in enumerate((0.5, -0.3, 1.5, 0.1)):
+        wanted = (times * seen[:, :, i]).square().sum((1, 2)).mean() / 64
+        assert found[f"blocks.row{i}"] == pytest.approx(wanted.item(), rel=1e-4)
+    whole, weight = teacher(x, sigma, c), edm_weight(sigma, 0.5)
+    for left_out in (["blocks.row0", "blocks.row2"], list(found)):
+        with ExitStack() as stack:
+            for name in left_out:
+                stack.enter_context(layers.without(teacher, name))
+            error = (teacher(x, sigma, c) - whole).square().mean((1, 2, 3))
+        assert (weight * error).mean().item() == pytest.approx(sum(found[name] for name in left_out), rel=1e-4)
 
 
 def test_the_student_is_the_teacher_without_its_blocks(teacher: nets.Denoiser) -> None:

@@ -24,10 +24,12 @@ from tests.conftest import TINY
 
 LONG = TINY.replace("steps: 6,", "steps: 150,").replace("steps: 12,", "steps: 150,").replace("count: 64", "count: 256")
 FEW = "steps: 60, batch: 16, log_every: 2, sigmas: [2.5, 0.5], fake_updates: 1"
+GUIDED = "guidance: {scale: [1.0, 3.0], interval: [0.1, 20.0]}\n"
+LEARNS = "steps: 150, label_dropout: 0.2,"
 RECIPES = {
     "dm": LONG,
-    # Two levels, figures of whole batches that are remembered, and a discriminator in the fake network.
-    "family": LONG.partition("stages:")[0]
+    # A guided teacher, two levels, figures of whole batches that are remembered, a discriminator in the fake network.
+    "family": LONG.partition("stages:")[0].replace("solver:", f"{GUIDED}  solver:").replace("steps: 150,", LEARNS)
     + f"stages:\n  - {{objective: adm, divergence: js, ratio_rate: 0.5, {FEW}}}\n"
     + f"  - {{objective: sid, divergence: kl, gan_weight: 0.1, {FEW}}}\nevaluation: {{samples: 200}}\n",
 }
