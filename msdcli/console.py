@@ -7,16 +7,21 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
+
+from msdcli.engine.tracking import events
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from msdcli.engine.tracking.events import Progress as Event
 
 
@@ -53,14 +58,19 @@ def say(text: str) -> None:
     out.print(_shown(text))
 
 
+def say_prose(text: str) -> None:
+    """Print sentences: a terminal gets them broken between words. Not for commands, which are copied from there."""
+    out.print(_shown(text), soft_wrap=not out.is_terminal)
+
+
 def tell(text: str) -> None:
-    """Print a line about the work on stderr, where it does not mix with results."""
-    err.print(_shown(text))
+    """Print a sentence about the work on stderr, where it does not mix with results."""
+    err.print(_shown(text), soft_wrap=not err.is_terminal)
 
 
 def fail(message: str, hint: str | None) -> None:
-    """Print an error and the next step on stderr."""
-    err.print(f"[bold red]error:[/] {_shown(message)}")
+    """Print an error and the next step on stderr; a command in the latter stays in one piece."""
+    err.print(f"[bold red]error:[/] {_shown(message)}", soft_wrap=not err.is_terminal)
     if hint:
         err.print(f"[bold]try:[/] {_shown(hint)}")
 
@@ -104,16 +114,33 @@ def page(text: str) -> None:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 1, fit: bool = False
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    text_columns: int = 1,
+    whole: int | None = None,
 ) -> None:
-    """Print a table; the first `text_columns` are text, the others numbers. With `fit` a row is one line, cut."""
+    """Print a table; the first `text_columns` are text, the others numbers.
+
+    Where `whole` is given a row is one line: all of it on paper, on a terminal cut to its width behind the first
+    `whole` columns.
+    """
     grid = Table(title=_shown(title), title_justify="left", title_style="bold")
     for i, name in enumerate(columns):
         side: Literal["left", "right"] = "left" if i < text_columns else "right"
-        grid.add_column(_shown(name), justify=side, overflow="ellipsis" if fit else "fold", no_wrap=fit)
+        grid.add_column(_cell(name, whole), justify=side, overflow="fold", no_wrap=whole is not None and i < whole)
     for row in rows:
-        grid.add_row(*map(_shown, row))
-    sheet().print(grid)
+        grid.add_row(*(_cell(text, whole) for text in row))
+    on = _Console(highlight=False, width=_WIDEST, emoji=False) if whole is not None and not out.is_terminal else sheet()
+    on.print(grid)
+
+
+_WIDEST = 10_000  # letters: on paper no line is cut
+
+
+def _cell(text: str, whole: int | None) -> Text | str:
+    return _shown(text) if whole is None else Text(plain(text), no_wrap=True, overflow="ellipsis")
 
 
 class Monitor:
@@ -123,30 +150,27 @@ class Monitor:
 
     def __init__(self, *, quiet: bool = False, every: float = 5.0) -> None:
         self.quiet, self.every = quiet, every
-        self._live: Progress | None = None
+        self._live: _Bars | None = None
         self._tasks: dict[str, TaskID] = {}
         self._begun = time.monotonic()
         self._printed: dict[str, tuple[float, int]] = {}  # when a piece of work was last told, and how far it was
         self._first: dict[str, tuple[float, int]] = {}  # the same when it was first heard of
         self._extra: dict[str, str] = {}
+        self._total_told = -math.inf
 
     def __enter__(self) -> Monitor:
         if err.is_terminal and not self.quiet:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[extra]}"),
-                TimeRemainingColumn(),
-            )
-            self._live = Progress(*columns, console=err)
+            self._live = _Bars()
             self._live.start()
+            events.answering.append(self._live.answer)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
+            events.answering.remove(self._live.answer)
+            self._live.total = ""
             self._live.stop()
 
     def __call__(self, event: Event | str) -> None:
@@ -159,34 +183,80 @@ class Monitor:
         else:
             self._print(event)
 
-    def _show(self, live: Progress, event: Event) -> None:
+    def total(self, seconds_left: float) -> None:
+        """Say how long all that is left takes: below the live lines, or as a line of its own now and then."""
+        said = f"the whole training: about {minutes(seconds_left)} left"
+        if self._live:
+            self._live.total = said
+        elif time.monotonic() - self._total_told >= self._pause(60.0):
+            self._total_told = time.monotonic()
+            self(said)
+
+    def _show(self, live: _Bars, event: Event) -> None:
         if (text := _extra(event)) or event.what not in self._extra:  # a report between two lines has no losses
-            self._extra[event.what] = text
-        extra = _shown(self._extra[event.what])
+            self._extra[event.what] = text.removeprefix(", ")
+        ends = None if event.seconds_left is None else time.monotonic() + event.seconds_left
+        fields: dict[str, Any] = {"extra": _shown(self._extra[event.what]), "ends": ends}
         if event.what not in self._tasks:
-            self._tasks[event.what] = live.add_task(_shown(event.what), total=event.total, extra=extra)
-        live.update(self._tasks[event.what], completed=event.done, total=event.total, extra=extra)
+            self._tasks[event.what] = live.add_task(_shown(event.what), total=event.total, **fields)
+        live.update(self._tasks[event.what], completed=event.done, total=event.total, **fields)
 
     def _print(self, event: Event) -> None:
         now = time.monotonic()
         since, first = self._first.setdefault(event.what, (now, event.done))
         told, before = self._printed.get(event.what, (-math.inf, -1))
-        if event.done == before or (event.done < event.total and now - told < self.every):
+        if event.done == before or (event.done < event.total and now - told < self._pause(self.every)):
             return
         self._printed[event.what] = now, event.done
         pace = (now - since) / (event.done - first) if event.done > first else None
         left = event.seconds_left
         if left is None and pace is not None:
             left = pace * (event.total - event.done)
-        rate = f", {1 / pace:,.3g} {event.unit}/s" if pace and not event.images_per_second else ""
+        rate = f", {_rate(1 / pace)} {event.unit}/s" if pace and not event.images_per_second else ""
         remaining = f", {minutes(left)} left" if left is not None and event.done < event.total else ""
         line = f"{event.what}: {event.done}/{event.total} {event.unit}{_extra(event)}{rate}{remaining}"
         err.print(_shown(f"{self._elapsed()} {line}"))
+
+    def _pause(self, least: float) -> float:
+        """Return the seconds between two lines about one thing: more the longer it takes, so that a log stays short."""
+        return max(least, min((time.monotonic() - self._begun) / 50, 600.0)) if least else 0.0
 
     def _elapsed(self) -> str:
         """Return the time since the start, for logs."""
         seconds = int(time.monotonic() - self._begun)
         return f"[{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}]"
+
+
+class _Bars(Progress):
+    """Live lines: as many as the terminal has room for, of what is finished the last; below them the time that all
+    takes, and the answer to a signal.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.said = ""
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), _TimeColumn())
+        super().__init__(*columns, TextColumn("{task.fields[extra]}"), console=err)
+
+    def answer(self, text: str) -> None:
+        """Show a word at the next redrawing: takes no lock, since whoever holds it may have been interrupted."""
+        self.said = text
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        tasks, room = self.tasks, max(3, err.height - 4)
+        hidden = [task.id for task in tasks if task.finished][: max(0, len(tasks) - room)]
+        yield self.make_tasks_table([task for task in tasks if task.id not in hidden])
+        yield from (Text(line) for line in (self.total, self.said) if line)
+
+
+class _TimeColumn(ProgressColumn):
+    """What is left, as the engine says or else as the pace does; of what is finished, what it took."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text("" if task.finished_time is None else f"took {minutes(task.finished_time)}", style="dim")
+        ends = task.fields.get("ends")
+        left = task.time_remaining if ends is None else max(0.0, ends - time.monotonic())
+        return Text("" if left is None else f"{minutes(left)} left", style="cyan")
 
 
 def minutes(seconds: float) -> str:
@@ -195,6 +265,11 @@ def minutes(seconds: float) -> str:
     if whole < 120:
         return f"{whole} s"
     return f"{whole // 60} min" if whole < 7200 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _rate(count: float) -> str:
+    """Return how many there are a second, without powers of ten."""
+    return f"{count:,.0f}" if count >= 100 else f"{count:.3g}"
 
 
 def _extra(event: Event) -> str:

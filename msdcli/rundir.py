@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from msdcli.errors import LockedError, MissingFileError, UserError
 from msdcli.recipe import Recipe, load
-from msdcli.recipe.changes import differences, value_at
+from msdcli.recipe.changes import differences, differing, value_at
 
 TEMPORARY, WRITER = ".tmp", ".writer"  # of folders that something is written in, and of the lock in them
 
@@ -75,13 +75,6 @@ class RunDir:
         self.check(recipe)
         write_text(self.recipe_file, recipe.to_yaml())
 
-    @contextlib.contextmanager
-    def attended(self) -> Iterator[Presence]:
-        """Be one of those at work on the run until the block ends; hold the run's lock to begin."""
-        with open(self.root / ".at-work", "a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            yield Presence(file)
-
     def who_is_at_work(self) -> str:
         """Return who holds a student, as a phrase."""
         held = (holder_of(folder) for folder in sorted(self.students.glob("*/")))
@@ -102,7 +95,7 @@ class RunDir:
                 raise UserError(
                     f"{self.root} belongs to another recipe: {', '.join(changed)} differ\n"
                     + "\n".join(f"  {key}: {_brief(before, key)} there, {_brief(after, key)} here" for key in changed),
-                    hint=_under_another_name(self.root, before["run"], after, changed),
+                    hint=_under_another_name(self.root, before, after),
                 )
         elif self.root.is_dir() and any(not file.name.startswith(".") for file in self.root.iterdir()):
             raise UserError(
@@ -120,28 +113,17 @@ def _brief(tree: dict[str, Any], key: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _under_another_name(root: Path, placed: str | None, wanted: dict[str, Any], changed: list[str]) -> str:
-    """Return a command that begins the recipe as a run of its own, and goes on from the one that is there."""
+def _under_another_name(root: Path, before: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Return a command that begins the wanted recipe as a run of its own: all in which it differs from the one there,
+    what a run may change as well.
+    """
     number = next(n for n in range(2, 10_000) if not root.with_name(f"{root.name}-{n}").exists())
     name = f"{root.name}-{number}"
-    given = [f"{key}={_brief(wanted, key)}" for key in changed]
+    given = [f"{key}={_brief(wanted, key)}" for key in differing(before, wanted) if key not in ("name", "run")]
     if any(text.endswith(("=nothing", "...")) for text in given):
         return f"give the run another name: the same command with name={name}"
-    where = [] if placed is None and wanted["run"] is None else [f"run={root.with_name(name)}"]
+    where = [] if before["run"] is None and wanted["run"] is None else [f"run={root.with_name(name)}"]
     return f"msd distill {shlex.join([str(root / 'recipe.yaml'), f'name={name}', *where, *given])}"
-
-
-class Presence:
-    """The sign that a process is at work on a run; several may be."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
-
-    def alone(self) -> bool:
-        """Whether nobody else is at work. Hold the run's lock: then nobody else comes meanwhile."""
-        alone = _try_lock(self._file)
-        fcntl.flock(self._file, fcntl.LOCK_SH)
-        return alone
 
 
 def key(*parts: Any) -> str:
@@ -322,7 +304,7 @@ def lock(folder: Path, what: str, *, wait: Callable[[str], None] | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         told, patience = False, time.monotonic() + 0.5  # `holder_of` in another process takes the lock for an instant
-        while not _try_lock(file):
+        while not try_lock(file):
             holder = _holder(file)
             if wait is None and time.monotonic() < patience:
                 time.sleep(0.05)
@@ -353,7 +335,8 @@ def holder_of(folder: Path) -> str | None:
             return _holder(file)
 
 
-def _try_lock(file: IO[str]) -> bool:
+def try_lock(file: IO[str]) -> bool:
+    """Lock an open file for this process, where nobody else does."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

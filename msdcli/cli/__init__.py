@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 import typer
@@ -27,6 +29,8 @@ class VerbGroup(TyperGroup):
             if os.environ.get("MSD_DEBUG") or hasattr(error, "exit_code"):  # typer's own have one
                 raise
             code, message, hint = errors.explain(error)
+            if code == errors.STOPPED:
+                _ignore_schedulers()
             if message:
                 stopped = code in (errors.STOPPED, errors.INTERRUPTED)
                 console.tell(message) if stopped else console.fail(message, hint)
@@ -77,8 +81,28 @@ def _version(wanted: bool) -> None:
 def _root(version: bool = typer.Option(False, "--version", help="Print the version.", callback=_version)) -> None: ...
 
 
+# What a cluster's scheduler sends before it takes the machine away.
+_SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def _ignore_schedulers() -> None:
+    """Let no second signal, of a launcher beside the scheduler, end a command that is about to say that it stopped."""
+    for number in _SCHEDULER:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise errors.Preempted(f"stopped; {errors.CONTINUES}")
+
+
 def main() -> None:
-    """Run the command line; where the reader of its output goes away, as `head` does, end as git does: silently."""
+    """Run the command line.
+
+    Where the reader of its output goes away, as `head` does, it ends as git does: silently. A scheduler's signal is met
+    from the start, also while libraries are loaded.
+    """
+    for number in _SCHEDULER:
+        signal.signal(number, _stop)
     try:
         try:
             app()

@@ -29,11 +29,13 @@ def find(topic: str) -> list[str]:
     several the one that says it most often comes first.
     """
     found, wanted = pages(), topic.strip().lower()
+    if not wanted:
+        return []
     if wanted in found:
         return [wanted]
     if by_number := [name for name, path in found.items() if wanted in (path.stem.partition("-")[0], path.stem)]:
         return by_number
-    if by_prefix := [name for name in found if wanted and name.startswith(wanted)]:
+    if by_prefix := [name for name in found if name.startswith(wanted)]:
         return by_prefix
     word = re.compile(rf"\b{re.escape(wanted)}", re.IGNORECASE)
     texts = {name: path.read_text(encoding="utf-8") for name, path in found.items()}

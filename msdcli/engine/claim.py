@@ -13,9 +13,10 @@ from msdcli.data.base import Dataset
 from msdcli.engine.tracking.events import Report
 from msdcli.errors import LockedError, UserError
 from msdcli.foreign import versions
+from msdcli.presence import Presence, attending
 from msdcli.recipe import Recipe
 from msdcli.recipe.changes import differences
-from msdcli.rundir import Presence, RunDir, discard, holder_of, lock, sweep_temporaries, write_json
+from msdcli.rundir import RunDir, discard, holder_of, lock, sweep_temporaries, write_json
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Claim:
             "shape": list(data.shape),
         }
         with lock(run.root, "the run directory", wait=report):
-            claim = cls(run, recipe, stack.enter_context(run.attended()), described)
+            claim = cls(run, recipe, stack.enter_context(attending(run)), described)
             for folder in (run.root, *run.folders()):
                 sweep_temporaries(folder)
             if run.recipe_file.exists() and not claim.takes_over(same_data):

@@ -21,19 +21,20 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         return (
             differences(old, new | {"stages": after[: len(before)]}) if before == after[: len(before)] else ["stages"]
         )
-    found = [key for key in _differing(old, new) if key.split(".")[0] not in FREE_KEYS]
+    found = [key for key in differing(old, new) if key.split(".")[0] not in FREE_KEYS]
     last = f"stages.{len(after) - 1}.steps"
     if last in found and len(before) == len(after) and value_at(new, last) > value_at(old, last):
         found.remove(last)
     return found
 
 
-def _differing(old: Any, new: Any, prefix: str = "") -> list[str]:
+def differing(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys in which two trees of plain data differ; lists of two lengths differ as a whole."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]
-        return [d for k in keys for d in _differing(old.get(k), new.get(k), f"{prefix}{k}.")]
+        return [d for k in keys for d in differing(old.get(k), new.get(k), f"{prefix}{k}.")]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in _differing(a, b, f"{prefix}{i}.")]
+        return [d for i, (a, b) in enumerate(zip(old, new, strict=True)) for d in differing(a, b, f"{prefix}{i}.")]
     return [] if old == new else [prefix.rstrip(".")]
 
 

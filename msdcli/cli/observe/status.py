@@ -36,7 +36,8 @@ def status(
 
         seconds = ProgressTracker(RunDir(run)).progress().seconds_left
         left = "" if seconds is None else f"; about {console.minutes(seconds)} left"
-    console.say(f"{state['run']}: {state['state']}; partition {state['partition']}{left}")
+    here = f", {' and '.join(state['at_work'][:3])} at work" if state["at_work"] else ""
+    console.say(f"{state['run']}: {state['state']}{here}; partition {state['partition']}{left}")
     rows = [_row(part["part"], "", part, part["running"]) for part in state["shared"] if part["part"] != "measurement"]
     for student in state["students"]:
         for stage in student["stages"]:

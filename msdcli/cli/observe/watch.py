@@ -105,7 +105,10 @@ def render(progress: RunProgress, *, height: int, width: int) -> RenderableType:
     if progress.done:
         lines.append(Text("the run has ended", style="green"))
     elif all(part.state == "done" for part in progress.parts):
-        lines.append(Text("all students are finished; the measurement is not there yet"))
+        what = "is measuring them" if progress.at_work else "have not been measured: msd distill RUN does it"
+        lines.append(Text(f"all students are finished; {progress.at_work[0] if progress.at_work else 'they'} {what}"))
+    elif progress.at_work and not progress.running:
+        lines.append(Text(f"{progress.at_work[0]} is at what students share: teacher, its samples and figures, pairs"))
     elif progress.shared and not progress.running:
         lines.append(Text("somebody is at what runs share: teacher, pairs or features"))
     elif not progress.running:

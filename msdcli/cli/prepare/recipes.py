@@ -33,7 +33,7 @@ def listing(context: typer.Context, json_: options.Json = False) -> None:
         console.print_json(found)
         return
     rows = [[r["name"], str(r["students"]), r["data"], _first(r["costs"]), _first(r["measured"])] for r in found]
-    console.table("recipes", ["name", "K", "data", "costs", "measured"], rows, text_columns=5, fit=True)
+    console.table("recipes", ["name", "K", "data", "costs", "measured"], rows, text_columns=5, whole=2)
     console.say("what one is: msd recipes show NAME; start from one: msd recipes cp NAME my.yaml")
 
 

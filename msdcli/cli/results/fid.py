@@ -212,7 +212,7 @@ def show(result: Measurement, *, brief: bool) -> None:
             spans = "; ".join(f"{name} {_span(span)}" for name, span in row.intervals.items())
             console.say(f"95 % of {row.who}: {spans}")
     for warning in result.record["warnings"]:
-        console.say(warning)
+        console.say_prose(warning)
 
 
 def line_of(line: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from msdcli.engine.tracking.events import Progress as Event
     from msdcli.recipe import Recipe
 
-TOTAL_EVERY = 60.0  # seconds between two words on the whole run
+TOTAL_EVERY = 30.0  # seconds between two looks at the whole run
 
 
 def register(app: typer.Typer) -> None:
@@ -114,20 +114,22 @@ def _distill(
     if planned is not None:
         _plan(loaded, json_, with_recipe=planned.recipe)
         return
-    from msdcli.engine import pipeline
-    from msdcli.engine.distributed.group import SINGLE_PROCESS
-
-    group = group or SINGLE_PROCESS
     if worker:
+        from msdcli.engine import pipeline
         from msdcli.engine.distributed.workers import die_with_parent, to_parent
 
         die_with_parent()
         pipeline.distill(loaded, to_parent(), worker=True)
         return
-    with console.Monitor(quiet=json_ or not group.is_leader) as monitor:
-        report = _WithTotal(monitor, loaded) if group.size == 1 and not json_ else monitor
-        outcome = pipeline.distill(loaded, report, student=student, group=group)
-    if group.is_leader:
+    leads = group is None or group.is_leader
+    with console.Monitor(quiet=json_ or not leads) as monitor:
+        monitor(f"{loaded.run_dir}: checking recipe, data and networks")  # before torch is loaded, which takes seconds
+        from msdcli.engine import pipeline
+        from msdcli.engine.distributed.group import SINGLE_PROCESS
+
+        report = _WithTotal(monitor, loaded) if group is None and not json_ else monitor
+        outcome = pipeline.distill(loaded, report, student=student, group=group or SINGLE_PROCESS)
+    if leads:
         _show(outcome, json_)
 
 
@@ -154,23 +156,25 @@ class _WithTotal:
         if not run.flops_file.is_file():  # not for short runs: counting takes a second or two
             note_flops(self.recipe)
         if (left := self._tracker.progress().seconds_left) is not None:
-            self.monitor(f"the whole training: about {console.minutes(left)} left")
+            self.monitor.total(left)
         self._next = time.monotonic() + TOTAL_EVERY
 
 
 def _teach(recipe: str, overrides: list[str] | None, json_: bool) -> None:
     from msdcli.cli.results.fid import show
-    from msdcli.engine import pipeline
     from msdcli.recipe import load
 
     loaded = load(recipe, overrides)
     with console.Monitor(quiet=json_) as monitor:
+        monitor(f"{loaded.run_dir}: checking recipe, data and networks")
+        from msdcli.engine import pipeline
+
         taught = pipeline.teach(loaded, monitor)
     if json_:
         console.print_json({"run": str(taught.run.root)} | taught.measurement.to_json())
         return
     show(taught.measurement, brief=True)
-    console.say(taught.verdict.said)
+    console.say_prose(taught.verdict.said)
     console.say(f"samples: {taught.grid}")
     again = shlex.join([recipe, *(overrides or [])])
     console.say(f"run:     {taught.run.root}  (next: msd distill {again}, which goes on with the students)")
@@ -222,7 +226,7 @@ def _show(outcome: DistillResult, json_: bool) -> None:
 
         show(outcome.measurement, brief=True)  # with the warnings
         for sentence in closing(outcome.run):
-            console.say(sentence)
+            console.say_prose(sentence)
     console.say(f"samples: {outcome.grid}  (the teacher's left of or behind the students')")
     how = '--prompt "a red fox"' if outcome.run.recipe().has_prompts else "--all"
     console.say(

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from msdcli.engine.tracking.events import answering
 from msdcli.errors import Interrupted, Preempted
 
 SCHEDULER = (signal.SIGTERM, signal.SIGUSR1)  # what a cluster's scheduler sends before it takes the machine away
@@ -51,18 +52,21 @@ def interruptible() -> Iterator[StopRequest]:
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
         if first:
-            _answer(b"stopping after this step; the checkpoint will be kept\n")
+            _answer("stopping after this step; the checkpoint will be kept")
 
     with _handled((signal.SIGINT, *SCHEDULER), request):
         yield stop
 
 
-def _answer(text: bytes) -> None:
-    """Write to stderr at once, past every buffer and lock that the interrupted code may hold."""
+def _answer(text: str) -> None:
+    """Say it at once: on the live display, else on stderr past every buffer and lock that interrupted code may hold."""
     if os.environ.get(WORKER):
         return  # the process that started this worker has said it
+    if answering:
+        answering[-1](text)
+        return
     with contextlib.suppress(OSError):
-        os.write(2, text)
+        os.write(2, f"{text}\n".encode())
 
 
 @contextlib.contextmanager

@@ -88,6 +88,7 @@ def _teacher_samples(
     source: Pairs, teacher: Denoiser, count: int, batch: int, report: Report
 ) -> Iterator[tuple[Tensor, Tensor]]:
     done, memory = 0, DeviceBatch(report)
+    report(Progress("teacher samples", 0, count, "images"))
     for path, _ in source.shards():
         if done >= count or not path.exists():
             break
@@ -111,6 +112,7 @@ def of_students(
 
     def batches() -> Iterator[ImageBatch]:
         done = 0
+        report(Progress(what, 0, len(labels), "images"))
         for positions, images in drawn:
             yield extractor.as_fed(images), labels[positions]
             done += len(positions)
@@ -134,10 +136,10 @@ def saving(drawn: Drawn, classes: Sequence[int], first: int, folder: Path) -> Dr
 # What is kept on disk.
 
 
-def cached(folder: Path, make: Callable[[], FeatureSet], report: Report) -> FeatureSet:
-    """Read the features in `folder`, or make them and keep them there; one process makes them, others wait."""
+def cached(folder: Path, make: Callable[[], FeatureSet], report: Report, *, of: str) -> FeatureSet:
+    """Read the features `of` something in `folder`, or make and keep them; one process makes them, others wait."""
     path = folder / FILE
-    with lock(folder, f"the features {folder.name}", wait=report):
+    with lock(folder, f"the features of the {of}", wait=report):
         if path.is_file():
             try:
                 with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -177,7 +179,7 @@ def of_reference(
     except OSError as error:
         report(f"the reference's features are not kept: {folder} cannot be made ({error.strerror})")
         return make()
-    return cached(folder, make, report)
+    return cached(folder, make, report, of="reference")
 
 
 def find_reference(name: str) -> Path:

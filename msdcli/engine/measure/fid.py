@@ -137,7 +137,7 @@ class EvaluationContext:
 
     def _cached(self, make: Callable[[], FeatureSet], *depends: Any) -> FeatureSet:
         folder = self.run.shared / f"features-{self.extractor.key(*depends)}"
-        return features.cached(folder, make, self.report)
+        return features.cached(folder, make, self.report, of=str(depends[0]))
 
 
 def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> Measurement:

@@ -103,13 +103,16 @@ class MeasurementRows:
 
     def of(self, who: str, mine: FeatureSet, against: Reference) -> Iterator[Row]:
         """Yield the rows; a reference that does not know the classes is compared with as a whole only."""
-        yield self._row(who, "whole", mine, against, extrapolate=self.extrapolate)
-        if self.whole_only or isinstance(against, Gaussian) or not has_classes(against):
-            return
-        parts = self.partition.parts
+        whole = self.whole_only or isinstance(against, Gaussian) or not has_classes(against)
+        parts = [] if whole else self.partition.parts
         owned = {f"student {k}": part for k, part in enumerate(parts)} if len(parts) > 1 else {}
         classes = {f"class {c}": [c] for c in range(self.partition.num_conditions)} if self.single else {}
-        lines = owned | self.asked | classes
+        lines = {} if whole else owned | self.asked | classes
+        if lines:
+            self.report(Progress(f"{who} by part and class", 0, len(lines), "lines"))
+        yield self._row(who, "whole", mine, against, extrapolate=self.extrapolate)
+        if whole or isinstance(against, Gaussian):
+            return
         for number, (name, members) in enumerate(lines.items(), start=1):
             part, same = mine.select(members), against.select(members)
             if min(part.count, same.count) >= 2:  # fewer have no covariance: a small --samples leaves rare classes out

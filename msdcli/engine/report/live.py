@@ -39,6 +39,7 @@ class RunProgress:
     seconds_left: float | None
     done: bool
     shared: bool  # somebody is at the teacher, pairs or features beside the run
+    at_work: list[str] = field(default_factory=list)  # who is at work on the run, whatever it is at
     beside: dict[str, dict[str, Any]] = field(default_factory=dict)  # the parts that are no students, by name
 
     @property
@@ -68,16 +69,14 @@ class ProgressTracker:
                 folder = self.run.stage(training.student, training.number, training.stage.objective)
             parts.append(self._part(training, known, folder))
         left = _left(parts, _weights(self.run, trainings))
-        return RunProgress(
-            self.run.root.resolve().name, parts, distances(self.run), left, self._ended(state), self._shared(), beside
-        )
+        told = parts, distances(self.run), left, self._ended(state), self._shared(), state["at_work"], beside
+        return RunProgress(self.run.root.resolve().name, *told)
 
     def _part(self, training: TrainingHistory, known: dict[str, Any], folder: Path) -> StageProgress:
         last = training.lines[-1] if training.lines else {}
         steps, step, state = training.stage.steps, int(last.get("step", 0)), known["state"]
         changed = _changed(folder / METRICS)
-        if state == "done":
-            step = max(step, int(known["step"]))
+        step = max(step, int(known["step"]))
         found = figures(last) | _measured(training.lines)
         pace = self._pace(training, step, changed) if state == "running" else None
         return StageProgress(
@@ -97,6 +96,9 @@ class ProgressTracker:
         """Return seconds per step since this part was first seen here, or, at first, since its student was begun."""
         if changed is None or not step:
             return None
+        seconds = training.lines[-1].get("seconds") if training.lines else None
+        if isinstance(seconds, int | float) and seconds > 0:  # as training itself counts them
+            return seconds / int(training.lines[-1]["step"])
         since, first = self._first.setdefault((training.who, training.stage.objective), (changed, step))
         if step > first:
             return (changed - since) / (step - first)
@@ -124,7 +126,7 @@ class ProgressTracker:
             return True
         if not all(stage["state"] == "done" for student in state["students"] for stage in student["stages"]):
             return False
-        return time.time() - last_change(self.run) > OVER
+        return not state["at_work"] and time.time() - last_change(self.run) > OVER
 
 
 def _loss(name: str, training: TrainingHistory) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from msdcli import records
 from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.tracking.history import METRICS, teacher_folder
+from msdcli.presence import who_attends
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir, holder_of, last_lines
@@ -45,12 +46,14 @@ def status(run: RunDir) -> dict[str, Any]:
         students.append({"student": k, "running": running, "resumable": resumable, "stages": stages})
     done = all(stage["state"] == "done" for student in students for stage in student["stages"])
     complete = done and (not recipe.has_measure or bool(run.results()))  # others are measured when somebody asks
-    shared = list(_shared(run, recipe, students_done=done))
-    held = any(student["running"] for student in students) or any(part["running"] for part in shared)
+    at_work = who_attends(run)
+    shared = list(_shared(run, recipe, students_done=done, at_work=at_work))
+    held = bool(at_work) or any(part["running"] for part in [*students, *shared])
     return {
         "run": str(run.root),
         "name": recipe.name,
-        "state": _of_run([*shared, *(stage for s in students for stage in s["stages"])], complete=complete),
+        "state": _of_run([*shared, *(stage for s in students for stage in s["stages"])], at_work, complete=complete),
+        "at_work": at_work,
         "teacher": shared[0]["state"],
         "partition": "done" if run.partition.is_file() else "waiting",
         "shared": shared,
@@ -61,14 +64,14 @@ def status(run: RunDir) -> dict[str, Any]:
     }
 
 
-def _of_run(parts: list[dict[str, Any]], *, complete: bool) -> str:
-    if complete:
-        return "done"
+def _of_run(parts: list[dict[str, Any]], at_work: list[str], *, complete: bool) -> str:
     states = [part["state"] for part in parts]
-    return "running" if "running" in states else "waiting" if set(states) == {"waiting"} else "stopped"
+    if complete and not at_work:
+        return "done"
+    return "running" if at_work or "running" in states else "waiting" if set(states) == {"waiting"} else "stopped"
 
 
-def _shared(run: RunDir, recipe: Recipe, *, students_done: bool) -> Iterator[dict[str, Any]]:
+def _shared(run: RunDir, recipe: Recipe, *, students_done: bool, at_work: list[str]) -> Iterator[dict[str, Any]]:
     """Yield what is made beside the students: the teacher, the classifier that measures, and the measurement."""
     training = None if recipe.teacher.path else recipe.teacher.training
     yield _part("teacher", run.teacher, _being_made(run, "teacher", teacher_folder(run)), training)
@@ -77,10 +80,11 @@ def _shared(run: RunDir, recipe: Recipe, *, students_done: bool) -> Iterator[dic
     measured = bool(run.results())
     if not recipe.has_measure and not measured:
         return
-    features = next((who for f in run.shared.glob("features-*") if (who := holder_of(f))), None)
-    lately = students_done and time.time() - last_change(run) < OVER
-    state = "done" if measured else "running" if students_done and (features or lately) else "waiting"
-    yield _as_part("measurement", state, features if state == "running" else None)
+    who = at_work[0] if at_work else None
+    # Of another host's processes nothing may be seen here but what they write.
+    lately = time.time() - last_change(run) < OVER and any(_held_elsewhere(f) for f in run.students.glob("*/"))
+    running = students_done and (who is not None or (lately and not measured))
+    yield _as_part("measurement", "running" if running else "done" if measured else "waiting", who if running else None)
 
 
 def _being_made(run: RunDir, what: str, known: Path) -> Path:
@@ -95,8 +99,9 @@ def _part(name: str, own: Path, made_in: Path, stage: StageSettings | None) -> d
     if (own / "model.json").is_file():
         steps = stage.steps if stage else 0
         return _as_part(name, "done", None, steps, steps, _losses(last))
-    state = "running" if holder or _runs_elsewhere(made_in, made_in) else "stopped" if last else "waiting"
-    return _as_part(name, state, holder, last.get("step", 0), stage.steps if stage else 0, _losses(last))
+    step = max(last.get("step", 0), checkpoint_files.step_of(made_in) or 0)
+    state = "running" if holder or _runs_elsewhere(made_in, made_in) else "stopped" if step else "waiting"
+    return _as_part(name, state, holder, step, stage.steps if stage else 0, _losses(last))
 
 
 def _as_part(
@@ -114,8 +119,8 @@ def _as_part(
 
 def _stage(folder: Path, student: Path, stage: StageSettings, holder: str | None) -> dict[str, Any]:
     """The state of one stage; `holder` is who holds the student, where it is this stage's turn."""
-    line = _last_line(folder)
-    step = line.get("step", 0)
+    line, saved = _last_line(folder), checkpoint_files.step_of(folder)
+    step = max(line.get("step", 0), saved or 0)  # a run that was stopped may have come further than its last line
     if (folder / "model.json").is_file():
         step = records.trained(folder / "model.json")["steps"]
     if step >= stage.steps and (folder / "model.json").is_file():
@@ -123,13 +128,13 @@ def _stage(folder: Path, student: Path, stage: StageSettings, holder: str | None
     elif holder is not None or (line and _runs_elsewhere(student, folder)):
         state = "running"
     else:
-        state = "stopped" if line else "waiting"
+        state = "stopped" if step else "waiting"
     return {
         "objective": stage.objective,
         "state": state,
         "step": step,
         "steps": stage.steps,
-        "checkpoint": checkpoint_files.step_of(folder),
+        "checkpoint": saved,
         "losses": _losses(line),
     }
 
@@ -146,9 +151,15 @@ def _losses(line: dict[str, Any]) -> dict[str, float]:
 
 def _runs_elsewhere(held: Path, written: Path) -> bool:
     """Whether a lock was last taken on another host, whose locks may not be seen here, and lines are fresh."""
+    with contextlib.suppress(OSError):
+        return _held_elsewhere(held) and time.time() - (written / METRICS).stat().st_mtime < FRESH
+    return False
+
+
+def _held_elsewhere(folder: Path) -> bool:
+    """Whether the last who held the lock of `folder` was on another host."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        host = json.loads((held / ".lock").read_text(encoding="utf-8"))["host"]
-        return bool(host != socket.gethostname() and time.time() - (written / METRICS).stat().st_mtime < FRESH)
+        return bool(json.loads((folder / ".lock").read_text(encoding="utf-8"))["host"] != socket.gethostname())
     return False
 
 

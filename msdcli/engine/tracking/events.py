@@ -22,5 +22,9 @@ class Progress:
 Report = Callable[[Progress | str], None]
 
 
+# Who shows an answer to a signal at once, the newest last; nobody: it is written to stderr.
+answering: list[Callable[[str], None]] = []
+
+
 def silent(event: Progress | str) -> None:
     """Tell nobody."""

@@ -35,12 +35,12 @@ class TrainingHistory:
 
 
 def figures(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return every number of a line of metrics.jsonl but the step, nested ones by dotted name."""
+    """Return every number of a line of metrics.jsonl but step and time, nested ones by dotted name."""
     found: dict[str, float] = {}
     for name, value in line.items():
         if isinstance(value, dict):
             found |= figures(value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float)) and prefix + name not in ("step", "time"):
+        elif isinstance(value, (int, float)) and prefix + name not in ("step", "seconds", "time"):
             found[prefix + name] = float(value)
     return found
 

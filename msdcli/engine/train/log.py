@@ -94,6 +94,7 @@ class TrainLog:
         losses = {name: _finite_mean([t["loss"] for t in mine]) for name, mine in turns.items()}
         speed = self.stage.batch * len(self._turns) / max(self._seconds, 1e-9)
         line = {"step": self.state.step, "losses": losses, "images_per_second": round(speed, 1)}
+        line["seconds"] = round(self.state.cost["seconds"], 2)  # of the stage so far
         line |= self._health(turns, objective) | ({"measured": evaluation.figures} if evaluation else {})
         if self.group.is_leader:
             append_line(self.path, line)

@@ -11,6 +11,7 @@ import pytest
 
 from msdcli.engine.train.log import TrainLog
 from msdcli.errors import CONTINUES, WHOLE, WorkerError, explain, resumable
+from msdcli.presence import attending
 from msdcli.rundir import RunDir, lock
 from tests.conftest import TINY, Msd
 
@@ -27,7 +28,7 @@ def records(run: RunDir) -> tuple[bytes, bytes]:
 
 def test_more_steps_wait_for_those_at_work(run: RunDir, msd: Msd, tiny: Path) -> None:
     before = records(run)
-    with run.attended(), lock(run.student(1), "student 1"):
+    with attending(run), lock(run.student(1), "student 1"):
         for words in (["stages.0.steps=8"], ["stages.0.steps=8", "--student", "0"]):
             done = msd("distill", "tiny.yaml", *words)
             assert (done.returncode, "nothing was changed" in done.stderr) == (2, True), done.stderr
