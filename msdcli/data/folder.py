@@ -240,7 +240,7 @@ def refusal(settings: FolderSettings, bad: Sequence[BadPicture], *, of: int | No
     among = "" if of is None else f"all {of:,}" if len(bad) == of > 1 else f"{len(bad):,} of {of:,}"
     what = f"{among} pictures" if among else count
     return UserError(
-        f"{settings.path}: {what} cannot be used\n" + "\n".join(_listed(settings, bad)),
+        f"{settings.path}: {what} cannot be used\n" + "\n".join(f"  {line}" for line in listed(settings.path, bad)),
         hint=_cure(settings, bad, every=len(bad) == of),
     )
 
@@ -263,17 +263,18 @@ def _cure(settings: FolderSettings, bad: Sequence[BadPicture], *, every: bool) -
     return "; ".join(found) or "check data.path: none of its pictures can be read"
 
 
-def _listed(settings: FolderSettings, bad: Sequence[BadPicture]) -> list[str]:
-    reasons = [b.reason.removeprefix(f"{settings.path}: {b.name} ") for b in bad]
+def listed(path: str, bad: Sequence[BadPicture]) -> list[str]:
+    """Return bad pictures of the folder at `path` as lines: one by one, or by cause where there are many."""
+    reasons = [b.reason.removeprefix(f"{path}: {b.name} ") for b in bad]
     if len(bad) <= SHOWN:
-        return [f"  {b.name}: {reason}" for b, reason in zip(bad, reasons, strict=True)]
+        return [f"{b.name}: {reason}" for b, reason in zip(bad, reasons, strict=True)]
     causes, said = dict[str, list[str]](), dict[str, set[str]]()
     for b, reason in zip(bad, reasons, strict=True):
         causes.setdefault(_cause(reason), []).append(b.name)
         said.setdefault(_cause(reason), set()).add(reason)
     most_first = sorted(causes.items(), key=lambda item: -len(item[1]))
-    lines = [f"  {len(names):,}: {_one(said[cause], cause)}: {_few(names)}" for cause, names in most_first[:SHOWN]]
-    return lines + ([f"  and {len(most_first) - SHOWN:,} more causes"] if len(most_first) > SHOWN else [])
+    lines = [f"{len(names):,}: {_one(said[cause], cause)}: {_few(names)}" for cause, names in most_first[:SHOWN]]
+    return lines + ([f"and {len(most_first) - SHOWN:,} more causes"] if len(most_first) > SHOWN else [])
 
 
 def _one(reasons: set[str], cause: str) -> str:

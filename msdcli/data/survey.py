@@ -13,7 +13,7 @@ import numpy as np
 
 from msdcli.data.base import held_out
 from msdcli.data.files.labels import empty_classes
-from msdcli.data.folder import BadPicture, PictureFiles, refusal
+from msdcli.data.folder import BadPicture, PictureFiles, listed, refusal
 from msdcli.errors import UserError
 
 MOST = 2000  # pictures that are decoded: spread over all of them, of which there may be a million
@@ -81,6 +81,7 @@ class Survey:
             )
         if self.bad:
             found.append(f"{len(self.bad):,} of {self.looked_at:,} pictures are bad and will be left out")
+            found += listed(self.path, self.bad)
         return found
 
     def to_json(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from msdcli.recipe.solver import SolverSettings
 from msdcli.recipe.stages import DmSettings, EdmSettings
 
 LARGEST = 64  # pixels: what the U-Net here is made for
+NEARLY_ALL = 0.9  # of the pictures: the size of so many is that of the data
 MULTIPLE = 8  # of a side: three levels of a U-Net halve it twice, and four a fourth time where it is large
 # Channels of the first level and blocks of each, from the least that learns pictures to what fills a GPU.
 LADDER = ((8, 1), (12, 1), (16, 1), (24, 1), (32, 1), (32, 2), (48, 2), (64, 2), (96, 2), (128, 2))
@@ -95,9 +96,7 @@ def _data(folder: str) -> tuple[FolderSettings, Survey, list[str]]:
     seen = survey.survey(PictureFiles(data))
     if seen.bad:
         data = data.model_copy(update={"on_bad": "skip"})
-        assumed.append(
-            f"{len(seen.bad):,} of {seen.looked_at:,} pictures cannot be used and are left out (on_bad: skip)"
-        )
+        assumed.append("pictures that cannot be used are left out (on_bad: skip)")
     share, kept = _held_out(seen)
     if share is not None:
         data = data.model_copy(update={"held_out": share})
@@ -121,7 +120,8 @@ def _fitted(seen: Survey) -> tuple[dict[str, object], list[str]]:
     """Choose a side that the network takes, and how pictures get it."""
     sides = sorted(min(size) for size, n in seen.sizes for _ in range(n))
     usual, square = sides[len(sides) // 2], all(width == height for (width, height), _ in seen.sizes)
-    if len(seen.sizes) == 1 and square and usual <= LARGEST:
+    (width, height), most = seen.sizes[0]
+    if most >= NEARLY_ALL * len(sides) and width == height <= LARGEST:  # those of other sizes are exceptions
         side = -(-usual // MULTIPLE) * MULTIPLE
         if side == usual:
             return {"size": side}, []

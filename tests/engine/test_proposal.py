@@ -30,10 +30,12 @@ def save(folder: Path, size: tuple[int, int], *, grey: bool = True, count: int =
 
 def test_a_folder_gets_a_recipe(msd: Msd, tmp_path: Path) -> None:
     for name in ("cat", "dog"):
-        save(tmp_path / "pets" / name, (28, 28))
+        save(tmp_path / "pets" / name, (28, 28), count=6)
+    Image.new("L", (50, 40)).save(tmp_path / "pets" / "cat" / "odd.png")  # one of another size changes nothing
     done = msd("recipes", "new", "pets", "--minutes", "20")
     assert done.returncode == 0, done.stderr
     assert "assumed: 28x28 pictures are filled up to 32x32" in done.stdout and "written: pets.yaml" in done.stdout
+    assert "cat/odd.png: is 50x40" in done.stdout
     recipe = load("pets.yaml")
     assert recipe.data.size == 32 and recipe.data.pad == "edge" and recipe.data.channels == 1  # type: ignore[union-attr]
     assert recipe.partition.students == 2 and recipe.teacher.sigma_data == pytest.approx(0.59, abs=0.05)

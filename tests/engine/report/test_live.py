@@ -25,7 +25,8 @@ def begun(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished, run)
     shutil.rmtree(run / "metrics")
     stage = run / "students/1/0-dm"
-    (stage / "model.json").unlink()
+    for file in (stage / "model.json", *stage.glob("state*")):
+        file.unlink()
     line = {"step": 2, "losses": {"fake": 2.5, "student": None}, "images_per_second": 80.0, "skipped": {"fake": 3}}
     (stage / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 4, "los')
     long_ago = time.time() - 3600
