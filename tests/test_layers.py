@@ -20,7 +20,6 @@ BELOW = {
     "recipe": {"recipe_yaml", "errors"},
     "noise": {"seeds"},
     "rundir": {"recipe", "errors"},
-    "presence": {"rundir"},
     "outputs": {"rundir", "errors"},
     "records": {"rundir", "errors"},
     "sweep": {"recipe", "recipe_yaml", "errors"},
@@ -33,7 +32,6 @@ BELOW = {
     "metrics": {"diffusion", "nets", "data", "foreign", "errors"},
     "objectives": {"diffusion", "nets", "recipe", "errors"},
     "engine": {"sweep", "objectives", "metrics", "diffusion", "nets", "data", "partition", "routing", "rundir"}
-    | {"presence"}
     | {"outputs", "records", "recipe", "noise", "seeds", "foreign", "errors"},
     "cli": {"partition", "sweep", "engine", "console", "recipe", "rundir", "outputs", "foreign", "errors"},
 }

@@ -20,8 +20,8 @@ from msdcli.cli.observe.watch import render
 from msdcli.engine.distributed.interrupt import _answer
 from msdcli.engine.report.live import ProgressTracker
 from msdcli.engine.tracking.events import Progress, answering
+from msdcli.engine.tracking.presence import attending, who_attends
 from msdcli.metrics.planar import sliced_wasserstein
-from msdcli.presence import attending, who_attends
 from msdcli.recipe import load
 from msdcli.rundir import RunDir
 from tests.conftest import ROOT, environment

@@ -11,9 +11,9 @@ from typing import Any
 from msdcli import records
 from msdcli.data.base import Dataset
 from msdcli.engine.tracking.events import Report
+from msdcli.engine.tracking.presence import Presence, attending
 from msdcli.errors import LockedError, UserError
 from msdcli.foreign import versions
-from msdcli.presence import Presence, attending
 from msdcli.recipe import Recipe
 from msdcli.recipe.changes import differences
 from msdcli.rundir import RunDir, discard, holder_of, lock, sweep_temporaries, write_json

@@ -13,7 +13,7 @@ from typing import Any
 from msdcli import records
 from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.tracking.history import METRICS, teacher_folder
-from msdcli.presence import who_attends
+from msdcli.engine.tracking.presence import who_attends
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir, holder_of, last_lines

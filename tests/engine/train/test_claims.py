@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from msdcli.engine.tracking.presence import attending
 from msdcli.engine.train.log import TrainLog
 from msdcli.errors import CONTINUES, WHOLE, WorkerError, explain, resumable
-from msdcli.presence import attending
 from msdcli.rundir import RunDir, lock
 from tests.conftest import TINY, Msd
 
