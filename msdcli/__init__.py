@@ -81,11 +81,16 @@ def distill(
     return outcome
 
 
-def load(source: Source, device: str | torch.device = "cpu", *, steps: int | None = None) -> Students:
-    """Open the students of a run or of an exported bundle: `load(run).sample(classes=[3, 7], seed=0)`."""
-    from msdcli.engine import sample as engine
+def load(
+    source: Source, device: str | torch.device = "cpu", *, steps: int | None = None, runtime: str = "torch"
+) -> Students:
+    """Open the students of a run or of an exported bundle: `load(run).sample(classes=[3, 7], seed=0)`.
 
-    return engine.load(Path(source), device, steps=steps)
+    With `runtime="onnx"` ONNX Runtime evaluates them, on a CPU; their programs are kept in the run.
+    """
+    from msdcli.engine.export import runtime as engine
+
+    return engine.load(Path(source), device, steps=steps, runtime=runtime)
 
 
 @overload
@@ -97,6 +102,7 @@ def sample(
     batch: int | None = ...,
     steps: int | None = ...,
     device: str = ...,
+    runtime: str = ...,
     as_images: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
@@ -110,6 +116,7 @@ def sample(
     batch: int | None = ...,
     steps: int | None = ...,
     device: str = ...,
+    runtime: str = ...,
     as_images: Literal[True],
 ) -> list[Image]: ...
 
@@ -122,15 +129,17 @@ def sample(
     batch: int | None = None,
     steps: int | None = None,
     device: str = "auto",
+    runtime: str = "torch",
     as_images: bool = False,
 ) -> torch.Tensor | list[Image]:
     """Return one sample per class number or name, float32 [len(classes), *shape]; `steps`: with fewer evaluations.
 
+    With `runtime="onnx"` ONNX Runtime evaluates the students, on a CPU.
     With `as_images`, PIL images of the pixels that `msd sample --format png` writes.
     """
-    from msdcli.engine.distributed.device import resolve
+    from msdcli.engine.export.runtime import device as resolve
 
-    samples = load(run, resolve(device), steps=steps).sample(classes, seed=seed, batch=batch)
+    samples = load(run, resolve(device, runtime), steps=steps, runtime=runtime).sample(classes, seed=seed, batch=batch)
     if not as_images:
         return samples
     from msdcli.engine.pictures import as_pil

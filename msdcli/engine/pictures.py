@@ -242,10 +242,10 @@ def _is_sample(file: Path, *, known: bool) -> bool:
     return False
 
 
-def labels_file(classes: Sequence[int]) -> dict[str, str]:
-    """Return dataset.json in EDM's form: the class of every PNG."""
+def labels_file(classes: Sequence[int], how: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return dataset.json in EDM's form: the class of every PNG, and `how` they were made, where that is unusual."""
     labels = [[f"{i:06d}.png", int(c)] for i, c in enumerate(classes)]
-    return {"dataset.json": json.dumps({"made_by": MARK, "labels": labels}, indent=1) + "\n"}
+    return {"dataset.json": json.dumps({"made_by": MARK, **(how or {}), "labels": labels}, indent=1) + "\n"}
 
 
 def prompts_file(prompts: Sequence[str], owners: Sequence[int]) -> dict[str, str]:

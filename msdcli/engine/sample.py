@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ from msdcli.rundir import RunDir, key
 BUNDLE, BASE = "bundle.json", "base"
 LONGEST = 120  # letters of a file's name that say which classes it shows
 BATCH = 500  # images drawn at once by students that no recipe goes with
+Held = TypeVar("Held")  # a student in memory, as what evaluates it holds it
 SUFFIXES = {"grid": ".png", "png": "", "zip": ".zip", "npz": ".npz", "latents": ".npz"}  # of the formats of samples
 
 
@@ -53,6 +54,8 @@ class Students:
     a call says otherwise, fewer where the device's memory is too small. Students that are adapters of one network have
     it in common, from the folder `base`; of those only the adapters come and go.
     """
+
+    runtime = "torch"  # what evaluates the networks; records of samples name another one
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class Students:
         ]
         if not turns:
             return
-        shape = self.student(turns[0][0]).net.shape
+        shape = self.shape(turns[0][0])
         steps = {student: self.evaluations(student) for student in routed}
         batches = [([numbers[i] for i in at], steps[student]) for student, at in turns]
         drawn = noises(seed, batches, shape, ahead=self.device.type != "cpu")
@@ -194,11 +197,15 @@ class Students:
         """Return student `number`."""
         if number not in self._loaded:
             net, description = load_model(self.folders[number], self._base_network)
-            self.put(number, Generator(net, self._levels(number, description)))
-        self._loaded[number] = self._loaded.pop(number)  # the last one asked is the last in line
-        while self.max_resident is not None and len(self._loaded) > self.max_resident:
-            del self._loaded[next(iter(self._loaded))]
-        return self._loaded[number]
+            self.put(number, Generator(net, self.levels(number, description)))
+        return self.resident(self._loaded, number)
+
+    def resident(self, loaded: dict[int, Held], number: int) -> Held:
+        """Return entry `number`, the last one asked; those asked least recently go where there are too many."""
+        loaded[number] = loaded.pop(number)
+        while self.max_resident is not None and len(loaded) > self.max_resident:
+            del loaded[next(iter(loaded))]
+        return loaded[number]
 
     def _base_network(self) -> Denoiser:
         """Return the network that the students are adapters of, read once."""
@@ -208,14 +215,21 @@ class Students:
             self._base = attach_prompts(load_model(self.base)[0].to(self.device), self.prompt_router)
         return self._base
 
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Return the shape of what student `number` makes, of its record where its weights are not here."""
+        if number in self._loaded:
+            return self._loaded[number].net.shape
+        return tuple(records.model(self.folders[number] / MODEL)["shape"])
+
     def evaluations(self, number: int) -> int:
         """Return how often student `number` is evaluated per image. Its record says it: the weights may not be here."""
         if number in self._loaded:
             return self._loaded[number].steps
-        levels = self._levels(number, records.model(self.folders[number] / MODEL))
+        levels = self.levels(number, records.model(self.folders[number] / MODEL))
         return len(levels) if self.steps is None else self.steps
 
-    def _levels(self, number: int, description: Mapping[str, Any]) -> tuple[float, ...]:
+    def levels(self, number: int, description: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return all noise levels that student `number`'s record names. UserError where it names none."""
         try:
             return levels_of(description["stage"])
         except (KeyError, TypeError, ValueError):
@@ -302,7 +316,8 @@ def draw(students: Students, path: Path, asked: Sequence[int], format_: str, *, 
         drawn = students.stream(asked, seed=seed, batch=batch)
         owners = [] if prompt_router is None else [prompt_router.owner_of(c) for c in asked]
         save = save_pngs if format_ == "png" else save_zip
-        save(path, drawn, labels_file(asked) if prompt_router is None else prompts_file(names, owners))
+        how = {} if students.runtime == "torch" else {"runtime": students.runtime}
+        save(path, drawn, labels_file(asked, how) if prompt_router is None else prompts_file(names, owners))
         return
     images = students.sample(asked, seed=seed, batch=batch, latents=format_ == "latents")
     if format_ == "grid":

@@ -43,6 +43,10 @@ def sample(
         int | None, typer.Option(min=1, help="Evaluations per image, of students that know several; all if absent.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    runtime: Annotated[
+        Literal["torch", "onnx"],
+        typer.Option(help="What evaluates the networks: torch, or on a CPU ONNX Runtime, checked against it."),
+    ] = "torch",
     json_: options.Json = False,
     dry_run: options.DryRun = False,
 ) -> None:
@@ -50,11 +54,12 @@ def sample(
     import time
 
     from msdcli.engine import sample as engine
-    from msdcli.engine.distributed.device import resolve
+    from msdcli.engine.export import runtime as runtimes
     from msdcli.errors import UserError
     from msdcli.partition import parse_classes
 
-    students = engine.load(run, resolve(device), steps=steps)
+    on = runtimes.device(device, runtime)
+    students = runtimes.load(run, on, steps=steps, runtime=runtime, report=lambda event: console.tell(str(event)))
     if prompt or prompts:
         if classes is not None or all_:
             raise UserError("either classes or prompts")
@@ -83,10 +88,12 @@ def sample(
     if json_:
         console.print_json(
             {"file": str(target), "classes": asked, "seed": seed, "students": serving, "seconds": seconds}
+            | {"runtime": runtime}
         )
     else:
         of = counted(len(wanted), "class", "classes")
-        console.say(f"{counted(number, 'sample')} of {of} from {_named(serving)}: {target}")
+        by = "" if runtime == "torch" else ", by ONNX Runtime"
+        console.say(f"{counted(number, 'sample')} of {of} from {_named(serving)}{by}: {target}")
 
 
 def _named(students: list[int]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -52,6 +52,10 @@ def recipe(
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Run compiled networks with CUDA graphs and without, wherever they pay.")
     ] = False,
+    runtime: Annotated[
+        Literal["torch", "onnx"],
+        typer.Option(help="onnx: samples are timed by ONNX Runtime too, as `msd sample --runtime onnx` draws them."),
+    ] = "torch",
     json_: options.Json = False,
 ) -> None:
     """Time a student's update by turn and network, and samples; weights and images are random.
@@ -60,12 +64,14 @@ def recipe(
     """
     from msdcli.engine.bench import recipe as bench
     from msdcli.engine.bench import students as bench_students
+    from msdcli.engine.export import runtime as runtimes
     from msdcli.recipe import load
 
+    by_onnx = runtimes.in_memory if runtime == "onnx" else None
     with console.Monitor(quiet=json_) as monitor:
         loaded = load(recipe, overrides)
         if students is None:
-            result = bench.bench(loaded, monitor, repeats=repeats, batch=batch, graphs=graphs)
+            result = bench.bench(loaded, monitor, repeats=repeats, batch=batch, graphs=graphs, by_onnx=by_onnx)
         else:
             result = bench_students.measure(loaded, monitor, students=students, repeats=repeats, batch=batch)
     if json_:
@@ -143,6 +149,11 @@ def _show_sampling(sampling: dict[str, Any]) -> None:
         rows,
     )
     console.say(f"one image: {sampling['latency_seconds'] * 1000:.2f} ms")
+    if found := sampling.get("times_torch"):
+        console.say(
+            f"ONNX Runtime serves a batch {_spread(found['onnx'])} times and one image {_spread(found['onnx one'])} "
+            "times as fast as torch"
+        )
 
 
 def _spread(ratio: dict[str, float]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,6 +24,7 @@ from msdcli.engine.bench import sampling as bench_sample
 from msdcli.engine.bench.clock import peak_flops, ratios
 from msdcli.engine.distributed import device
 from msdcli.engine.inputs import dataset
+from msdcli.engine.sample import Students
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.train import compiling, precision
 from msdcli.engine.train.counting import forward_flops, num_parameters, turn_bytes
@@ -39,10 +41,17 @@ LAUNCH_BOUND, WELL_USED = 0.75, 0.5
 
 @fast_float32()
 def bench(
-    recipe: Recipe, report: Report, *, repeats: int = 5, batch: int | None = None, graphs: bool = False
+    recipe: Recipe,
+    report: Report,
+    *,
+    repeats: int = 5,
+    batch: int | None = None,
+    graphs: bool = False,
+    by_onnx: Callable[[Students], Students] | None = None,
 ) -> dict[str, Any]:
     """Measure every stage of a recipe, and sampling. `batch` replaces the stages' own, which on a CPU are
     otherwise cut to what takes a few seconds. With `graphs` compiled networks run with CUDA graphs and without.
+    `by_onnx` gives students that ONNX Runtime evaluates: then they are timed too.
     """
     on = device.prepare(recipe)
     data = dataset.look(recipe, planning=True)
@@ -88,7 +97,7 @@ def bench(
     last = recipe.stages[-1]
     assert isinstance(last, GeneratorSettings), "checked with the recipe"
     size = min(batch or fitting_batch(last, student, on), recipe.evaluation.batch)
-    result["sampling"] = bench_sample.measure(student, tuple(last.sigmas), on, batch=size)
+    result["sampling"] = bench_sample.measure(student, tuple(last.sigmas), on, batch=size, by_onnx=by_onnx)
     return result
 
 

@@ -25,10 +25,11 @@ from msdcli.engine.export.format import (
     ExportSource,
     RoutedModels,
     RunStudents,
+    compared,
 )
 from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.tracking.events import Report, silent
-from msdcli.errors import MismatchError, UserError, WrongValueError
+from msdcli.errors import UserError, WrongValueError
 from msdcli.noise import image_noise, step_noise
 from msdcli.outputs import check_folder, replacing, with_files
 from msdcli.rundir import RunDir, write_json
@@ -144,14 +145,7 @@ def verify(source: ExportSource, exported: ExportResult, *, most: int = 256) -> 
         classes, asked = source.students.numbers(prompts), opened.students.numbers(prompts)
     wanted = RunStudents(source.students).generate(z, classes, noise)
     got = torch.as_tensor(opened.generate(z.numpy(), asked, None if noise is None else noise.numpy()))
-    difference = (got - wanted).abs().max().item()
-    allowed = exported.tolerance * max(1.0, wanted.abs().max().item())
-    if not difference <= allowed:  # not a number is no agreement
-        raise MismatchError(
-            f"the exported students differ from the run's by {difference:.3g}; allowed is {allowed:.3g}. "
-            "Nothing was written"
-        )
-    return {"max_difference": difference, "tolerance": allowed, "compared": len(classes)}
+    return compared(wanted, got, exported.tolerance)
 
 
 def _distance(source: ExportSource, exported: ExportResult) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from msdcli.engine import sample
 from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.export.given import students as router
 from msdcli.engine.tracking.events import Report
+from msdcli.errors import MismatchError
 from msdcli.nets.adapters import merged
 from msdcli.rundir import RunDir, file_hash, write_json
 
@@ -108,6 +109,18 @@ class RunStudents:
 
     def sample(self, classes: Sequence[int]) -> Tensor:
         return self.students.sample(classes)
+
+
+def compared(wanted: Tensor, got: Tensor, tolerance: float) -> dict[str, Any]:
+    """Return how far samples of an export are from the run's; MismatchError where it is more than the tolerance."""
+    difference = (got - wanted).abs().max().item()
+    allowed = tolerance * max(1.0, wanted.abs().max().item())
+    if not difference <= allowed:  # not a number is no agreement
+        raise MismatchError(
+            f"the exported students differ from the run's by {difference:.3g}; allowed is {allowed:.3g}. "
+            "Nothing was written"
+        )
+    return {"max_difference": difference, "tolerance": allowed, "compared": len(wanted)}
 
 
 # The router that travels along.

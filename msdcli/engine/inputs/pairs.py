@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from msdcli.data.base import Dataset, fingerprint, fingerprint_of_version_1, in_
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.float32 import fast_float32
-from msdcli.diffusion.guidance import drawn
+from msdcli.diffusion.guidance import Guided, drawn
 from msdcli.diffusion.sampler import solve
 from msdcli.diffusion.stitch import Stitch
 from msdcli.engine.checkpoints.tensors import load_tensors, save_tensors
+from msdcli.engine.distributed.cores import side_by_side, spare
 from msdcli.engine.inputs import stitches
 from msdcli.engine.inputs.dataset import version_of
 from msdcli.engine.tracking.events import Progress, Report
@@ -66,7 +68,9 @@ def sample_teacher(
         z_, c_, u_ = (t.to(device) for t in chunk[:3])
         noise, uniform = solver_noise(seed, chunk[3].tolist(), tuple(z.shape[1:])), lambda purpose: u_
         ask = drawn(teacher, uniform) if stitch is None else stitch.to(device).call(teacher, c_, uniform)
-        with fast_float32():
+        with (
+            nullcontext() if device.type == "cpu" else fast_float32()
+        ):  # a setting of the process, and there are threads
             return solve(ask, z_, c_, noise=noise, **options).cpu()
 
     return (memory or DeviceBatch()).map(some, z, classes, u, at, batch=batch)
@@ -128,8 +132,13 @@ class Pairs:
     def prepare(self, teacher: Denoiser, count: int, report: Report) -> None:
         """Make the shards of the first `count` pairs that nobody has made or is at, so that they can be measured."""
         self.memory.say = report
-        for path, numbers in self.shards():
-            if numbers.start < count and self._make_unless_held(path, numbers, teacher):
+        wanted = [(path, numbers) for path, numbers in self.shards() if numbers.start < count]
+
+        def make(shard: tuple[Path, range]) -> int:
+            return self._make_unless_held(*shard, teacher)
+
+        for (_, numbers), made in zip(wanted, side_by_side(make, wanted, self.at_once(teacher)), strict=True):
+            if made:
                 done = min(numbers.stop, self.settings.count)
                 report(Progress("pairs", done, self.settings.count, "pairs"))
 
@@ -181,6 +190,13 @@ class Pairs:
         if self._stitch is None:
             self._stitch = self._load_stitch(teacher)
         return self._stitch
+
+    def at_once(self, teacher: Denoiser) -> int:
+        """Return how many calls of `sample` may run side by side: one, unless a CPU has cores to spare and the teacher
+        is one plain network, which remembers nothing of a call.
+        """
+        plain = not isinstance(teacher, Guided) and not teacher.reads_text and self._stitched(teacher) is None
+        return spare(next(teacher.parameters()).device) if plain else 1
 
     def forget_networks(self) -> None:
         """Let go of the small networks; they are read again when they are needed."""

@@ -18,6 +18,7 @@ from msdcli.data.images import to_uint8
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.engine.checkpoints.tensors import load_tensors
+from msdcli.engine.distributed.cores import side_by_side
 from msdcli.engine.inputs.autoencoder import Decode
 from msdcli.engine.inputs.pairs import Pairs, labels_for
 from msdcli.engine.pictures import Drawn, labels_file, save_pngs
@@ -96,11 +97,15 @@ def _teacher_samples(
         y, classes = stored["y"][: count - done], stored["c"][: count - done]
         done += len(y)
         yield y, classes
-    for start in range(done, count, STEP):
-        numbers = range(start, min(start + STEP, count))
+
+    def draw(numbers: range) -> tuple[Tensor, Tensor]:
         classes = labels_for(source.data, numbers)
         z, u = source.noise(numbers), source.uniform(numbers)
-        yield source.sample(teacher, z, classes, u, numbers, batch=batch, memory=memory), classes
+        return source.sample(teacher, z, classes, u, numbers, batch=batch, memory=memory), classes
+
+    left = [range(start, min(start + STEP, count)) for start in range(done, count, STEP)]
+    for numbers, drawn in zip(left, side_by_side(draw, left, source.at_once(teacher)), strict=True):
+        yield drawn
         report(Progress("teacher samples", numbers.stop, count, "images"))
 
 

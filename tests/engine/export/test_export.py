@@ -87,16 +87,6 @@ def of_run(run: Path, z: torch.Tensor, classes: list[int]) -> torch.Tensor:
     return RunStudents(msdcli.load(run)).generate(z, classes)
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two small students, with its ONNX export in `given` beside it. Read it; do not change it."""
-    pytest.importorskip("onnxscript")
-    folder = tmp_path_factory.mktemp("small")
-    run = trained(folder, SMALL)
-    export(RunDir(run), folder / "given", "onnx", options=ExportOptions(bench=False))
-    return run
-
-
 @pytest.mark.parametrize(
     "kind", [kind if kind in ("unet", "edm2") else pytest.param(kind, marks=pytest.mark.slow) for kind in NETWORKS]
 )
