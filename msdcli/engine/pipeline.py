@@ -26,7 +26,7 @@ from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.interrupt import preemptible
 from msdcli.engine.inputs import autoencoder, dataset, latents, stitches, teacher, teacher_stages
-from msdcli.engine.inputs.pairs import Pairs
+from msdcli.engine.inputs.pairs import Pairs, worth_a_look
 from msdcli.engine.measure import fid
 from msdcli.engine.measure import part_evaluator as examine
 from msdcli.engine.measure import teacher as teacher_alone
@@ -169,7 +169,7 @@ def teach(recipe: Recipe, report: Report) -> TeachResult:
     if not recipe.has_measure:
         raise UserError(
             "the teacher of this recipe cannot be measured alone: there are no real images",
-            hint="msd sample and msd fid --reference measure what students make",
+            hint="msd sample draws what students make, msd fid RUN PICTURES --protocol clean measures it",
         )
     with preemptible(), resumable(CONTINUES), contextlib.ExitStack() as stack:
         training = prepare(recipe, report, stack, student=None, worker=False, group=SINGLE_PROCESS, students=False)
@@ -339,9 +339,7 @@ def preview(training: TrainingRun, *, rows: int = 32, columns: int = 16, points:
     per_class = points if planar else columns
     asked = [c for c in classes for _ in range(per_class)]
     mine = sample.load(training.run.root, training.device).sample(asked).split(per_class)
-    theirs = training.pairs.examples(
-        training.teacher.to(training.device), classes, per_class if planar else columns // 2
-    )
+    theirs = _of_teacher(training, classes, per_class if planar else columns // 2)
     if theirs is not None:
         decode = autoencoder.decoder(training.run.teacher, training.device)
         theirs = [decode(y).cpu() for y in theirs]
@@ -357,17 +355,24 @@ def preview(training: TrainingRun, *, rows: int = 32, columns: int = 16, points:
     return path
 
 
+def _of_teacher(training: TrainingRun, classes: list[int], count: int) -> list[torch.Tensor] | None:
+    """Return samples of the teacher to stand beside the students': pairs, or fewer new ones. None: they take long."""
+    teacher, solver = training.teacher.to(training.device), training.recipe.teacher.solver
+    kept = training.pairs.examples(teacher, classes, count)
+    fewer = max(1, count // 2)
+    if kept is None and worth_a_look(teacher, solver.evaluations, len(classes) * fewer):
+        return training.pairs.draw(teacher, classes, fewer)
+    return kept
+
+
 def preview_of_teacher(training: TrainingRun, *, rows: int = 32, columns: int = 16, points: int = 1000) -> Path:
     """Draw samples of the teacher alone, of the first classes, one row a class, to samples/teacher.png."""
-    path, data, pairs = training.run.samples / "teacher.png", training.data, training.pairs
+    path, data = training.run.samples / "teacher.png", training.data
     classes = list(range(len(data.class_names)))[:rows]
     per_class = points if len(data.shape) == 1 else columns
-    drawn = pairs.examples(training.teacher, classes, per_class)
+    drawn = training.pairs.examples(training.teacher, classes, per_class)
     if drawn is None:  # no pairs, which are pictures of it too
-        per_class //= 2
-        asked, numbers = torch.tensor(classes).repeat_interleave(per_class), range(len(classes) * per_class)
-        z, u = pairs.noise(numbers), pairs.uniform(numbers)
-        drawn = list(pairs.sample(training.teacher, z, asked, u, numbers).split(per_class))
+        drawn = training.pairs.draw(training.teacher, classes, per_class // 2)
     decode = autoencoder.decoder(training.run.teacher, training.device)
     pictures.save_grid(
         path,

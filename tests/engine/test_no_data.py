@@ -35,7 +35,10 @@ def test_a_teacher_is_distilled_without_data(finished: Path, msd: Msd, tmp_path:
     state = json.loads(msd("status", "runs/bare", "--json").stdout)
     assert state["done"] and [part["part"] for part in state["shared"]] == ["teacher"]
     assert msd("sample", "runs/bare", "--all").returncode == 0
-    assert "--protocol clean" in msd("fid", "runs/bare").stderr
+    assert "try: msd fid runs/bare PICTURES --protocol clean" in msd("fid", "runs/bare").stderr
+    assert msd("report", "runs/bare", "--no-pictures").returncode == 0
+    page = (tmp_path / "runs/bare/report.html").read_text()
+    assert "<code>msd fid runs/bare PICTURES --protocol clean</code>" in page and "finishes and measures" not in page
     needs = msd("distill", "bare.yaml", "stages.0.objective=adm", "name=other")
     assert needs.returncode == 2 and "the recipe names no data" in needs.stderr
 

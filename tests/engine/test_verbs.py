@@ -155,6 +155,9 @@ def test_status_and_partition_tell_what_is(finished: Path, msd: Msd) -> None:
     assert parts == [[0, 1, 2, 3], [4, 5, 6, 7]]
     shown = msd("partition", "digits", "partition.method=kmeans", "partition.features=images")
     assert shown.returncode == 0 and "student" in shown.stdout
+    told = next(line for line in msd("status", str(finished)).stdout.splitlines() if line.startswith("measured: "))
+    figure = json.loads((finished / "metrics/l1_toy2d.json").read_text())["value"]
+    assert told.startswith(f"measured: l1_toy2d {figure:.3f}, in "), "the name of a figure alone says little"
 
 
 @pytest.mark.parametrize("verb", ["fid", "sample", "export", "status", "partition"])

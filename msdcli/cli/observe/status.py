@@ -45,8 +45,8 @@ def status(
             rows.append(_row(f"student {student['student']}", stage["objective"], stage, holder))
     rows += [_row(part["part"], "", part, part["running"]) for part in state["shared"] if part["part"] == "measurement"]
     console.table("parts", ["", "stage", "state", "held by", "losses", "steps"], rows, text_columns=5)
-    for path in state["metrics"]:
-        console.say(f"measured: {path}")
+    for path, said in zip(state["metrics"], _figures(state), strict=True):
+        console.say(f"measured: {said}, in {path}")
 
 
 def _row(who: str, stage: str, part: dict[str, Any], holder: str | None) -> list[str]:
@@ -80,4 +80,10 @@ def _line(state: dict[str, Any]) -> list[str]:
         return [state["run"], f"{state['state']}: {state['problem']}", "", ""]
     stages = [stage for student in state["students"] for stage in student["stages"]]
     steps = f"{sum(s['step'] for s in stages):,}/{sum(s['steps'] for s in stages):,}"
-    return [state["run"], state["state"], steps, ", ".join(Path(path).stem for path in state["metrics"])]
+    return [state["run"], state["state"], steps, ", ".join(_figures(state))]
+
+
+def _figures(state: dict[str, Any]) -> list[str]:
+    from msdcli.engine.tracking.formatting import figure
+
+    return [f"{name} {figure(value)}".rstrip() for name, value in state["measured"].items()]

@@ -57,10 +57,9 @@ def import_(
 def _show(summary: dict[str, Any], out: Path, written: bool) -> None:
     kind = summary["network"].get("preconditioning") or summary["network"]["class_name"]
     what = "latents" if summary["autoencoder"] else "images"
-    console.say(
-        f"network:    {kind}, {summary['parameters']:,} parameters, {what} {summary['shape']}, "
-        f"{summary['num_classes'] or 'no'} classes"
-    )
+    count = summary["num_classes"]
+    knows = "reads prompts" if "text_sha256" in summary else f"{count} classes" if count else "no classes"
+    console.say(f"network:    {kind}, {summary['parameters']:,} parameters, {what} {summary['shape']}, {knows}")
     if summary["autoencoder"]:
         console.say(f"latents of: {summary['autoencoder']}")
     console.say(f"source:     {summary['source']['file']}, sha256 {summary['source']['sha256'][:16]}")

@@ -108,5 +108,7 @@ def _show_explanation(found: Explanation, json_: bool) -> None:
         how = f" (similarity {near['similarity']:.3f})" if "similarity" in near else ""
         console.say(f"  {'like' if how else 'with'} {near['name']}: student {near['student']}{how}")
     if found.seconds:
-        times = ", ".join(f"{what} {1e3 * seconds:.3g} ms" for what, seconds in found.seconds.items())
+        from msdcli.engine.tracking.formatting import three_digits
+
+        times = ", ".join(f"{what} {three_digits(1e3 * seconds)} ms" for what, seconds in found.seconds.items())
         console.say(times)

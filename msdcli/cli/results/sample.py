@@ -116,6 +116,7 @@ def _of_prompts(
     import time
 
     from msdcli.engine import sample as engine
+    from msdcli.engine.tracking.formatting import three_digits
 
     asked = students.numbers(texts)
     assert students.prompt_router is not None
@@ -144,8 +145,9 @@ def _of_prompts(
         console.say(f"and {counted(len(different) - 10, 'more prompt')}")
     share = routing / (encoder + routing + seconds)
     console.say(f"{counted(len(asked), 'sample')} of {counted(len(different), 'prompt')} from {serving}: {target}")
+    told = zip((encoder, routing, seconds), (len(different), len(different), len(asked)), strict=True)
+    asking, finding, drawing = (f"{three_digits(1e3 * spent / count)} ms" for spent, count in told)
     console.say(
-        f"text encoder {1e3 * encoder / len(different):.3g} ms and routing {1e3 * routing / len(different):.3g} ms a "
-        f"prompt, students {1e3 * seconds / len(asked):.3g} ms a sample (weights read and files written on the way): "
-        f"routing is {share:.2%} of it"
+        f"text encoder {asking} and routing {finding} a prompt, students {drawing} a sample (weights read and files "
+        f"written on the way): routing is {share:.2%} of it"
     )

@@ -227,7 +227,7 @@ def _show(outcome: DistillResult, json_: bool) -> None:
         show(outcome.measurement, brief=True)  # with the warnings
         for sentence in closing(outcome.run):
             console.say_prose(sentence)
-    console.say(f"samples: {outcome.grid}  (the teacher's left of or behind the students')")
+    console.say(f"samples: {outcome.grid}")
     how = '--prompt "a red fox"' if outcome.run.recipe().has_prompts else "--all"
     console.say(
         f"run:     {outcome.run.root}  (next: msd report {outcome.run.root}, or msd sample {outcome.run.root} {how})"

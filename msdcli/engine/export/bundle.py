@@ -51,7 +51,7 @@ def write(source: ExportSource) -> ExportResult:
     usage = (
         f'import msdcli\n\nstudents = msdcli.load("{{folder}}")\n'
         f"images = students.sample({asked}, seed=0)  # float32 [2, {shape}]\n"
-        "print(images.shape, students.class_names)\n"
+        f"print(images.shape{', students.class_names' if prompt_router is None else ''})\n"
     )
     files = [source.folder / "students" / str(k) / WEIGHTS for k in range(len(source.students.folders))]
     record: dict[str, Any] = {"students": described(source, files)} | text

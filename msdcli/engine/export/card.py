@@ -12,7 +12,7 @@ import yaml
 
 from msdcli import records
 from msdcli.engine.checkpoints.model import MODEL
-from msdcli.engine.tracking.formatting import describe_selected, evaluations, plural, word
+from msdcli.engine.tracking.formatting import describe_selected, evaluations, plural, three_digits, word
 from msdcli.foreign import visible
 from msdcli.rundir import write_text
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from msdcli.engine.export.format import ExportResult, ExportSource
 
 TASK = {"type": "unconditional-image-generation", "name": "class-conditional image generation in {steps}"}
+TEXT_TASK = {"type": "text-to-image", "name": "text-to-image generation in {steps}"}
 CARD = """# {name}: {count} {kind}
 
-Distilled with msd from one diffusion teacher by {stages}. Every class belongs to one student; a sample costs
+Distilled with msd from one diffusion teacher by {stages}. Every {condition} belongs to one student; a sample costs
 {evaluations}{size}. With this folder called `{folder}`:
 
 ```python
@@ -45,6 +46,7 @@ def write(source: ExportSource, exported: ExportResult, record: dict[str, Any], 
         kind=f"{word(source.steps)}-step {plural(len(source.students.folders), 'student')}",
         evaluations=evaluations(source.steps),
         stages=", ".join(stage.objective for stage in recipe.stages),
+        condition="prompt" if recipe.has_prompts else "class",
         size=_size(source),
         folder=folder.name,
         usage=exported.usage.replace("{folder}", folder.name),
@@ -67,18 +69,18 @@ def _size(source: ExportSource) -> str:
 def _header(
     source: ExportSource, exported: ExportResult, record: dict[str, Any], measured: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    data = source.run.recipe().data.label
+    data, kind = source.run.recipe().data.label, TEXT_TASK if source.run.recipe().has_prompts else TASK
     header: dict[str, Any] = {} if source.options.license is None else {"license": source.options.license}
     speed = "one-step" if source.steps == 1 else "few-step"
     header |= {
         "library_name": exported.library,
-        "pipeline_tag": TASK["type"],
+        "pipeline_tag": kind["type"],
         "tags": ["diffusion", "distillation", speed, "multi-student-distillation", record["kind"]],
     }
     if measured:
         results = [_result(line) for line in measured]
         steps = f"{word(source.steps)} {plural(source.steps, 'step')}"
-        task = TASK | {"name": TASK["name"].format(steps=steps)}
+        task = kind | {"name": kind["name"].format(steps=steps)}
         described = {"task": task, "dataset": {"name": data, "type": data}, "metrics": results}
         header["model-index"] = [{"name": record["name"], "results": [described]}]
     return header
@@ -138,7 +140,10 @@ def _students(source: ExportSource) -> str:
         shown = ", ".join(_plain(names[c]) for c in part[:20])
         shown += f" and {len(part) - 20} more" if len(part) > 20 else ""
         rows.append([str(k), shown, f"{card['parameters']:,}", f"`{card['sha256'][:16]}`"])
-    table = _table(["student", "classes", "parameters", "sha256 of the trained weights"], rows)
+    conditions = (
+        "prompts, the first of those it was trained on" if source.students.prompt_router is not None else "classes"
+    )
+    table = _table(["student", conditions, "parameters", "sha256 of the trained weights"], rows)
     return "\n\n".join([table, *describe_selected(cards)])
 
 
@@ -176,7 +181,7 @@ def _distance(record: dict[str, Any]) -> str:
 
 def _speed(record: dict[str, Any]) -> str:
     rows = [
-        [str(r["batch"]), r["resident"], f"{r['milliseconds']:.3g}", f"{r['images_per_second']:,.3g}"]
+        [str(r["batch"]), r["resident"], three_digits(r["milliseconds"]), three_digits(r["images_per_second"])]
         for r in record.get("speed", [])
     ]
     columns = ["images per request", "students in memory", "milliseconds (median)", "images/s"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from msdcli.engine.frontier.lines import spread
 from msdcli.engine.report.frontier import kind, mean_and_spread
-from msdcli.engine.tracking.formatting import figure, flop
+from msdcli.engine.tracking.formatting import figure, flop, three_digits
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe
 
@@ -101,8 +101,8 @@ def _named(line: dict[str, Any]) -> str:
 
 def _shown(name: str, value: float) -> str:
     if name == "latency":
-        return f"{1e3 * value:.3g} ms"
-    return f"{value / 1e6:.3g} MB" if name == "memory" else flop(value)
+        return f"{three_digits(1e3 * value)} ms"
+    return f"{three_digits(value / 1e6)} MB" if name == "memory" else flop(value)
 
 
 def _keys(record: dict[str, Any], line: dict[str, Any]) -> list[str]:

@@ -94,6 +94,7 @@ def conditions_of_teacher(run: RunDir, recipe: Recipe, *, planning: bool = False
         source = recipe.teacher.source
         hint = hub.by_hand(said) if path is None else f"get it from {source}" if source else None
         raise MissingFileError(f"no model at {said}, and without data it says what there is to be made", hint=hint)
+    importing.check_kind(path)
     if importing.is_foreign(path):
         made = importing.inspect(path)
         shape, num_classes, reads_text = made.shape, made.num_classes, made.reads_text

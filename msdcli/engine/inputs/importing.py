@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from torch import Tensor
 
 from msdcli import records
 from msdcli.diffusion.denoiser import Denoiser
-from msdcli.engine.checkpoints.model import MODEL, WEIGHTS, is_complete, save_model
+from msdcli.engine.checkpoints.files import DamagedError
+from msdcli.engine.checkpoints.model import MODEL, WEIGHTS, is_complete, load_model, save_model
 from msdcli.engine.checkpoints.tensors import load_tensors, load_weights
 from msdcli.engine.inputs import autoencoder as autoencoders
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.errors import UserError
+from msdcli.nets import strangers
 from msdcli.nets.diffusers import text_encoder
 from msdcli.nets.diffusers.building import build_diffusers
 from msdcli.nets.diffusers.files import autoencoder_folder, is_pipeline
@@ -61,6 +65,23 @@ class ImportedTeacher:
         } | self.record
 
 
+@contextlib.contextmanager
+def _brought() -> Iterator[None]:
+    """Say of a damaged file that msd did not make what cures it: msd cannot make it again."""
+    try:
+        yield
+    except DamagedError as error:
+        raise UserError(error.message, hint="it did not arrive whole: download or copy it again") from None
+
+
+def check_kind(source: Path) -> None:
+    """Raise UserError for a folder that is no teacher, saying what it is."""
+    if source.is_dir() and not is_pipeline(source) and not (source / MODEL).is_file():
+        what, hint = strangers.of_folder(source)
+        raise UserError(f"{source} {what}", hint=hint)
+
+
+@_brought()
 def read(source: Path, *, reference: Path | None = None, autoencoder: Path | None = None) -> ImportedTeacher:
     """Read a pickle of EDM or EDM2, or a folder of diffusers, and compare it with `reference`.
 
@@ -69,6 +90,9 @@ def read(source: Path, *, reference: Path | None = None, autoencoder: Path | Non
     """
     denoiser: Denoiser
     record: dict[str, Any] = {}
+    check_kind(source)
+    if source.is_dir() and not is_pipeline(source):
+        raise UserError(f"{source} is in msd's format already", hint=f"teacher.path={source}")
     if is_pipeline(source):
         denoiser, origin = _read_pipeline(source)
         if denoiser.reads_text:
@@ -99,8 +123,15 @@ def find_autoencoder(source: Path) -> Path | None:
     return folder
 
 
+@_brought()
 def inspect(source: Path) -> Denoiser:
-    """Return a teacher's denoiser on the meta device: all that can be is checked before its weights are needed."""
+    """Return a teacher's denoiser on the meta device: all that can be is checked before its weights are needed.
+
+    UserError for what is no teacher, from elsewhere or in the project's format.
+    """
+    check_kind(source)
+    if not is_foreign(source):
+        return load_model(source)[0].to("meta")
     if is_pipeline(source):
         return _read_pipeline(source)[0].to("meta")
     denoiser, description, _ = open_edm(source)
@@ -197,6 +228,7 @@ def text_identity(pipeline: Path, config: dict[str, Any]) -> str:
 
 def shape_of(path: Path) -> tuple[int, ...]:
     """Return the shape of what a teacher with a text encoder makes, without reading its weights."""
+    check_kind(path)
     if is_pipeline(path):
         section, _ = read_section(path)
         if section.reads_text:

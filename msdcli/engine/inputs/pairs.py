@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from msdcli.engine.distributed.cores import side_by_side, spare
 from msdcli.engine.inputs import stitches
 from msdcli.engine.inputs.dataset import version_of
 from msdcli.engine.tracking.events import Progress, Report
+from msdcli.engine.train.counting import forward_flops
 from msdcli.errors import LockedError
 from msdcli.noise import image_noise
 from msdcli.recipe import Recipe
@@ -32,12 +34,21 @@ from msdcli.rundir import RunDir, holder_of, key, lock, read_json, sweep_tempora
 from msdcli.seeds import derive, generator
 
 RECORD = "pairs.json"
+# What a look at the teacher may cost, by its many evaluations, before it is left out: some seconds of a CPU.
+LOOK_FLOPS = 2e12
 FORMAT = 2  # of pairs: another number where the code draws others from the same recipe
 
 
 def labels_for(data: Dataset, numbers: range) -> Tensor:
     """Return the classes of samples: those of the data's images in turn, so that classes are as frequent."""
     return data.labels(in_turn(data, numbers))
+
+
+def worth_a_look(teacher: Denoiser, evaluations: int, images: int) -> bool:
+    """Whether so many samples of the teacher, for a picture alone, are drawn here in some seconds."""
+    if next(teacher.parameters()).device.type != "cpu":
+        return True
+    return forward_flops(copy.deepcopy(teacher).to("meta")) * evaluations * images <= LOOK_FLOPS
 
 
 def sample_teacher(
@@ -158,6 +169,12 @@ class Pairs:
         parts = [load_tensors(path)[0] for path in made]
         y, c = torch.cat([p["y"] for p in parts]), torch.cat([p["c"] for p in parts])
         return [y[c == k][:per_class] for k in classes]
+
+    def draw(self, teacher: Denoiser, classes: list[int], per_class: int) -> list[Tensor]:
+        """Return `per_class` new samples of the teacher of each class, where there are no pairs to show."""
+        asked, numbers = torch.tensor(classes).repeat_interleave(per_class), range(len(classes) * per_class)
+        z, u = self.noise(numbers), self.uniform(numbers)
+        return list(self.sample(teacher, z, asked, u, numbers).split(per_class))
 
     def read(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return (z, y, c) from complete shards; the noise is derived again."""

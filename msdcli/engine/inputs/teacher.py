@@ -144,7 +144,7 @@ def on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> Denoise
 def _given_on_meta(path: Path, source: str | None) -> Denoiser:
     if not path.exists():
         raise MissingFileError(f"no model at {path}", hint=f"get it from {source}" if source else None)
-    return importing.inspect(path) if importing.is_foreign(path) else load_model(path)[0].to("meta")
+    return importing.inspect(path)
 
 
 def _guided(teacher: Denoiser, recipe: Recipe, guide: Denoiser | None) -> Denoiser:

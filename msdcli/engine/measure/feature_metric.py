@@ -73,7 +73,7 @@ def metric_of(
     if protocol == "data" and not recipe.has_measure:
         raise UserError(
             f"{'prompts have' if recipe.has_prompts else 'without data there is'} no classifier to measure by",
-            hint="--protocol clean (or clip), --reference PICTURES",
+            hint=f"msd fid {run.root} PICTURES --protocol clean (or clip)",
         )
     if len(data.shape) == 1:
         if protocol != "data" or options.reference:

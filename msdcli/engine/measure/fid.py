@@ -93,7 +93,7 @@ class EvaluationContext:
         largest = max(self.count, MAX_REFERENCE) if self.planar else MAX_REFERENCE
         numbers = in_turn(self.reference, range(min(len(self.reference), largest)))
         if not has_images(self.data):
-            raise UserError("there are no pictures to compare with", hint="--reference a folder of pictures")
+            raise UserError("there are no pictures to compare with", hint=f"msd fid {self.run.root} PICTURES")
         depends = fingerprint(self.reference), len(numbers)  # which images these are follows from how many
         return self._cached(lambda: features.of_data(self.reference, numbers, self.extractor), "data", *depends)
 

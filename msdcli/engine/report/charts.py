@@ -183,12 +183,14 @@ def _mark(label: str, who: str, line: dict[str, Any], colour: int | None) -> dic
     return {"who": who, "run": label, "hue": hue(colour) if own and colour is not None else INK, "values": values}
 
 
-# Who owns which class.
+# Who owns which class or prompt.
+
+MOST_CELLS = 10_000  # of a map: more are thinner than can be seen, and their names a large file
 
 
 def partition_map(facts: RunFacts) -> dict[str, Any] | None:
-    """Return the owner of every class, for a map of classes and students."""
-    if facts.partition is None:
+    """Return the owner of every class or prompt, for a map of them and students; None where they are too many."""
+    if facts.partition is None or len(facts.class_names) > MOST_CELLS:
         return None
     return {
         "id": _id(f"map-{facts.label}"),
@@ -196,4 +198,6 @@ def partition_map(facts: RunFacts) -> dict[str, Any] | None:
         "students": len(facts.partition.parts),
         "hues": [hue(k) for k in range(len(facts.partition.parts))],
         "names": facts.class_names,
+        "condition": facts.condition,
+        "conditions": facts.conditions,
     }

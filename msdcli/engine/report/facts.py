@@ -49,6 +49,20 @@ class RunFacts:
         return self.recipe.stages[-1].evaluations
 
     @property
+    def condition(self) -> str:
+        """What students divide among them, in the singular."""
+        return "prompt" if self.recipe.has_prompts else "class"
+
+    @property
+    def conditions(self) -> str:
+        return "prompts" if self.recipe.has_prompts else "classes"
+
+    @property
+    def measuring(self) -> str:
+        """The command that measures a run whose own data cannot."""
+        return f"msd fid {self.run.root} PICTURES --protocol clean"
+
+    @property
     def planar(self) -> bool:
         return len(self.record.get("shape", [0, 0, 0])) == 1
 
@@ -113,7 +127,7 @@ def _models(run: RunDir, recipe: Recipe, student: int) -> list[dict[str, Any]]:
 
 
 def _unfinished(facts: RunFacts) -> list[str]:
-    found = ["the classes are not divided yet"] if facts.partition is None else []
+    found = [f"the {facts.conditions} are not divided yet"] if facts.partition is None else []
     for student in facts.state["students"]:
         stage = next((s for s in student["stages"] if s["state"] != "done"), None)
         if stage is not None:
@@ -123,7 +137,7 @@ def _unfinished(facts: RunFacts) -> list[str]:
     if not facts.results and facts.recipe.has_measure:
         found.append("no measurement yet: msd distill makes one when all students are finished, msd fid any other")
     elif not facts.results:
-        found.append("no measurement: there are no real images; msd fid RUN PICTURES --protocol clean makes one")
+        found.append(f"no measurement: there are no real images; {facts.measuring} makes one")
     if not any(training.lines for training in facts.trainings):
         found.append("no losses were kept (metrics.jsonl)")
     return found

@@ -21,6 +21,7 @@ from msdcli.outputs import check_file
 from msdcli.rundir import write_text
 
 PAGE = Path(__file__).with_name("page")
+MOST_NAMES = 300  # of a student's classes or prompts
 PICTURE_BYTES = 2_600_000  # of all runs' pictures before base64: the file stays below 5 MB
 
 
@@ -121,14 +122,9 @@ def _tiles(facts: RunFacts) -> list[tuple[str, str, str]]:
         found.append(("training of the students", formatting.duration(total["seconds"]), note))
     done = sum(all(s["state"] == "done" for s in student["stages"]) for student in facts.state["students"])
     number = facts.recipe.partition.students
-    classes = len(facts.class_names)
-    found.append(
-        (
-            "students finished",
-            f"{done} of {number}",
-            f"{counted(classes, 'class', 'classes')} between them" if classes else "",
-        )
-    )
+    count = len(facts.class_names)
+    between = f"{counted(count, facts.condition, facts.conditions)} between them" if count else ""
+    found.append(("students finished", f"{done} of {number}", between))
     return found
 
 
@@ -159,17 +155,18 @@ def _result(facts: RunFacts, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parts(facts: RunFacts) -> list[dict[str, Any]]:
-    """Return every student's classes by name, and the size of its network."""
+    """Return every student's classes or prompts by name, the first of very many, and the size of its network."""
     if facts.partition is None:
         return []
     found = []
     for k, part in enumerate(facts.partition.parts):
         models = facts.students[k] if k < len(facts.students) else []
-        names = [group_name(f"class {c}", facts.class_names).removeprefix("class ") for c in part]
+        names = [group_name(f"class {c}", facts.class_names).removeprefix("class ") for c in part[:MOST_NAMES]]
         found.append(
             {
                 "student": k,
-                "classes": names,
+                "names": names,
+                "count": len(part),
                 "parameters": models[-1]["parameters"] if models else None,
                 "sha256": models[-1]["sha256"] if models else "",
             }

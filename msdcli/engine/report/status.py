@@ -14,6 +14,7 @@ from msdcli import records
 from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.tracking.history import METRICS, teacher_folder
 from msdcli.engine.tracking.presence import who_attends
+from msdcli.errors import UserError
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import StageSettings
 from msdcli.rundir import RunDir, holder_of, last_lines
@@ -59,9 +60,20 @@ def status(run: RunDir) -> dict[str, Any]:
         "shared": shared,
         "students": students,
         "metrics": [str(path) for path in run.results()],
+        "measured": {path.stem: _value(path) for path in run.results()},
         "done": complete,
         "resumable": not complete and not held,
     }
+
+
+def _value(path: Path) -> float | None:
+    """Return the students' figure of a measurement; None where the file is damaged, which is no matter of a state."""
+    with contextlib.suppress(UserError):
+        found = records.measurement(path)
+        for row in found["rows"]:
+            if (row["who"], row["group"]) == ("students", "whole"):
+                return float(row["values"][found["metric"]])
+    return None
 
 
 def _of_run(parts: list[dict[str, Any]], at_work: list[str], *, complete: bool) -> str:

@@ -62,11 +62,14 @@ def _what(facts: RunFacts) -> str:
     verb = "was" if number == 1 else "were"
     if done < number:
         verb = "is being" if number == 1 else "are being"
-    classes = f", {word(count)} {plural(count, 'class', 'classes')}" if count else ""
+    divided = f"{word(count)} {plural(count, facts.condition, facts.conditions)}" if count else ""
     kind = f"{word(facts.steps)}-step {plural(number, 'student')}"
     head = f"{word(number).capitalize()} {kind} {verb} distilled from one diffusion teacher"
-    of = "" if recipe.data.name == "none" else f" of {recipe.data.label}"
-    text = f"{head}{of}{classes}, by {stages}."
+    if recipe.has_prompts:
+        text = f"{head} on {divided or 'prompts'}, by {stages}."
+    else:
+        of = "" if recipe.data.name == "none" else f" of {recipe.data.label}"
+        text = f"{head}{of}{', ' if divided else ''}{divided}, by {stages}."
     if done < number:
         text += f" {word(done).capitalize()} of them {plural(done, 'is', 'are')} finished."
     return text + _sizes(facts)
@@ -209,7 +212,7 @@ def _worst(facts: RunFacts, result: dict[str, Any]) -> list[str]:
             for r in result["rows"]
             if r["who"] == "students" and r["group"].startswith(kind) and metric in r["values"]
         ]
-        if len(rows) < 2:
+        if len(rows) < 3:  # of two, the table says the same
             continue
         worst = max(rows, key=lambda r: r["values"][metric])
         if any(worst["values"] == other["values"] for other in told):

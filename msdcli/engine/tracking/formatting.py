@@ -43,11 +43,16 @@ def figure(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def three_digits(value: float) -> str:
+    """Return a number of 1 or more with three digits that count, and never as a power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
 def short(number: float) -> str:
     """Return 151281 as 151 k, 7.03e12 as 7.03 T."""
     for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= scale:
-            return f"{number / scale:.3g} {unit}"
+            return f"{three_digits(number / scale)} {unit}"
     return f"{number:.0f}"
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from msdcli.errors import UserError
+from msdcli.nets import strangers
 from msdcli.nets.pickle_machine import (
     DAMAGED,
     PROTO,
@@ -83,6 +84,8 @@ def read_pickle(path: Path | str) -> Pickle:
     """Read a checkpoint's pickle as records and containers. Raises UserError naming whatever it refuses."""
     path = Path(path)
     data = mapped(path)
+    if data[0] != PROTO and (found := strangers.of_file(path)) is not None:
+        raise UserError(f"{path} {found[0]}", hint=found[1])
     machine = Machine(data, NAMES)
     try:
         if data[0] != PROTO:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -70,13 +71,21 @@ def test_distilled_sampled_and_exported(place: Path, msd: Msd) -> None:
     done = msd("distill", "text.yaml")
     assert done.returncode == 0, done.stderr
     assert "41 prompts, 1 repeated rows, 1 empty rows" in done.stderr and "--prompt" in done.stdout
+    with Image.open(place / "runs/text/samples/grid.png") as grid:
+        assert grid.width > 11 * (8 * 8 + 2), (
+            "eight of the students', and some of the teacher's, though there are no pairs"
+        )
     state = json.loads(msd("status", "runs/text", "--json").stdout)
     assert state["done"]
     made = Partition.load(place / "runs/text/partition.json")
     assert sorted(map(len, made.parts)) == [20, 21]
     assert json.loads((place / "runs/text/run.json").read_text())["class_names"] == []
     reported = msd("report", "runs/text")
-    assert reported.returncode == 0 and prompts(40)[0] in (place / "runs/text/report.html").read_text(), reported.stderr
+    page = (place / "runs/text/report.html").read_text()
+    assert reported.returncode == 0 and prompts(40)[0] in page, reported.stderr
+    assert "41 prompts between them" in page and "Who owns which prompt" in page and "By prompt" in page
+    shown = re.sub(r"<style.*?</style>|<script.*?</script>|<[^>]+>", "", page.split('id="recipe"')[0], flags=re.S)
+    assert "class" not in shown
 
     trained = prompts(40)[0]
     shutil.move(place / "pipeline", place / "gone")  # the run has its own copy of all that it needs
@@ -104,7 +113,10 @@ def test_distilled_sampled_and_exported(place: Path, msd: Msd) -> None:
     assert torch.equal(bundle.sample(prompts=["a blue house", trained] * 2), again)
     with pytest.raises(UserError, match="were trained on are not in this folder"):
         bundle.sample([0])
-    code = (place / "given/README.md").read_text().split("```python")[1].split("```")[0]
+    card = (place / "given/README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card and "Every prompt belongs to one student" in card
+    assert "class" not in card.split("---", 2)[2]
+    code = card.split("```python")[1].split("```")[0]
     exec(code, scope := {})
     assert scope["images"].shape == (2, 3, 8, 8)
     done = msd("sample", "given", "--prompt", "the sea")

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from msdcli.engine.report import words as report_words
 from msdcli.engine.report.facts import load_runs
 from msdcli.engine.report.pictures import images, layout, spread
 from msdcli.engine.report.report import differences, render
+from msdcli.engine.tracking.formatting import short, three_digits
+from msdcli.partition import Partition
 from msdcli.recipe.data import DigitsSettings
 from tests.browser import CHROMIUM, Browser
 from tests.conftest import Msd
@@ -47,6 +50,7 @@ def watched(run: Path) -> None:
     lines = [
         {
             "metric": "l1_toy2d",
+            "protocol": "histograms",
             "students": {str(k): student | {"step": step, "value": 1.5 - step / 10 + k / 100} for k in range(2)},
             "whole": 1.4 - step / 10,
         }
@@ -231,6 +235,24 @@ def test_the_verdict_follows_the_intervals() -> None:
     assert "closer, by a factor of 2." in report_words.verdict(line(1, 0.9, 1.1), line(2, 1.9, 2.1), "fd")
     assert "overlap" in report_words.verdict(line(1, 0.5, 1.5), line(1.2, 1, 1.4), "fd")
     assert "farther, by a factor of 4 (no intervals" in report_words.verdict(line(4), line(1), "fd")
+
+
+def test_a_page_does_not_grow_with_the_prompts(finished: Path) -> None:
+    (facts,) = load_runs([finished])
+    many = Partition([list(range(0, 50_000, 2)), list(range(1, 50_000, 2))], 50_000, "quadrants")
+    page = render([replace(facts, class_names=[f"prompt {i:07d}" for i in range(50_000)], partition=many)], [None])
+    assert "and 24,700 more" in page and len(page) < 500_000
+
+
+def test_numbers_are_no_powers_of_ten() -> None:
+    assert [three_digits(v) for v in (0.0123, 9.996, 99.96, 3671, 1.5e6)] == [
+        "0.0123",
+        "10",
+        "100",
+        "3,671",
+        "1,500,000",
+    ]
+    assert (short(999_700), short(7.03e12)) == ("1,000 k", "7.03 T")
 
 
 def test_pictures_fit_their_budget_and_are_the_samples() -> None:

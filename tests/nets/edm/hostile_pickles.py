@@ -231,7 +231,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     ),
     # No pickle, or a broken one.
     "text": (b"hello\n", "protocol 2"),
-    "torch.save's zip": (b"PK\x03\x04" + bytes(100), "protocol 2"),
+    "torch.save's zip": (b"PK\x03\x04" + bytes(100), "torch.save"),
     "no STOP": (b"\x80\x04N", "truncated"),
     "STOP on an empty stack": (b"\x80\x04.", "damaged"),
     "POP on an empty stack": (program(b"0"), "damaged"),

@@ -164,13 +164,14 @@
       const useLog = log && low > 0;
       const pad = (high - low) * 0.05;
       if (!useLog) [low, high] = [low >= 0 && low < high * 0.3 ? 0 : low - pad, high + pad];
-      const X = scale(xs[0], xs.length > 1 ? xs[xs.length - 1] : xs[0] + 1, left, width - right, false);
+      const one = xs.length > 1 ? 0 : 1;  // a single step stands in the middle
+      const X = scale(xs[0] - one, xs[xs.length - 1] + one, left, width - right, false);
       const Y = scale(low, high, height - bottom, top, useLog);
       for (const t of useLog ? decades(low, high, 5) : ticks(low, high, 4)) {
         node("line", { class: "gridline", x1: left, x2: width - right, y1: Y(t), y2: Y(t) }, svg);
         node("text", { x: left - 6, y: Y(t) + 4, "text-anchor": "end" }, svg, short(t));
       }
-      if (xs.length > 1) for (const t of ticks(xs[0], xs[xs.length - 1], Math.max(2, Math.floor(width / 90)))) node("text", { x: X(t), y: height - bottom + 15, "text-anchor": "middle" }, svg, short(t));
+      for (const t of one ? xs : ticks(xs[0], xs[xs.length - 1], Math.max(2, Math.floor(width / 90)))) node("text", { x: X(t), y: height - bottom + 15, "text-anchor": "middle" }, svg, short(t));
       node("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }, svg);
       node("text", { x: width - right, y: height - 3, "text-anchor": "end" }, svg, chart.x);
       for (const s of lines) {
@@ -316,17 +317,17 @@
       }
       const marks = count > 1 ? ticks(0, count - 1, Math.max(2, Math.floor((width - left) / 70))).filter(Number.isInteger) : [0];
       for (const t of marks) node("text", { x: left + (t + 0.5) * size, y: height - 15, "text-anchor": "middle" }, svg, String(t));
-      node("text", { x: width - 4, y: height - 1, "text-anchor": "end" }, svg, "class");
+      node("text", { x: width - 4, y: height - 1, "text-anchor": "end" }, svg, chart.condition);
       const mark = node("rect", { class: "cell on", fill: "none", style: "fill: none", visibility: "hidden", rx: 2 }, svg);
 
       function show(i) {
         const k = chart.owner[i], wide = Math.max(size, 3);
         for (const [key, v] of Object.entries({ x: left + (i + 0.5) * size - wide / 2, y: k * step, width: wide, height: step, visibility: "visible" })) mark.setAttribute(key, v);
         const name = chart.names[i] === String(i) ? "" : chart.names[i];
-        return shown.show(left + i * size, (k + 1) * step + 4, `class ${i}`, [...(name ? [[undefined, name, ""]] : []), [chart.hues[k], `student ${k}`, ""]]);
+        return shown.show(left + i * size, (k + 1) * step + 4, `${chart.condition} ${i}`, [...(name ? [[undefined, name, ""]] : []), [chart.hues[k], `student ${k}`, ""]]);
       }
       const hide = () => { mark.setAttribute("visibility", "hidden"); shown.hide(); };
-      const label = `${count} classes, ${chart.students} students`;
+      const label = `${count} ${chart.conditions}, ${chart.students} students`;
       walkable(svg, label, state, () => count, show, hide);
       svg.addEventListener("pointermove", (event) => {
         const i = Math.floor((event.clientX - svg.getBoundingClientRect().left - left) / size);
