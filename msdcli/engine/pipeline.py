@@ -136,6 +136,8 @@ def distill(
         if group.is_leader and not worker:
             judge(training, report)
         group.broadcast(None)
+        told = silent if worker else report  # once the teacher is fit: a run that has students has begun
+        group.leader_first(lambda: keeping.keep(training.run, recipe, training.partition, training.teacher, told))
         alone = worker or student is not None or group.size > 1
         num_workers = 1 if alone else device.num_workers(recipe, training.device)
         if num_workers > 1 and training.unfinished(everyone):
@@ -242,8 +244,6 @@ def prepare(
         resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report, seen))
         resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
     parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen, on, told))
-    if students:
-        group.leader_first(lambda: keeping.keep(run, recipe, parts, frozen, told))
     return TrainingRun(run, resolved, seen, frozen, Pairs(run, recipe, seen, teacher_hash), parts, on, group)
 
 
