@@ -23,6 +23,13 @@ MAX_DEPTH = 32
 MAX_VALUES = 50_000  # keys, values and lists: PyYAML reads some ten thousand in a second
 MAX_DIGITS = 400  # more than any float has
 MAX_SHOWN = 20  # mistakes
+TINY = 1e-20  # a least value below this stands for 0 itself, which is excluded
+_BOUNDS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # categories of letters that steer instead of being shown
 
 Path_ = tuple[str | int, ...]
@@ -238,6 +245,8 @@ def explain(document: Document, model: type[BaseModel], error: dict[str, Any]) -
         said = f"is {value}, not one of {', '.join(allowed)}"
     elif kind == "value_error":
         said = str(context["error"])
+    elif kind in _BOUNDS:
+        said = f"is {value}, and must be {_bound(*_BOUNDS[kind], context)}"
     else:
         said = f"is {value}: {error['msg'][0].lower()}{error['msg'][1:]}"
     tried = str(path[-1]) if kind == "extra_forbidden" and path else value.strip("'\"")
@@ -245,6 +254,15 @@ def explain(document: Document, model: type[BaseModel], error: dict[str, Any]) -
     if kind == "extra_forbidden" and not near and allowed:
         said += f" (there are {', '.join(allowed)})"
     return f"  {document.where(path)}: {dotted}: {said}" + (f"; did you mean `{near}`?" if near else "")
+
+
+def _bound(short: str, words: str, context: dict[str, Any]) -> str:
+    """Say a bound as people write it: 1e-30, the least that is not nothing, is `above 0`."""
+    value = context[short]
+    if short == "ge" and 0 < value <= TINY:
+        return "above 0"
+    text = f"{value:,}" if isinstance(value, int) and abs(value) < 1e9 else f"{value:g}"
+    return f"{words} {re.sub(r'e([+-])0*', lambda m: 'e' + m[1].strip('+'), text)}"
 
 
 def nearest(word: str, among: list[str]) -> str | None:

@@ -359,3 +359,19 @@ def test_an_idle_key_that_was_said_is_printed() -> None:
     stage = applicable(recipe)["stages"][0]
     assert stage["weight_decay"] == 0.1 and "pair_weight" not in stage
     assert "weight_decay" not in applicable(load("digits"))["stages"][0]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stages.0.lr=0", "stages.0.lr: is 0, and must be above 0"),
+        ("stages.0.lr=1e40", "is 1e+40, and must be at most 1e30"),
+        ("teacher.sigma_data=0", "is 0, and must be at least 1e-6"),
+        ("stages.0.betas=[0.5,1]", "is 1, and must be below 1"),
+        ("evaluation.samples=1000000000", "must be at most 100,000,000"),
+    ],
+)
+def test_bounds_are_said_as_people_write_them(override: str, said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        load("digits", [override])
+    assert said in str(refused.value)

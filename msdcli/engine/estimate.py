@@ -17,7 +17,7 @@ from msdcli.diffusion.guidance import Guided, unguided
 from msdcli.diffusion.sampler import evaluated_levels
 from msdcli.diffusion.stitch import Stitch
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
-from msdcli.engine.tracking.formatting import counted
+from msdcli.engine.tracking.formatting import counted, size
 from msdcli.engine.train.counting import (
     DEVICE,
     PEAK_FLOPS,
@@ -90,8 +90,9 @@ def estimate(
     ) is not teacher:
         student, teacher = small, other
     forward_student, sampling = forward_flops(student), sampling_flops(recipe.teacher.solver, teacher, stitch)
-    samples = recipe.evaluation.samples
     teaching = _teacher_costs(recipe, teacher)
+    # Where a run measures nothing, nothing is drawn to be measured.
+    samples = recipe.evaluation.samples if recipe.has_measure else 0
     more = max(0, samples - (recipe.pairs.count if recipe.needs_pairs else 0))
     return Estimate(
         teacher_flops=sum(stage.flops for stage in teaching)
@@ -227,9 +228,8 @@ def lines(cost: Estimate) -> Sequence[str]:
     wide = max(len(what) for what, flops in rows if flops)
     told = [f"{what:<{wide}} {flops:9.3g} FLOP{_hours(flops)}" for what, flops in rows if flops]
     memory = [
-        f"{stage.objective:<{wide}} {stage.peak_bytes / 2**30:9.3g} GiB "
-        f"({stage.state_bytes / 2**30:.3g} networks and optimizers, {stage.turn_bytes / 2**30:.3g} gradients and "
-        "activations)"
+        f"{stage.objective:<{wide}} {size(stage.peak_bytes):>13} "
+        f"({size(stage.state_bytes)} networks and optimizers, {size(stage.turn_bytes)} gradients and activations)"
         for stage in cost.stages
     ]
     hours = f"; hours at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:g} TFLOP/s ({DEVICE})" if _hours(cost.flops) else ""

@@ -19,7 +19,7 @@ from msdcli.engine import estimate, search
 from msdcli.engine.inputs import hub, stitches
 from msdcli.engine.pipeline import check, networks_on_meta
 from msdcli.engine.timing import Timing, timing
-from msdcli.engine.tracking.formatting import counted
+from msdcli.engine.tracking.formatting import counted, size
 from msdcli.engine.train.counting import DEVICE, num_parameters
 from msdcli.engine.train.student import new_network
 from msdcli.nets.meta import on_meta
@@ -53,14 +53,14 @@ class Plan:
     def lines(self) -> list[str]:
         """Return the plan for people."""
         recipe = self.recipe
-        steps = " -> ".join(f"{s.objective} ({counted(s.steps, 'step')} of {s.batch})" for s in recipe.stages)
+        steps = " -> ".join(f"{s.objective} ({counted(s.steps, 'step')} of {s.batch:,})" for s in recipe.stages)
         conditions = counted(self.conditions, *(("prompt",) if recipe.has_prompts else ("class", "classes")))
         made = f"{recipe.data.label}, {counted(self.images, 'image' if self.has_images else 'row')} of "
         made += f"{list(self.shape)} in {conditions}"
         made += " to train on" if self.pictures is not None and self.pictures.held_out else ""
         if recipe.data.name == "none":
             made = f"none: {conditions} of {list(self.shape)}, which are the teacher's"
-        embeddings = f"prompts:   {self.embedding_bytes / 2**30:,.3g} GiB of embeddings"
+        embeddings = f"prompts:   {size(self.embedding_bytes)} of embeddings"
         return [
             f"data:      {made}",
             *(f"           {line}" for line in ([] if self.pictures is None else self.pictures.lines())),

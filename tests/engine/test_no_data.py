@@ -29,6 +29,9 @@ def test_a_teacher_is_distilled_without_data(finished: Path, msd: Msd, tmp_path:
     (tmp_path / "bare.yaml").write_text(RECIPE.format(teacher=finished / "teacher"))
     planned = msd("distill", "bare.yaml", "--dry-run")
     assert planned.returncode == 0 and "data:      none: 8 classes of [2], which are the teacher's" in planned.stdout
+    assert "evaluation " not in planned.stdout and "GiB" not in planned.stdout, "nothing is measured; KiB are said so"
+    flops = json.loads(msd("distill", "bare.yaml", "--dry-run", "--json").stdout)["flops"]
+    assert flops["evaluation"] == 0 and flops["all"] == flops["pairs"] + 2 * flops["student"]
     done = msd("distill", "bare.yaml")
     assert done.returncode == 0, done.stderr
     assert "no distance: there are no real images" in done.stdout and "msd fid runs/bare PICTURES" in done.stdout

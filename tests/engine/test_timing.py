@@ -69,5 +69,5 @@ def test_rows_of_costs_stand_in_columns() -> None:
     stages = [estimate.StageCost(name, 1e12, 2**20, 2**20) for name in ("dm", "progressive")]
     lines = estimate.lines(estimate.Estimate(1e20, 1e11, stages, 1e10, students=12345))
     ends = {line.index(" FLOP") for line in lines if "FLOP  " in line or line.endswith("FLOP")}
-    assert len(ends) == 1 and len({line.index(" GiB (") for line in lines if " GiB (" in line}) == 1
+    assert len(ends) == 1 and len({line.index(" MiB (") for line in lines if " MiB (" in line}) == 1
     assert "device-hours" in lines[1] and not lines[2].endswith("device-hours"), "no hours that are none"

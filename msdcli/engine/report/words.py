@@ -57,7 +57,7 @@ def closing(run: RunDir) -> list[str]:
 def _what(facts: RunFacts) -> str:
     recipe, count = facts.recipe, len(facts.class_names)
     number = recipe.partition.students
-    stages = " then ".join(f"{s.objective} ({counted(s.steps, 'step')} of {s.batch})" for s in recipe.stages)
+    stages = " then ".join(f"{s.objective} ({counted(s.steps, 'step')} of {s.batch:,})" for s in recipe.stages)
     done = sum(all(s["state"] == "done" for s in student["stages"]) for student in facts.state["students"])
     verb = "was" if number == 1 else "were"
     if done < number:

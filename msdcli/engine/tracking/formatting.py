@@ -63,8 +63,10 @@ def flop(number: float) -> str:
 
 
 def size(number: float) -> str:
-    """Return bytes as MiB or GiB."""
-    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+    """Return bytes as KiB, MiB or GiB."""
+    if number >= 2**30:
+        return f"{number / 2**30:,.2f} GiB"
+    return f"{number / 2**20:.0f} MiB" if number >= 2**20 else f"{number / 2**10:.0f} KiB"
 
 
 def duration(seconds: float) -> str:
