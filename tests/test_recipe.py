@@ -19,6 +19,7 @@ from msdcli.errors import UserError
 from msdcli.recipe import Recipe, load, shipped, validate
 from msdcli.recipe.applies import applicable
 from msdcli.recipe.changes import differences
+from msdcli.recipe.stages import DmSettings
 from msdcli.recipe_yaml import Document
 from tests.conftest import ROOT, TINY, Msd
 
@@ -375,3 +376,17 @@ def test_bounds_are_said_as_people_write_them(override: str, said: str) -> None:
     with pytest.raises(UserError) as refused:
         load("digits", [override])
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (60, 1), (1600, 32), (20_000, 100)])
+def test_a_stage_writes_about_fifty_lines_and_a_long_one_one_in_a_hundred_steps(steps: int, every: int) -> None:
+    stage = DmSettings(steps=steps)
+    assert stage.steps_per_line == every and DmSettings(steps=steps, log_every=7).steps_per_line == 7
+    assert stage.keyed() == DmSettings(steps=steps, log_every=20).keyed() != stage.model_dump(mode="json")
+
+
+def test_a_run_goes_on_with_lines_as_often_as_one_likes() -> None:
+    old, new = read(TINY, "stages.0.log_every=20").dump(), read(TINY, "stages.0.log_every=auto").dump()
+    more = new | {"stages": [*new["stages"], new["stages"][0]]}
+    assert differences(old, new) == differences(old, more) == []
+    assert differences(old, read(TINY, "stages.0.lr=0.5").dump()) == ["stages.0.lr"]

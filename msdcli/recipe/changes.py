@@ -18,14 +18,19 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """
     before, after = old["stages"], new["stages"]
     if len(after) > len(before):
-        return (
-            differences(old, new | {"stages": after[: len(before)]}) if before == after[: len(before)] else ["stages"]
-        )
-    found = [key for key in differing(old, new) if key.split(".")[0] not in FREE_KEYS]
+        begun = after[: len(before)]
+        return differences(old, new | {"stages": begun}) if not _bound(before, begun) else ["stages"]
+    found = _bound(old, new)
     last = f"stages.{len(after) - 1}.steps"
     if last in found and len(before) == len(after) and value_at(new, last) > value_at(old, last):
         found.remove(last)
     return found
+
+
+def _bound(old: Any, new: Any) -> list[str]:
+    """Return the dotted keys in which two trees differ, without those that may change."""
+    found = (key.split(".") for key in differing(old, new))
+    return [".".join(words) for words in found if words[0] not in FREE_KEYS and words[-1] != "log_every"]
 
 
 def differing(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -34,7 +34,20 @@ class StageSettings(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.99, description="decay of the average that samples are drawn from"
     )
-    log_every: Steps = Field(20, description="steps between two lines of metrics.jsonl")
+    log_every: Steps | Literal["auto"] = Field(
+        "auto", description="steps between two lines of metrics.jsonl; auto: 50 a stage, one in 100 steps at least"
+    )
+
+    @property
+    def steps_per_line(self) -> int:
+        """Steps between two lines of the log: a short stage has a curve, and a long one can be watched."""
+        return min(max(self.steps // 50, 1), 100) if self.log_every == "auto" else self.log_every
+
+    def keyed(self) -> dict[str, Any]:
+        """Return the stage as plain data, for the keys of what is made by it. `auto` is the 20 there that was once the
+        default: how often a line is written moves no weight.
+        """
+        return self.model_dump(mode="json") | ({"log_every": 20} if self.log_every == "auto" else {})
 
     @property
     def needs_images(self) -> bool:

@@ -262,7 +262,7 @@ def teacher_key(recipe: Recipe, data: Dataset, settled: str = "float32") -> str:
     """
     low = [] if settled == "float32" else [settled]
     after = {"path", "source", "latent", "stages", "solver", "guidance", "stitch"}
-    section = recipe.teacher.model_dump(mode="json", exclude=after)
+    section = recipe.teacher.model_dump(mode="json", exclude=after) | {"training": recipe.teacher.training.keyed()}
     mirrored = ["mirror"] if recipe.data.mirrors else []
     return key("teacher", FORMAT, fingerprint(data), section, recipe.threads, *mirrored, *low)
 

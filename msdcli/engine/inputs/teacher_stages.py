@@ -66,7 +66,7 @@ def refine(
 def has_been_through(folder: Path, stages: Sequence[DdoSettings]) -> bool:
     """Whether the teacher in a folder has been through these stages."""
     done = records.model(folder / MODEL).get(DONE, []) if is_complete(folder) else []
-    return bool(done == [stage.model_dump(mode="json") for stage in stages])
+    return bool(done == [stage.keyed() for stage in stages])
 
 
 def _after(
@@ -83,7 +83,7 @@ def _after(
     reference, description = load_model(before)
     said = predicts(description)
     sampled = [settings.solver.record(), recipe.pairs.count, recipe.pairs.seed, recipe.pairs.shard]
-    asked = [stage.model_dump(mode="json"), settings.seed, recipe.threads, number, recipe.data.mirrors]
+    asked = [stage.keyed(), settings.seed, recipe.threads, number, recipe.data.mirrors]
     folder = run.shared / f"teacher-{key(stage.objective, FORMAT, said, fingerprint(data), sampled, asked)}"
     what = f"teacher {stage.objective}"
     with group.while_leader_holds(lambda: lock(folder, "the teacher", wait=report)):
@@ -98,7 +98,7 @@ def _after(
         objective = objective_class(stage.objective)(stage, network, reference)
         options, seeds = TrainOptions.of(recipe, group), ("teacher", settings.seed, number)
         state = train(objective, stage, source, folder, key=seeds, what=what, options=options, report=report)
-        done = [s.model_dump(mode="json") for s in settings.stages[: number + 1]]
+        done = [s.keyed() for s in settings.stages[: number + 1]]
         save(folder, state, {"steps": stage.steps, DONE: done}, device, group)
     return folder
 

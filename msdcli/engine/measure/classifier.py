@@ -120,7 +120,7 @@ def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, re
     # It depends on the data (their shape and classes make the network), TRAINING, the seeds, which are fixed, and the
     # code (FORMAT). Threads and device move last bits that training amplifies: figures name the weights' hash.
     content = fingerprint(data)
-    folder = run.shared / f"classifier-{key('classifier', FORMAT, content, TRAINING.model_dump(mode='json'))}"
+    folder = run.shared / f"classifier-{key('classifier', FORMAT, content, TRAINING.keyed())}"
     weights = folder / WEIGHTS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -39,7 +39,7 @@ class TurnRecord:
 
 
 class TrainLog:
-    """metrics.jsonl and the cost; everything stays on the device and is read once per `log_every` steps."""
+    """metrics.jsonl and the cost; everything stays on the device and is read once per `steps_per_line` steps."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class TrainLog:
         skipped.
         """
         self._count(flops, 0.0 if evaluation is None else evaluation.seconds)
-        if self.state.step % self.stage.log_every and self.state.step != self.stage.steps and evaluation is None:
+        if self.state.step % self.stage.steps_per_line and self.state.step != self.stage.steps and evaluation is None:
             self._tell_between()
             return
         turns = self._read()

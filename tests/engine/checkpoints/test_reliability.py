@@ -251,7 +251,7 @@ def test_a_signal_before_training_ends_the_command_as_well(tiny: Path) -> None:
         process = subprocess.Popen(
             command("distill", "tiny.yaml"), cwd=tiny.parent, env=environment(), stderr=subprocess.PIPE, text=True
         )
-        assert process.stderr is not None and "waiting for the run directory" in process.stderr.readline()
+        assert process.stderr is not None and any("waiting for the run directory" in line for line in process.stderr)
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 75
