@@ -162,7 +162,8 @@ def fid(
     _known(options, FidOptions.__dataclass_fields__, "fid")
     if options.get("weights") is not None:
         options["weights"] = Path(options["weights"])
-    options["groups"] = tuple(options.get("groups", ()))
+    groups = options.get("groups", ())
+    options["groups"] = (groups,) if isinstance(groups, str) else tuple(groups)
     chosen = FidOptions(reference=None if reference is None else str(reference), **options)
     path = Path(images)
     with _reporting(report) as tell:
@@ -217,9 +218,15 @@ def report(*runs: Source, out: Source | None = None, pictures: bool = True) -> P
 
 
 def plot(
-    kind: Literal["toy", "curves", "table"], *runs: Source, out: Source | None = None, health: bool = False
+    kind: Literal["toy", "curves", "table", "frontier"],
+    *runs: Source,
+    out: Source | None = None,
+    health: bool = False,
 ) -> Path:
-    """Draw a figure of runs for a paper, as `msd plot` does; return its path, KIND.pdf in the first run if absent."""
+    """Draw a figure of runs for a paper, as `msd plot` does; return its path, KIND.pdf in the first run if absent.
+
+    The frontier is a sweep's: of its folder.
+    """
     from msdcli.engine.report.plot import plot as engine
 
     roots = _roots(runs, "plot")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import math
 import re
@@ -144,8 +146,8 @@ def _cell(text: str, whole: int | None) -> Text | str:
 
 
 class Monitor:
-    """Shows the engine's reports: live lines on a terminal, else a plain line now and then, with the time since the
-    start, and only where there is something new.
+    """Shows the engine's reports: live lines on a terminal and in a notebook, else a plain line now and then, with the
+    time since the start, and only where there is something new.
     """
 
     def __init__(self, *, quiet: bool = False, every: float = 5.0) -> None:
@@ -159,8 +161,8 @@ class Monitor:
         self._total_told = -math.inf
 
     def __enter__(self) -> Monitor:
-        if err.is_terminal and not self.quiet:
-            self._live = _Bars()
+        if (err.is_terminal or err.is_jupyter) and not self.quiet:
+            self._live = _NotebookBars() if err.is_jupyter else _Bars()
             self._live.start()
             events.answering.append(self._live.answer)
         return self
@@ -177,7 +179,7 @@ class Monitor:
         if self.quiet:
             return
         if isinstance(event, str):
-            tell(event if self._live else f"{self._elapsed()} {event}")
+            self._live.tell(event) if self._live else tell(f"{self._elapsed()} {event}")
         elif self._live:
             self._show(self._live, event)
         else:
@@ -241,11 +243,86 @@ class _Bars(Progress):
         """Show a word at the next redrawing: takes no lock, since whoever holds it may have been interrupted."""
         self.said = text
 
+    def tell(self, text: str) -> None:
+        """Print a sentence above the lines."""
+        tell(text)
+
+    def room(self) -> int:
+        """Return how many lines are shown."""
+        return max(3, err.height - 4)
+
     def get_renderables(self) -> Iterable[RenderableType]:
-        tasks, room = self.tasks, max(3, err.height - 4)
+        tasks, room = self.tasks, self.room()
         hidden = [task.id for task in tasks if task.finished][: max(0, len(tasks) - room)]
         yield self.make_tasks_table([task for task in tasks if task.id not in hidden])
         yield from (Text(line) for line in (self.total, self.said) if line)
+
+
+class _NotebookBars(_Bars):
+    """The live lines in a notebook: one output of the cell, which is replaced a few times a second; sentences stand
+    above the bars in it. rich alone needs ipywidgets for that, and prints a block a line.
+    """
+
+    PAUSE = 0.25  # seconds between two drawings
+    SENTENCES, BARS = 12, 6  # the last ones, so that a cell's output stays short
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+        self._output: Any = None  # what replaces the output, once there is one
+        self._drawn = -math.inf
+        super().__init__()
+
+    def start(self) -> None:
+        """Nothing is shown before there is something to show, and no thread draws."""
+
+    def stop(self) -> None:
+        """Draw how it ended."""
+        self._draw()
+
+    def room(self) -> int:
+        return self.BARS
+
+    def tell(self, text: str) -> None:
+        self.sentences.append(plain(text))
+        self._draw()
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        self.refresh()
+
+    def refresh(self) -> None:
+        if time.monotonic() - self._drawn >= self.PAUSE:
+            self._draw()
+
+    def _draw(self) -> None:
+        if not self.tasks and not self.sentences:
+            return
+        self._drawn = time.monotonic()
+        paper = Console(
+            file=io.StringIO(),
+            record=True,
+            width=110,
+            color_system="truecolor",
+            force_terminal=True,
+            force_jupyter=False,
+        )
+        paper.print(
+            *(Text(line) for line in self.sentences[-self.SENTENCES :]), sep="\n", end="\n" * bool(self.sentences)
+        )
+        paper.print(*self.get_renderables(), sep="\n")
+        shown = {
+            "text/plain": paper.export_text(clear=False),
+            "text/html": paper.export_html(inline_styles=True, code_format=_CELL),
+        }
+        if self._output is None:
+            display = importlib.import_module("IPython.display").display
+            self._output = display(shown, raw=True, display_id=True)
+        else:
+            self._output.update(shown, raw=True)
+
+
+# As rich's own form for notebooks, in the colours of the page.
+_CELL = '<pre style="white-space: pre; overflow-x: auto; line-height: normal; font-family: monospace">{code}</pre>'
 
 
 class _TimeColumn(ProgressColumn):

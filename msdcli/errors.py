@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 
@@ -11,13 +13,16 @@ class UserError(Exception):
     """Something the user can fix.
 
     `message` names the value that is wrong and what is allowed; `hint` is the next command or the nearest name.
-    The command line prints both on stderr and exits with code 2.
+    The command line prints both on stderr and exits with code 2. In Python the hint is a note of the exception, in
+    Python's words.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"try: {in_python(hint)}")
 
 
 class WrongValueError(UserError, ValueError):
@@ -57,6 +62,42 @@ class MismatchError(Exception):
 
 class WorkerError(Exception):
     """A worker process failed for no reason that the user gave; carries what it printed."""
+
+
+# A command with all its words, which stays what it is, or an option outside of one, with its value if that follows.
+_OPTION = re.compile(
+    r"\b(?:msd|pip|git|hf) [^,;()]*|--(?P<name>[a-z][a-z-]*)"
+    r"""(?: (?!or\b|and\b)(?P<value>(?:'[^']*'|"[^"]*"|,(?=\S)|[^\s,;()'"\\])+))?"""
+)
+_LISTS = {"group": "groups", "prompt": "prompts"}  # options that are said more than once, and what they are in Python
+
+
+def in_python(hint: str) -> str:
+    """Return a hint whose options are keywords: `--out given.pdf` is `out="given.pdf"`; commands stay.
+
+    For that a word follows an option only where it is its value: "a new file with --out".
+    """
+
+    def keyword(found: re.Match[str]) -> str:
+        if found["name"] is None:
+            return found[0]
+        name = found["name"].replace("-", "_")
+        given = found["value"] or ""
+        said = given.rstrip(".")
+        if not said:
+            return "aot=True" if name == "aot" else f"`{_LISTS.get(name, name)}`"
+        value = _literal(shlex.split(said)[0])
+        if name == "classes":
+            value = f"[{', '.join(map(_literal, said.split(',')))}]"
+        elif name in _LISTS:
+            name, value = _LISTS[name], f"[{value}]"
+        return f"{name}={value}{given[len(said) :]}"
+
+    return _OPTION.sub(keyword, hint)
+
+
+def _literal(text: str) -> str:
+    return text if text.isdecimal() else json.dumps(text, ensure_ascii=False)
 
 
 # 75 is EX_TEMPFAIL of sysexits.h: try again later. 141 is what a shell says of a program that SIGPIPE ended.

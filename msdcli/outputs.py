@@ -10,12 +10,13 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from msdcli.errors import UserError
+from msdcli.errors import UserError, WrongValueError
 from msdcli.rundir import building, file_hash, key, place_beside, write_json
 
 MARK = "msd"
@@ -45,20 +46,25 @@ FILES, CHECK = "files", "check"  # of a folder's record: its files by hash, and 
 
 
 def check_file(path: Path, kind: str) -> None:
-    """Raise UserError unless `path` is free, or a file of this kind (its suffix) that msd wrote."""
+    """Raise UserError unless `path` ends in this kind (a suffix) and is free, or such a file that msd wrote."""
     if path.is_dir():
-        raise UserError(f"{path} is a folder", hint=f"--out {path / ('out' + kind)}")
+        raise UserError(f"{path} is a folder", hint=f"--out {shlex.quote(str(path / ('out' + kind)))}")
     if os.path.lexists(path) and not path.is_file():
-        raise UserError(f"{path} is no ordinary file: nothing was written", hint="--out names a new file")
+        raise UserError(f"{path} is no ordinary file: nothing was written", hint="a new file with --out")
     if (run := _run_around(path)) is not None and path.suffix.lower() != kind:
         raise UserError(
             f"{path} would be a file among the records of {run} and is none of them: nothing was written",
-            hint=f"--out names a file that ends in {kind}, or another folder",
+            hint=f"a file that ends in {kind}, or another folder, with --out",
+        )
+    if path.suffix.lower() != kind:
+        raise WrongValueError(
+            f"{path} does not end in {kind}, as what is written does: nothing was written",
+            hint=f"--out {shlex.quote(str(path.with_name((path.stem or path.name) + kind)))}",
         )
     if path.is_file() and not _is_ours(path, kind):
         raise UserError(
             f"{path} exists and is no {kind[1:]} file that msd wrote: nothing was written",
-            hint="--out names a new file",
+            hint="a new file with --out",
         )
 
 
@@ -168,7 +174,7 @@ def check_folder(folder: Path, what: str) -> dict[str, str]:
     if own is None:
         raise UserError(
             f"{folder} exists and is no {what} that lists its files: nothing was written",
-            hint="--out another folder; what an earlier version wrote is yours to remove",
+            hint="another folder with --out; what an earlier version wrote is yours to remove",
         )
     check_unchanged(folder, own)
     return own

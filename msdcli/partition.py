@@ -49,6 +49,10 @@ class Partition:
         if empty := [k for k, part in enumerate(self.parts) if not part]:
             raise UserError(f"partition: student {_listed(empty)} has no condition")
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(str(len(part)) for part in self.parts[:10]) + (", ..." if len(self.parts) > 10 else "")
+        return f"Partition({len(self.parts)} students by {self.method}: {sizes} of {self.num_conditions} conditions)"
+
     @functools.cached_property
     def owner(self) -> list[int]:
         """The student of each condition."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
+import inspect
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,17 @@ import torch
 import msdcli
 from msdcli.diffusion.denoiser import Denoiser, one_step
 from msdcli.diffusion.draws import Batch
-from msdcli.errors import UserError
+from msdcli.engine.export.format import ExportOptions
+from msdcli.engine.measure.feature_metric import FidOptions
+from msdcli.engine.measure.rows import Measurement, Row
+from msdcli.engine.pipeline import DistillResult
+from msdcli.engine.sample import Students
+from msdcli.errors import UserError, in_python
 from msdcli.objectives import dm, edm
 from msdcli.objectives.consistency import cd
 from msdcli.recipe import load, load_any
 from msdcli.recipe.stages import CdSettings, EdmSettings
+from msdcli.rundir import RunDir
 from tests.conftest import Msd
 
 
@@ -133,3 +143,74 @@ def test_losses_learn_in_somebody_elses_loop() -> None:
         y = one_step(student, torch.randn(400, 2), settings.sigma_init, c)
     centres = torch.stack([c % 2, c // 2], dim=1) - 0.5
     assert ((y - centres).abs().max(dim=1).values < 0.5).float().mean() > 0.9
+
+
+def test_hints_are_notes_in_pythons_words(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        msdcli.load(finished).sample(prompts=["a fox"])
+    assert refused.value.__notes__ == ["try: classes=[3, 7]"]
+    with pytest.raises(ValueError, match=r"does not end in \.html") as named:
+        msdcli.report(finished, out=tmp_path / "r.txt")
+    assert named.value.__notes__ == [f'try: out="{tmp_path}/r.html"'] and not any(tmp_path.iterdir())
+    for hint, said in (
+        ("--format torch --aot", 'format="torch" aot=True'),
+        ("a new file with --out; or --steps 4.", "a new file with `out`; or steps=4."),
+        ("msd fid a --per-class, or --group 'my set=0,2'", 'msd fid a --per-class, or groups=["my set=0,2"]'),
+        ("--prompt or --seed", "`prompts` or `seed`"),
+    ):
+        assert in_python(hint) == said
+
+
+def test_every_hint_is_one_in_python_too() -> None:
+    """An option in a hint is followed by its value or by no word, and is a keyword of a function here."""
+    functions = (msdcli.sample, msdcli.load, msdcli.report, msdcli.import_teacher, msdcli.export, Students.sample)
+    known = {name for function in functions for name in inspect.signature(function).parameters}
+    known |= {*FidOptions.__dataclass_fields__, *ExportOptions.__dataclass_fields__}
+    known |= {"to", "nproc_per_node"}  # of `msd push` and of torchrun, which no function is
+    found = []
+    for path in (Path(msdcli.__file__).parent).rglob("*.py"):
+        if "cli" in path.parts[path.parts.index("msdcli") + 1 :]:
+            continue
+        for keyword in ast.walk(ast.parse(path.read_text())):
+            if isinstance(keyword, ast.keyword) and keyword.arg == "hint":
+                found += [(path.name, text) for text in _texts(keyword.value) if "--" in text]
+    assert len(found) > 25
+    for where, text in found:
+        said = re.sub(r"\bmsd [^,;()]*", "", in_python(text))
+        names = re.findall(r"(\w+)=|`(\w+)`", re.sub(r"\"[^\"]*\"", "...", said))
+        assert names or "msd " in text, (where, text)
+        assert "--" not in said and {a or b for a, b in names} <= known, (where, text, said)
+        values = re.findall(r'="([^"]*)"', said)
+        assert not {"names", "another", "of", "if", "takes", "where", "has"} & set(values), (where, text, said)
+
+
+def _texts(node: ast.expr) -> Iterator[str]:
+    """Yield the texts of an expression; what is filled in is a word."""
+    if isinstance(node, ast.JoinedStr):
+        yield "".join(part.value if isinstance(part, ast.Constant) else "WORD" for part in node.values)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        yield node.value
+    else:
+        for inner in ast.iter_child_nodes(node):
+            if isinstance(inner, ast.expr):
+                yield from _texts(inner)
+
+
+def test_what_does_not_exist_is_refused_at_once(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="figure 'curvs' does not exist: there are toy, curves, table, frontier"):
+        msdcli.plot("curvs", finished, out=tmp_path / "a.pdf")
+    with pytest.raises(ValueError, match="figures are"):
+        msdcli.plot("curves", finished, out=tmp_path / "a.txt")
+    for steps in (7, 0):
+        with pytest.raises(ValueError, match=f"steps {steps}: these students have 1"):
+            msdcli.load(finished, steps=steps)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_returned_says_what_it_is_in_a_line(finished: Path) -> None:
+    assert repr(msdcli.load(finished)) == "Students(2 for 8 classes, torch on cpu)"
+    assert repr(msdcli.partition(finished)).startswith("Partition(2 students by ")
+    measured = Measurement("fd", "mine", [Row("students", "whole", 4, 4, {"fd": 0.123456})] * 3, {})
+    assert repr(measured) == "Measurement(fd: students 0.1235, students 0.1235, students 0.1235; 3 rows)"
+    result = DistillResult(RunDir(Path("runs/a")), measured, None, [1])
+    assert repr(result) == f"DistillResult('runs/a', {measured}, unfinished students [1])"

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,41 @@ def test_sorting_by_directions_changes_no_bit(sizes: tuple[int, int]) -> None:
     ranks = (torch.arange(max(sizes), dtype=torch.float64) + 0.5) / max(sizes)
     qa, qb = (p[(ranks * len(p)).long().clamp(max=len(p) - 1)] for p in (pa, pb))
     assert sliced_wasserstein(a, b) == float((qa - qb).square().mean().sqrt())
+
+
+# A notebook.
+
+
+def test_a_notebook_has_one_output_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ipykernel's `display` with an identity gives a handle whose `update` replaces what stands there."""
+    outputs: list[dict[str, str]] = []
+
+    class Handle:
+        def update(self, shown: dict[str, str], *, raw: bool) -> None:
+            assert raw
+            outputs[0] = shown
+
+    def display(shown: dict[str, str], *, raw: bool, display_id: bool) -> Handle:
+        assert raw and display_id
+        outputs.append(shown)
+        return Handle()
+
+    monkeypatch.setitem(sys.modules, "IPython.display", types.SimpleNamespace(display=display))
+    monkeypatch.setattr(console, "err", console._Console(file=io.StringIO(), force_jupyter=True))
+    monkeypatch.setattr(console._NotebookBars, "PAUSE", 0.0)
+    with console.Monitor() as monitor:
+        assert outputs == []  # nothing to show yet
+        monitor("[bold]precision[/]: float32 <tiny>")
+        for k in range(9):
+            for done in range(3):
+                monitor(Progress(f"student {k} dm", done, 2, "steps", {"fake": 0.5}))
+                assert f"{done}/2" in outputs[0]["text/plain"]
+        monitor.total(600.0)
+        _answer("stopping after this step")
+        monitor(Progress("student 8 dm", 2, 2))
+        assert "about 10 min left" in outputs[0]["text/plain"]
+    assert len(outputs) == 1 and not answering
+    lines = outputs[0]["text/plain"].splitlines()
+    assert lines[0] == "[bold]precision[/]: float32 <tiny>" and lines[-1] == "stopping after this step"
+    assert [line[:12] for line in lines[1:-1]] == [f"student {k} dm" for k in range(3, 9)]
+    assert "&lt;tiny&gt;" in outputs[0]["text/html"] and "color: #" in outputs[0]["text/html"]

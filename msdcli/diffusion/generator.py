@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from msdcli.diffusion.denoiser import Denoiser, few_step
-from msdcli.errors import UserError
+from msdcli.errors import WrongValueError
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,17 @@ class Generator:
         return few_step(self.net, z, self.sigmas, condition, noise).float()
 
     def first(self, steps: int | None) -> Generator:
-        """Return the generator that stops after its first `steps` levels. UserError if it has fewer."""
+        """Return the generator that stops after its first `steps` levels. WrongValueError if it has fewer."""
         if steps is None or steps == self.steps:
             return self
-        if not 1 <= steps <= self.steps:
-            raise UserError(f"steps {steps}: these students have {self.steps}", hint=f"--steps {self.steps}")
+        check_steps(steps, self.steps)
         return replace(self, sigmas=self.sigmas[:steps])
+
+
+def check_steps(wanted: int, present: int) -> None:
+    """Raise WrongValueError unless a student with `present` steps has that many."""
+    if not 1 <= wanted <= present:
+        raise WrongValueError(f"steps {wanted}: these students have {present}", hint=f"--steps {present}")
 
 
 def levels_of(stage: Mapping[str, Any]) -> tuple[float, ...]:

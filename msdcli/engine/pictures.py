@@ -215,12 +215,12 @@ def _marked() -> PngInfo:
 def check_replaceable(folder: Path) -> None:
     """Raise UserError unless a folder is free, or holds samples that msd wrote and nothing else."""
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file", hint="--out names a folder for the PNGs")
+        raise UserError(f"{folder} is a file", hint="a folder for the PNGs with --out")
     known = in_own_place(folder)  # earlier versions left no mark: in a run they are known by their names
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     if other := next((file.name for file in files if not _is_sample(file, known=known)), None):
         raise UserError(
-            f"{folder} holds {other}, which is no sample of msd's and would be lost", hint="--out names a new folder"
+            f"{folder} holds {other}, which is no sample of msd's and would be lost", hint="a new folder with --out"
         )
 
 

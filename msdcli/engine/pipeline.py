@@ -62,6 +62,10 @@ class DistillResult:
         """The run directory, wherever a path is asked for."""
         return str(self.run.root)
 
+    def __repr__(self) -> str:
+        left = f", unfinished students {self.unfinished}" if self.unfinished else ""
+        return f"DistillResult({str(self.run.root)!r}, {self.measurement}{left})"
+
 
 def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGLE_PROCESS) -> Dataset:
     """Build everything once, small and without writing: UserError now is better than after an hour. Return the data.

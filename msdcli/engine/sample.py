@@ -17,7 +17,7 @@ from msdcli.data.prompts import read_lines
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.float32 import fast_float32
-from msdcli.diffusion.generator import Generator, levels_of
+from msdcli.diffusion.generator import Generator, check_steps, levels_of
 from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model
 from msdcli.engine.inputs.autoencoder import find, open_autoencoder
 from msdcli.engine.inputs.importing import TEXT
@@ -83,6 +83,17 @@ class Students:
         self.steps: int | None = None  # of those that the students have; None: all
         self._loaded: dict[int, Generator] = {}
 
+    def __repr__(self) -> str:
+        conditions = f"{len(self.class_names)} classes" if self.prompt_router is None else "prompts"
+        return f"Students({len(self.folders)} for {conditions}, {self.runtime} on {self.device})"
+
+    def stop_after(self, steps: int | None) -> None:
+        """Take only the first `steps` steps of every student, all if None. UserError where one has fewer."""
+        if steps is not None:
+            for number, folder in enumerate(self.folders):
+                check_steps(steps, len(self.levels(number, records.model(folder / MODEL))))
+        self.steps = steps
+
     def sample(
         self,
         classes: Sequence[int | str] = (),
@@ -112,7 +123,7 @@ class Students:
     def numbers(self, prompts: Sequence[str]) -> list[int]:
         """Return the condition numbers of prompts. UserError where conditions are classes."""
         if self.prompt_router is None:
-            raise UserError("these students know classes, not prompts", hint="--classes 3,7 or --all")
+            raise UserError("these students know classes, not prompts", hint="--classes 3,7")
         return self.prompt_router.number(prompts)
 
     def route(self, conditions: Sequence[int]) -> dict[int, list[int]]:
@@ -253,14 +264,14 @@ def load(source: Path | str, device: torch.device | str = "cpu", *, steps: int |
         names = [] if prompt_router else records.class_names(root / BUNDLE, partition.num_conditions)
         base = root / BASE
         students = Students(folders, partition, names, device, find(root), prompt_router=prompt_router, base=base)
-        students.steps = steps
+        students.stop_after(steps)
         return students
     students = of_run(RunDir(root), device)
-    students.steps = steps
     if waiting := [str(k) for k, folder in enumerate(students.folders) if not is_complete(folder)]:
         raise UserError(
             f"{root}: student {', '.join(waiting[:8])} is not finished", hint=f"`msd distill {root}` continues the run"
         )
+    students.stop_after(steps)
     return students
 
 

@@ -331,7 +331,7 @@ def collect(
             if keep_features:
                 kept.append((numbers, features.cpu().numpy(), _probabilities(features, network), given))
     if moments is None and share != WHOLE:
-        raise UserError(f"{_name(images)} has no batch for each of {share[1]} processes.", hint="A smaller --batch.")
+        raise UserError(f"{_name(images)} has no batch for each of {share[1]} processes.", hint="A smaller batch.")
     if moments is None or (limit is not None and seen < limit and share == WHOLE):
         raise UserError(f"{_name(images)} holds {seen} images, fewer than the {limit or 1} asked for.")
     return FeatureSet(network.record(), moments, *_in_order(kept))

@@ -121,7 +121,7 @@ def _read_weights(name: str, path: str | Path | None) -> tuple[bytes, str]:
     if path is None and not sha256.startswith(PUBLISHED[name]):
         raise UserError(
             f"{found} is not the published file (its sha256 begins with {sha256[:8]}, not {PUBLISHED[name][:8]}).",
-            hint="Remove it and fetch it again, or name it with --weights if you trust it.",
+            hint="Remove it and fetch it again, or, if you trust it, name it with --weights.",
         )
     return content, sha256
 

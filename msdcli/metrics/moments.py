@@ -207,5 +207,5 @@ def _checked(features: torch.Tensor | np.ndarray, dimension: int) -> torch.Tenso
     if rows.ndim != 2 or rows.shape[1] != dimension:
         raise UserError(f"Expected features of shape [N, {dimension}], got {list(rows.shape)}.")
     if not torch.isfinite(rows).all():
-        raise UserError("The feature network returned NaN or infinity.", hint="Try --device cpu or full precision.")
+        raise UserError("The feature network returned NaN or infinity.", hint="Full precision, or --device cpu.")
     return rows

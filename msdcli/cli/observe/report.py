@@ -26,12 +26,9 @@ def report(
 ) -> None:
     """Write one HTML file with figures, curves, samples, partition, cost and recipe; it opens anywhere, offline."""
     from msdcli.engine.report.facts import load_runs
-    from msdcli.errors import UserError
     from msdcli.outputs import check_file
 
     target = out or runs[0] / "report.html"
-    if target.is_dir():
-        raise UserError(f"{target} is a folder", hint=f"--out {target / 'report.html'}")
     check_file(target, ".html")
     if dry_run:
         found = load_runs(runs)

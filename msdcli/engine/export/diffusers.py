@@ -35,12 +35,12 @@ def check(students: sample.Students) -> None:
     if other := sorted(kinds - {"diffusers"}):
         raise UserError(
             f"these students have networks of kind {other[0]}, which are not the diffusers library's",
-            hint="--format bundle or --format onnx takes any network",
+            hint="any network goes with --format bundle or --format onnx",
         )
     if any(records.model(folder / MODEL).get("anchor") for folder in students.folders):
         raise UserError(
             "these students are anchored (stage cd, `anchor`), which a pipeline of the library does not know",
-            hint="--format bundle or --format onnx takes any network",
+            hint="any network goes with --format bundle or --format onnx",
         )
     try:
         import diffusers  # noqa: F401

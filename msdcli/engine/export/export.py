@@ -91,7 +91,7 @@ def check(run: RunDir, folder: Path, kind: str, options: ExportOptions) -> sampl
     if options.precision != "float32" and kind not in ("onnx", "triton"):
         raise UserError(f"format {kind} is float32; {options.precision} is for onnx and triton")
     if options.aot and kind != "torch":
-        raise UserError(f"--aot is for format torch, not for {kind}")
+        raise UserError(f"aot is for format torch, not for {kind}")
     if options.device != "cpu":
         if not options.aot:
             raise UserError(

@@ -87,7 +87,7 @@ def check_compiler() -> None:
 
     names = [config.cpp.cxx] if isinstance(config.cpp.cxx, str) else [name for name in config.cpp.cxx if name]
     if not any(shutil.which(name) for name in (*names, "g++", "clang++")):
-        raise UserError("--aot compiles to machine code and found no C++ compiler", hint="install g++, or leave it out")
+        raise UserError("aot compiles to machine code and found no C++ compiler", hint="install g++, or leave it out")
 
 
 def save_compiled(traced: ExportedProgram, path: Path) -> None:

@@ -206,5 +206,5 @@ def _refuse_other_features(path: Path, statistics: Gaussian, network: FeatureNet
     if dimension != len(statistics.mean):
         raise UserError(
             f"{path} has {len(statistics.mean)} dimensions, the features of {network.protocol} have {dimension}.",
-            hint="Take the statistics of this protocol, or the --protocol of these statistics.",
+            hint="Take the statistics of this protocol, or the protocol of these statistics.",
         )

@@ -150,7 +150,7 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> M
     students.device = context.device
     real = context.real()  # what can be wrong comes first
     if context.groups and (isinstance(real, Gaussian) or not has_classes(real)):
-        raise UserError("--group: the reference does not tell classes apart", hint="leave it out: the data do")
+        raise UserError("groups: the reference does not tell classes apart", hint="leave it out: the data do")
     by_teacher = context.teacher()
     by_students = context.students(students)
     replicates = context.replicates(by_students.moments.dimension)

@@ -67,7 +67,7 @@ def check(images: Path, reference: str | None, options: FidOptions) -> Request:
         with closing(open_images(path)) as source:
             theirs = _classes(source)
     if options.groups and not classes & theirs:
-        raise UserError("--group: both sides must be images with labels", hint="a dataset.json beside them")
+        raise UserError("groups: both sides must be images with labels", hint="a dataset.json beside them")
     where = local_device(options.device or "auto")
     network = open_network(protocol, weights=options.weights, device=where)
     asked = groups.parse(options.groups, classes & theirs)

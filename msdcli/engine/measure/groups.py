@@ -22,9 +22,9 @@ def parse(said: Sequence[str], classes: Collection[int], class_names: Sequence[s
         new = {name: _members(name, members, class_names)} if found and name else _parts(Path(text))
         for name, members_ in new.items():
             if name in groups:
-                raise UserError(f"--group: {name!r} is there twice")
+                raise UserError(f"group: {name!r} is there twice")
             if unknown := sorted(set(members_) - set(classes)):
-                raise UserError(f"--group {name}: class {unknown[0]} does not exist here")
+                raise UserError(f"group {name}: class {unknown[0]} does not exist here")
             groups[name] = members_
     return groups
 
@@ -34,7 +34,7 @@ def _members(name: str, text: str, class_names: Sequence[str]) -> list[int]:
         return sorted(set(parse_classes(text, class_names)))
     except UserError as error:
         raise UserError(
-            f"--group {name}: {error.message}", hint="--group even=0,2,4 or --group low=0-4 or --group pets=cat,dog"
+            f"group {name}: {error.message}", hint="--group even=0,2,4 or --group low=0-4 or --group pets=cat,dog"
         ) from None
 
 
@@ -42,7 +42,7 @@ def _parts(path: Path) -> Groups:
     file = RunDir(path).partition if path.is_dir() else path
     if not file.is_file():
         raise UserError(
-            f"--group {path}: neither NAME=CLASSES nor a partition",
+            f"group {path}: neither NAME=CLASSES nor a partition",
             hint="--group even=0,2,4,6,8, or the path of a run or of a partition.json",
         )
     return {f"student {k} of {path}": part for k, part in enumerate(Partition.load(file).parts)}

@@ -41,6 +41,11 @@ class Measurement:
     rows: list[Row]
     record: dict[str, Any]
 
+    def __repr__(self) -> str:
+        whole = [row for row in self.rows if row.group == "whole" and self.metric in row.values]
+        found = ", ".join(f"{row.who} {row.values[self.metric]:.4g}" for row in whole)
+        return f"Measurement({self.metric}: {found}; {len(self.rows)} rows)"
+
     def whole(self, who: str) -> Values:
         """The values of one line's whole set."""
         return self.row(who).values

@@ -47,7 +47,7 @@ def distances(path: str, class_names: Sequence[str]) -> tuple[list[float], dict[
     if missing := [class_names[c] for c, value in enumerate(found) if value is None]:
         raise UserError(
             f"partition.run: {files[0]} has no {metric} of {len(missing):,} classes: {', '.join(missing[:8])}",
-            hint=f"msd fid {path} --per-class, and with more --samples where a class has fewer than two",
+            hint=f"msd fid {path} --per-class, and with more samples where a class has fewer than two",
         )
     each = [max(0.0, float(value)) for value in found if value is not None]
     return each, {"metric": metric, "measurement_sha256": file_hash(files[0]), "distances": each}

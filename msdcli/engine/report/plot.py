@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from msdcli.engine.report import charts, frontier
 from msdcli.engine.report.facts import RunFacts, load_runs, lower_is_better, main_result, metrics, row
 from msdcli.engine.tracking import formatting
-from msdcli.errors import UserError
+from msdcli.errors import UserError, WrongValueError
 from msdcli.outputs import MARK, check_file
 from msdcli.rundir import writing
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Kind = Literal["toy", "curves", "table", "frontier"]
 FORMATS = (".pdf", ".svg", ".png")
 STYLE: Any = {
     "font.size": 8,
@@ -38,10 +41,15 @@ POINTS = 1000  # of a class: more are vectors that no reader opens quickly
 
 def plot(kind: str, roots: Sequence[Path], out: Path, *, health: bool = False) -> None:
     """Draw `kind` (toy, curves or table) of the runs, or the frontier of a sweep's folder, to `out`. UserError for what
-    they do not have.
+    they do not have, WrongValueError for a kind or a format that does not exist.
     """
+    if kind not in get_args(Kind):
+        near = difflib.get_close_matches(kind, get_args(Kind), 1)
+        hint = f"did you mean {near[0]}?" if near else None
+        raise WrongValueError(f"figure {kind!r} does not exist: there are {', '.join(get_args(Kind))}", hint=hint)
     if out.suffix.lower() not in FORMATS:
-        raise UserError(f"{out}: figures are {', '.join(FORMATS)}", hint=f"--out {out.with_suffix('.pdf')}")
+        hint = f"--out {shlex.quote(str(out.with_suffix('.pdf')))}"
+        raise WrongValueError(f"{out}: figures are {', '.join(FORMATS)}", hint=hint)
     check_file(out, out.suffix.lower())
     import matplotlib
 

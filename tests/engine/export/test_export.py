@@ -280,7 +280,7 @@ def test_an_export_takes_the_place_of_an_older_one(small: Path, msd: Msd, tmp_pa
     ("words", "said"),
     [
         (["--format", "torch", "--precision", "int8"], "format torch is float32"),
-        (["--format", "onnx", "--aot"], "--aot is for format torch"),
+        (["--format", "onnx", "--aot"], "aot is for format torch"),
         (["--format", "torch", "--device", "cuda"], "only what is compiled ahead of time is for one device"),
         (["--format", "torch", "--aot", "--device", "gpu"], "device 'gpu' does not exist"),
         (["--format", "torch", "--aot", "--device", "cuda:9"], "cuda:9 is not here"),
