@@ -56,15 +56,15 @@ def check_file(path: Path, kind: str) -> None:
             f"{path} would be a file among the records of {run} and is none of them: nothing was written",
             hint=f"a file that ends in {kind}, or another folder, with --out",
         )
-    if path.suffix.lower() != kind:
-        raise WrongValueError(
-            f"{path} does not end in {kind}, as what is written does: nothing was written",
-            hint=f"--out {shlex.quote(str(path.with_name((path.stem or path.name) + kind)))}",
-        )
     if path.is_file() and not _is_ours(path, kind):
         raise UserError(
             f"{path} exists and is no {kind[1:]} file that msd wrote: nothing was written",
             hint="a new file with --out",
+        )
+    if path.suffix.lower() != kind:
+        raise WrongValueError(
+            f"{path} does not end in {kind}, as what is written does: nothing was written",
+            hint=f"--out {shlex.quote(str(path.with_name((path.stem or path.name) + kind)))}",
         )
 
 

@@ -284,7 +284,7 @@ def test_an_export_takes_the_place_of_an_older_one(small: Path, msd: Msd, tmp_pa
         (["--format", "torch", "--device", "cuda"], "only what is compiled ahead of time is for one device"),
         (["--format", "torch", "--aot", "--device", "gpu"], "device 'gpu' does not exist"),
         (["--format", "torch", "--aot", "--device", "cuda:9"], "cuda:9 is not here"),
-        (["--format", "diffusers"], "--format bundle or --format onnx takes any network"),
+        (["--format", "diffusers"], "any network goes with --format bundle or --format onnx"),
         (["--memory", "much"], "'much' is no amount of memory"),
     ],
 )
