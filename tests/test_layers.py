@@ -48,7 +48,7 @@ ROOMS = (
     {"partitioning"},
     {"pipeline", "timing"},
     {"report", "export", "bench", "sweep", "plan", "proposal"},
-    {"frontier"},
+    {"frontier", "teacher_proposal"},
 )
 LARGEST_ROOM, LONGEST_FILE = 13, 400
 

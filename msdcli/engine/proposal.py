@@ -97,7 +97,7 @@ def _data(folder: str) -> tuple[FolderSettings, Survey, list[str]]:
     if seen.bad:
         data = data.model_copy(update={"on_bad": "skip"})
         assumed.append("pictures that cannot be used are left out (on_bad: skip)")
-    share, kept = _held_out(seen)
+    share, kept = held_out(seen)
     if share is not None:
         data = data.model_copy(update={"held_out": share})
         seen = replace(seen, held_out=round(share * seen.pictures))
@@ -105,7 +105,7 @@ def _data(folder: str) -> tuple[FolderSettings, Survey, list[str]]:
     return data, seen, [*why, *assumed, kept, mirror]
 
 
-def _held_out(seen: Survey) -> tuple[float | None, str]:
+def held_out(seen: Survey) -> tuple[float | None, str]:
     """Choose the part of the pictures that is held out, where a tenth of them is enough to measure by."""
     if seen.pictures < 10 * FEWEST_HELD_OUT:
         return None, (
@@ -187,11 +187,11 @@ class _Budget:
                 break
         step, update = step * part, update * part
         buys = _shared(left, {"teacher": TEACHER, "samples": SAMPLES, "students": STUDENTS}, least)
-        teacher_steps = max(FEWEST_STEPS, _rounded(min(100_000, buys["teacher"] / step)))
-        samples = max(FEWEST_SAMPLES, _rounded(min(10_000, buys["samples"] / sample)))
+        teacher_steps = max(FEWEST_STEPS, rounded(min(100_000, buys["teacher"] / step)))
+        samples = max(FEWEST_SAMPLES, rounded(min(10_000, buys["samples"] / sample)))
         updates = buys["students"] / update
         students = students or max(1, min(5, classes, int(updates / LEAST)))
-        student_steps = max(LEAST, _rounded(min(5000, updates / students)))
+        student_steps = max(LEAST, rounded(min(5000, updates / students)))
         seconds = {
             "teacher": teacher_steps * step,
             "its samples": samples * sample,
@@ -258,7 +258,7 @@ def _network(rung: tuple[int, int], side: int) -> UNetSettings:
     return UNetSettings(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention)
 
 
-def _rounded(number: float) -> int:
+def rounded(number: float) -> int:
     """Round to two digits, as a person would."""
     unit = 10 ** max(0, int(math.log10(max(number, 1))) - 1)
     return int(number // unit * unit)
@@ -275,7 +275,7 @@ def _written(data: FolderSettings, seen: Survey, plan: _Budget, assumed: list[st
             *_header(data, seen, plan, assumed),
             "seed: 0",
             "data:",
-            *_section(data),
+            *data_section(data),
             "teacher:  # the diffusion model that the students are made from, trained on these pictures",
             f"  network: {{kind: unet, channels: {network.channels}, multipliers: {network.multipliers}, "
             f"blocks: {network.blocks}, attention: {network.attention}}}  # {plan.parameters:,} parameters",
@@ -312,18 +312,18 @@ def _header(data: FolderSettings, seen: Survey, plan: _Budget, assumed: list[str
         yield f"# - {line}"
 
 
-def _section(data: FolderSettings) -> Iterator[str]:
+def data_section(data: FolderSettings) -> Iterator[str]:
     """Yield the keys that are not as they would be without saying."""
     usual = FolderSettings(path=data.path, size=1)
     yield "  name: folder"
     for key, value in data.model_dump(mode="json").items():
         if key == "path":
-            yield f"  path: {_scalar(value)}"
+            yield f"  path: {scalar(value)}"
         elif key != "name" and value != getattr(usual, key):
             yield f"  {key}: {str(value).lower() if isinstance(value, bool) else value}"
 
 
-def _scalar(text: str) -> str:
+def scalar(text: str) -> str:
     """Return a text as YAML takes it, in quotes where it must be."""
     import yaml
 

@@ -291,13 +291,13 @@ def _flat(overrides: Mapping[str, Any], prefix: tuple[str, ...]) -> Iterator[tup
 def _named(recipe: Recipe, path: Path, source: str | Path) -> Recipe:
     """Fill in what the place of a recipe says: its name, and where a run directory has been moved to."""
     if recipe.name is None:
-        recipe = recipe.model_copy(update={"name": _file_name(path)})
+        recipe = recipe.model_copy(update={"name": check_name(path)})
     if path.name == "recipe.yaml" and Path(source).is_dir():
         recipe = recipe.model_copy(update={"run": str(source)})
     return recipe
 
 
-def _file_name(path: Path) -> str:
+def check_name(path: Path) -> str:
     """Return the name that a file gives its run. UserError where no run can be called so."""
     name = path.stem
     if re.fullmatch(NAME, name) and len(name) <= 100:
@@ -308,6 +308,11 @@ def _file_name(path: Path) -> str:
         "`.`, at most 100",
         hint=f"name={safe}, here or in the file; or rename the file",
     )
+
+
+def of_text(text: str, name: str) -> Recipe:
+    """Read a recipe called `name` from YAML text. UserError as `load`."""
+    return validate(recipe_yaml.Document.parse(text, name)).model_copy(update={"name": name})
 
 
 def validate(document: recipe_yaml.Document) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,50 +93,98 @@ def copy(
 
 
 def new(
-    folder: Annotated[str, typer.Argument(help="Your pictures: a folder of class folders, a zip, an .npz, or shards.")],
+    folder: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PICTURES]",
+            help="Your pictures: a folder of class folders, a zip, an .npz, or shards; of a teacher that reads "
+            "prompts, a file of them. With --teacher they may be absent.",
+        ),
+    ] = None,
     target: Annotated[Path | None, typer.Argument(help="The file to make; NAME.yaml if absent.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Distil this one: a folder or file as teacher.path takes it, or hub:owner/name."),
+    ] = None,
     minutes: Annotated[float, typer.Option(min=0.1, max=1e6, help="How long the whole run may take here.")] = 30.0,
     students: Annotated[
-        int | None, typer.Option(min=1, help="How many; one per class, at most five, if absent.")
+        int | None, typer.Option(min=1, help="How many; one per class, at most five (of a teacher: four), if absent.")
     ] = None,
     device: Annotated[str, typer.Option(help="The device that will train: auto, cpu, cuda or mps.")] = "auto",
     json_: options.Json = False,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Write a recipe for your own pictures: look at them, choose a network and steps for this device and your time."""
+    """Write a recipe for your own pictures, or for a teacher that you have: look at them, choose a network and steps
+    for this device and your time.
+    """
     from msdcli.errors import UserError
     from msdcli.recipe import recipes_folder
     from msdcli.recipe.data import label_of
     from msdcli.rundir import write_text
 
-    target = target or Path(f"{label_of(folder) or 'my'}.yaml")
+    if teacher is not None and target is None and folder is not None and folder.endswith((".yaml", ".yml")):
+        target, folder = Path(folder), None
+    subject = folder or teacher
+    if subject is None:
+        raise UserError(
+            "what is the recipe for?", hint="msd recipes new PICTURES, msd recipes new --teacher PATH, or both"
+        )
+    if teacher is None:
+        _refuse_model(subject)
+    if target is None:
+        target = Path(f"{label_of(_bare(subject)) or 'my'}.yaml")
+    again = [*([] if folder is None else [folder]), "another-name.yaml", *(["--teacher", teacher] if teacher else [])]
     if os.path.lexists(target):
-        raise UserError(f"{target} exists: nothing was written", hint=f"msd recipes new {folder} another-name.yaml")
-    from msdcli.engine.proposal import propose
-
-    found = propose(folder, minutes=minutes, students=students, on=device)
+        raise UserError(f"{target} exists: nothing was written", hint=f"msd recipes new {shlex.join(again)}")
+    told, text = _proposed(folder, teacher, target, minutes, students, device)
     schema = (recipes_folder() / "schema.json").as_uri()
     if not dry_run:
-        write_text(target, f"# yaml-language-server: $schema={schema}\n{found.text}")
+        write_text(target, f"# yaml-language-server: $schema={schema}\n{text}")
     if json_:
-        told = {
-            "file": None if dry_run else str(target),
-            "pictures": found.seen.to_json(),
-            "assumed": found.assumed,
-            "look": found.cautions,
-        }
-        console.print_json(told | {"minutes": found.minutes, "recipe": found.text})
+        console.print_json({"file": None if dry_run else str(target)} | told | {"recipe": text})
         return
     if dry_run:
-        sys.stdout.write(console.plain(found.text))
+        sys.stdout.write(console.plain(text))
         return
-    for line in found.seen.lines():
-        console.say(f"seen:    {line}")
-    for line in [*found.seen.remarks(), *found.assumed]:
-        console.say(f"assumed: {line}")
-    for line in found.cautions:
-        console.say(f"look:    {line}")
+    for what in ("seen", "assumed", "look"):
+        for line in told[what]:
+            console.say(f"{what + ':':<8} {line}")
     console.say(f"written: {target}  (next: msd distill {target} --dry-run, then without)")
+
+
+def _refuse_model(path: str) -> None:
+    from msdcli.engine.teacher_proposal import is_teacher
+    from msdcli.errors import UserError
+
+    if is_teacher(path):
+        raise UserError(f"{path} is a model and holds no pictures", hint=f"msd recipes new --teacher {path}")
+
+
+def _bare(path: str) -> str:
+    """Return what is left of a teacher's place that a run may be called by."""
+    return re.sub(r"^hub:|@[^/]*$|\.pkl$", "", path)
+
+
+def _proposed(
+    folder: str | None, teacher: str | None, target: Path, minutes: float, students: int | None, device: str
+) -> tuple[dict[str, Any], str]:
+    """Return what is told of a recipe for pictures, or for a teacher, and its text."""
+    from msdcli.recipe import check_name
+
+    if teacher is not None:
+        from msdcli.engine.teacher_proposal import propose as for_teacher
+
+        made = for_teacher(teacher, folder, name=check_name(target), minutes=minutes, students=students, on=device)
+        pictures = None if made.pictures is None else made.pictures.to_json()
+        told = {"pictures": pictures, "teacher": teacher, "seen": made.found, "assumed": made.assumed, "look": []}
+        return told | {"minutes": made.minutes}, made.text
+    from msdcli.engine.proposal import propose
+
+    assert folder is not None
+    found = propose(folder, minutes=minutes, students=students, on=device)
+    told = {"pictures": found.seen.to_json(), "seen": found.seen.lines()}
+    told |= {"assumed": [*found.seen.remarks(), *found.assumed], "look": found.cautions, "minutes": found.minutes}
+    return told, found.text
 
 
 def show(
