@@ -12,6 +12,7 @@ import torch
 from msdcli.diffusion import float32
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import pipeline, sample
+from msdcli.engine.distributed import cores
 from msdcli.engine.measure import fid
 from msdcli.engine.tracking.events import silent
 from msdcli.engine.train import loop
@@ -82,6 +83,7 @@ def test_from_training_to_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyP
         object.__setattr__(network, "features", noting("features", network.features))
 
     monkeypatch.setattr(FeatureNetwork, "__init__", watched)
+    monkeypatch.setattr(cores, "MOST", 1)  # threads of a CPU leave the flags alone
     (tmp_path / "small.yaml").write_text(RECIPE)
     before = flags()
     run = pipeline.distill(load(tmp_path / "small.yaml", [f"run={tmp_path / 'runs/small'}"]), silent).run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -79,9 +80,9 @@ def sample_teacher(
         z_, c_, u_ = (t.to(device) for t in chunk[:3])
         noise, uniform = solver_noise(seed, chunk[3].tolist(), tuple(z.shape[1:])), lambda purpose: u_
         ask = drawn(teacher, uniform) if stitch is None else stitch.to(device).call(teacher, c_, uniform)
-        with (
-            nullcontext() if device.type == "cpu" else fast_float32()
-        ):  # a setting of the process, and there are threads
+        # A setting of the process, which means nothing to a CPU: threads beside this one leave it alone.
+        beside = device.type == "cpu" and threading.current_thread() is not threading.main_thread()
+        with nullcontext() if beside else fast_float32():
             return solve(ask, z_, c_, noise=noise, **options).cpu()
 
     return (memory or DeviceBatch()).map(some, z, classes, u, at, batch=batch)

@@ -197,11 +197,14 @@ def for_counting(net: Denoiser, batch: int) -> Denoiser:
 def with_memory(net: Denoiser) -> Denoiser:
     """Return a network like one on the meta device on the CPU, of zeros."""
     copied = guidance.copied(net)  # with its guidance, which costs a branch
-    for module in copied.modules():  # `to_empty` goes the slow way, too
+    whole = copied.twin if isinstance(copied, AdaptedDenoiser) else copied  # its base is none of its parameters
+    for module in whole.modules():  # `to_empty` goes the slow way, too
         for name, weight in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.zeros(weight.shape), weight.requires_grad))
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    if whole is not copied:
+        copied.to("cpu")  # takes hold of its new adapters
     return copied
 
 

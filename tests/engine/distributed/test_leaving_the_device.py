@@ -53,7 +53,7 @@ def test_no_network_is_on_the_device_when_workers_start(tmp_path: Path, monkeypa
     """After a teacher was trained there."""
     visitors, left = Visitors(), list[int]()
     monkeypatch.setattr(nn.Module, "to", lambda net, *where, **how: visitors.to(net, *where, **how))
-    monkeypatch.setattr(device, "prepare", lambda _: THERE)
+    monkeypatch.setattr(device, "prepare", lambda _, **__: THERE)
     monkeypatch.setattr(device, "resolve", lambda _: THERE)
     (tmp_path / "tiny.yaml").write_text(TINY)
     recipe = load(tmp_path / "tiny.yaml", [f"run={tmp_path}/run", "workers=2"])

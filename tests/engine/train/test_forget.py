@@ -91,7 +91,7 @@ def test_only_the_owner_of_the_class_is_trained_in_a_run_that_was_finished(
     before = weights(tmp_path / "runs/tiny")
     done = msd("distill", "tiny.yaml")
     assert done.returncode == 0, done.stderr
-    assert "student 1 dm: owns nothing to forget" in done.stderr
+    assert "student 1 dm: owns no class that this is about" in done.stderr
     after = weights(tmp_path / "runs/tiny")
     assert {key: after[key] for key in before} == before, "nothing that was there has changed"
     own, other = (after[f"students/{k}/1-dm/model.safetensors"] for k in (0, 1))
