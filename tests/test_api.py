@@ -6,9 +6,11 @@ import ast
 import doctest
 import inspect
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
@@ -214,3 +216,19 @@ def test_what_is_returned_says_what_it_is_in_a_line(finished: Path) -> None:
     assert repr(measured) == "Measurement(fd: students 0.1235, students 0.1235, students 0.1235; 3 rows)"
     result = DistillResult(RunDir(Path("runs/a")), measured, None, [1])
     assert repr(result) == f"DistillResult('runs/a', {measured}, unfinished students [1])"
+
+
+def test_the_manuals_other_verbs_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a run on one; a teacher is imported and distilled elsewhere in the tests, here the calls are bound."""
+    page = (Path(msdcli.__file__).parent / "docs" / "4-samples.md").read_text(encoding="utf-8")
+    block = next(b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "import_teacher" in b)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished.parent, tmp_path / "runs")
+    (tmp_path / "runs" / finished.name).rename(tmp_path / "runs" / "digits")
+    summary = {"folder": "teachers/img64"}
+    monkeypatch.setattr(msdcli, "import_teacher", create_autospec(msdcli.import_teacher, return_value=summary))
+    monkeypatch.setattr(msdcli, "distill", lambda recipe, **keys: load_any(recipe, keys))
+    said: dict[str, Any] = {"msdcli": msdcli}
+    exec(block, said)
+    assert said["page"].read_text(encoding="utf-8").startswith("<!") and said["figure"].stat().st_size > 1000
+    assert said["run"].teacher.path == "teachers/img64"
