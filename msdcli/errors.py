@@ -40,6 +40,10 @@ class LockedError(UserError):
     """Another process is at work on it."""
 
 
+class ElsewhereUnfinishedError(LockedError):
+    """All that is left of a run is being done by other processes: nothing is there to put right."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Training stopped on request after a checkpoint; the message says where."""
 
@@ -186,6 +190,8 @@ def explain(error: BaseException) -> tuple[int, str, str | None]:
     """Return exit code, sentence (empty: say nothing) and next step for an exception that ended a command."""
     if isinstance(error, ElsewhereError):
         return error.code, "", None
+    if isinstance(error, ElsewhereUnfinishedError):
+        return STOPPED, error.message, error.hint
     if isinstance(error, UserError):
         return USER, error.message, error.hint
     if isinstance(error, Preempted):

@@ -21,10 +21,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from msdcli.data.images import to_uint8
-from msdcli.engine.tracking.formatting import hue
+from msdcli.engine.tracking.formatting import evaluations, hue, plural
 from msdcli.errors import UserError
 from msdcli.foreign import visible
 from msdcli.outputs import COMMENT, MARK, in_own_place, is_marked_picture, mark_archive
+from msdcli.recipe import Recipe
 from msdcli.rundir import building, writing
 
 INK = (235, 235, 235)  # of words on a grid
@@ -268,3 +269,12 @@ def save_npz(path: Path, images: Tensor, classes: Sequence[int] | Sequence[str],
         np.savez(file, **arrays)
         file.close()
         mark_archive(temporary)
+
+
+def captions(recipe: Recipe) -> tuple[str, str]:
+    """Say whose samples stand in the run's picture, and what an image of theirs costs."""
+    whose = plural(recipe.partition.students, "student")
+    return (
+        f"teacher, {evaluations(recipe.teacher.solver.evaluations)} each",
+        f"{whose}, {evaluations(recipe.stages[-1].evaluations)} each",
+    )

@@ -35,11 +35,11 @@ from msdcli.engine.measure.teacher import Verdict
 from msdcli.engine.partitioning import keeping
 from msdcli.engine.partitioning import making as partition
 from msdcli.engine.tracking.events import Report, silent
-from msdcli.engine.tracking.formatting import evaluations, plural
+from msdcli.engine.tracking.formatting import evaluations
 from msdcli.engine.tracking.loggers import logged
 from msdcli.engine.train import compiling, precision
 from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network, with_teachers
-from msdcli.errors import CONTINUES, WHOLE, UserError, WrongValueError, resumable
+from msdcli.errors import CONTINUES, WHOLE, ElsewhereUnfinishedError, UserError, WrongValueError, resumable
 from msdcli.nets.meta import on_meta
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
@@ -185,15 +185,19 @@ def teach(recipe: Recipe, report: Report) -> TeachResult:
 
 def judge(training: TrainingRun, report: Report) -> None:
     """Measure the teacher, trained or given, before the first student starts: its samples are compared with when the
-    run ends anyway. UserError where it is plainly unfit and the recipe does not go on with it.
+    run ends anyway. UserError where it is plainly unfit and the recipe does not go on with it. Of several processes one
+    measures, and the others read what it found.
     """
     recipe, run = training.recipe, training.run
     wanted = recipe.evaluation.judge != "off" and recipe.has_measure
     if not wanted or run.begun():
         return
-    _, found = _teacher_measured(training, report, brief=True)
-    if found.state != "fit":
-        preview_of_teacher(training)
+    with lock(run.metrics / teacher_alone.FOLDER, "the teacher's measurement", wait=report):
+        found = teacher_alone.judged(run)
+        if found is None:
+            _, found = _teacher_measured(training, report, brief=True)
+            if found.state != "fit":
+                preview_of_teacher(training)
     if found.state == "unfit" and recipe.evaluation.judge == "stop":
         raise teacher_alone.refusal(found, recipe.teacher, run)
     report(found.said)
@@ -252,9 +256,18 @@ def prepare(
 
 
 def finish(training: TrainingRun, left: list[int], report: Report) -> DistillResult:
-    """Measure a run whose students are all finished. UserError naming those that are not."""
-    if left:
-        names = ", ".join(f"student {k} ({holder_of(training.run.student(k)) or 'nobody is at it'})" for k in left)
+    """Measure a run whose students are all finished. UserError naming those that are not, which is no fault where
+    others are at work on all of them.
+    """
+    holders = {k: holder_of(training.run.student(k)) for k in left}
+    if left := training.unfinished(left):
+        names = ", ".join(f"student {k} ({holders[k] or 'nobody is at it'})" for k in left)
+        if all(holders[k] for k in left):
+            raise ElsewhereUnfinishedError(
+                f"nothing is left to do here: others go on with {names}, and the last `msd distill` without --student "
+                "measures the run",
+                hint=f"msd status {training.run.root}; where none of them is one, the same command measures it then",
+            )
         raise UserError(
             f"not all students are finished: {names}", hint=f"msd status {training.run.root}; the same command goes on"
         )
@@ -353,7 +366,7 @@ def preview(training: TrainingRun, *, rows: int = 32, columns: int = 16, points:
         mine,
         beside=theirs,
         class_names=[data.class_names[c] for c in classes],
-        captions=_captions(training.recipe),
+        captions=pictures.captions(training.recipe),
         owners=owners if len(training.partition.parts) > 1 else None,
     )
     return path
@@ -385,12 +398,3 @@ def preview_of_teacher(training: TrainingRun, *, rows: int = 32, columns: int = 
         captions=("", f"teacher, {evaluations(training.recipe.teacher.solver.evaluations)} each"),
     )
     return path
-
-
-def _captions(recipe: Recipe) -> tuple[str, str]:
-    """Say whose samples stand in the run's picture, and what an image of theirs costs."""
-    whose = plural(recipe.partition.students, "student")
-    return (
-        f"teacher, {evaluations(recipe.teacher.solver.evaluations)} each",
-        f"{whose}, {evaluations(recipe.stages[-1].evaluations)} each",
-    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from msdcli import records
 from msdcli.engine.measure.feature_metric import FidOptions, Reference
 from msdcli.engine.measure.fid import EvaluationContext
 from msdcli.engine.measure.rows import Measurement, MeasurementRows, Row, halves
@@ -18,7 +19,7 @@ from msdcli.errors import UserError
 from msdcli.metrics.moments import Gaussian
 from msdcli.partition import Partition
 from msdcli.recipe.teacher import TeacherSettings
-from msdcli.rundir import RunDir, write_json
+from msdcli.rundir import RunDir, key, read_json, write_json
 
 FOLDER = "teacher"  # in metrics/: what is known of the teacher alone is no result of the run
 SURE = 500  # samples below which a figure is too uncertain to stop a run for
@@ -57,10 +58,28 @@ def measure(run: RunDir, report: Report, *, brief: bool = False) -> tuple[Measur
         "class_names": list(context.data.class_names),
         "warnings": [*context.warnings, *lines.warnings],
         "verdict": vars(found),
+        "judged": _judged_by(run),
     }
     result = Measurement(context.metric.name, context.metric.protocol, rows, record | context.metric.record)
     write_json(run.metrics / FOLDER / f"{context.metric.name}.json", result.to_json())
     return result, found
+
+
+def judged(run: RunDir) -> Verdict | None:
+    """Return what was found of this teacher, with this solver, against these data; None where nobody has judged it."""
+    for path in sorted((run.metrics / FOLDER).glob("*.json")):
+        known = read_json(path)
+        if isinstance(known, dict) and known.get("judged") == _judged_by(run):
+            return Verdict(**known["verdict"])
+    return None
+
+
+def _judged_by(run: RunDir) -> str:
+    """Name all that a verdict depends on."""
+    made_from, recipe = records.run(run.record_file), run.recipe()
+    teacher = recipe.teacher
+    said = [made_from.get("data"), made_from.get("teacher"), teacher.solver.record(), recipe.pairs.seed]
+    return key("judged", *said, recipe.evaluation.samples, recipe.data.model_dump(mode="json"))
 
 
 def verdict(metric: str, rows: list[Row], spread: float, *, guess: float | None) -> Verdict:

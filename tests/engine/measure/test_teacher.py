@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from msdcli.engine import pipeline
 from msdcli.engine.measure import teacher
 from msdcli.engine.measure.rows import Row
-from msdcli.errors import UserError
+from msdcli.engine.tracking.events import silent
+from msdcli.errors import STOPPED, USER, UserError, explain
 from msdcli.metrics.frechet import frechet_distance
 from msdcli.metrics.moments import ClassMoments, Gaussian
 from msdcli.recipe import load
@@ -144,3 +148,28 @@ def test_who_works_on_a_run_keeps_it(tiny: Path, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         Claim.begin(run, other, data, silent, stack, student=None)
     assert run.recipe().seed == 5
+
+
+def test_a_teacher_is_judged_once(msd: Msd, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by the tasks of an array: the others read what the first one found."""
+    assert msd("distill", "tiny.yaml", "--teacher").returncode == 0
+    monkeypatch.setattr(teacher, "measure", lambda *_, **__: pytest.fail("it was measured before"))
+    done = msd("distill", "tiny.yaml", "--student", "0", "evaluation.judge=tell")
+    assert done.returncode == 0 and "The teacher is" in done.stderr
+    run = RunDir(Path("runs/tiny"))
+    assert teacher.judged(run) is not None
+    run.adopt(load("runs/tiny", ["evaluation.samples=100"]))
+    assert teacher.judged(run) is None, "by other samples nobody has"
+
+
+def test_who_is_done_while_others_train_ends_without_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    holders = {2: "process 7 on host"}
+    monkeypatch.setattr(pipeline, "holder_of", lambda folder: holders.get(int(folder.name)))
+    training: Any = SimpleNamespace(run=RunDir(tmp_path), unfinished=list)
+    with pytest.raises(UserError) as ended:
+        pipeline.finish(training, [2], silent)
+    code, said, _ = explain(ended.value)
+    assert code == STOPPED and "others go on with student 2 (process 7 on host)" in said
+    with pytest.raises(UserError) as ended:
+        pipeline.finish(training, [1, 2], silent)
+    assert explain(ended.value)[0] == USER and "student 1 (nobody is at it)" in str(ended.value)
