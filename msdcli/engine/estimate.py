@@ -236,6 +236,6 @@ def lines(cost: Estimate) -> Sequence[str]:
     return [
         f"cost:      counted from one step of every stage{hours}",
         *(f"           {line}" for line in told),
-        "memory:    at most, of one student's training on one device in float32; micro_batch cuts the activations",
+        "memory:    of one student's training on one device in float32, without libraries' workspaces; micro_batch cuts it",
         *(f"           {line}" for line in memory),
     ]
