@@ -236,6 +236,6 @@ def lines(cost: Estimate) -> Sequence[str]:
     return [
         f"cost:      counted from one step of every stage{hours}",
         *(f"           {line}" for line in told),
-        "memory:    of one student's training on one device in float32, no workspaces of libraries; micro_batch cuts it",
+        "memory:    of one student's training in float32, without libraries' workspaces; micro_batch cuts activations",
         *(f"           {line}" for line in memory),
     ]
