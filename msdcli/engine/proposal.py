@@ -93,19 +93,27 @@ def _data(folder: str) -> tuple[FolderSettings, Survey, list[str]]:
     chosen, why = _fitted(first)
     changed = {"channels": 1 if first.grey == sum(n for _, n in first.sizes) else 3, **chosen}
     data = FolderSettings(**(lying.model_dump() | changed))
-    seen = survey.survey(PictureFiles(data))
+    data, seen, used = usable(data)
+    mirror = "pictures are not mirrored: `mirror: true` where left and right do not matter"
+    return data, seen, [*why, *assumed, *used, mirror]
+
+
+def usable(data: FolderSettings) -> tuple[FolderSettings, Survey, list[str]]:
+    """Look at pictures as a section has them; return it without those that cannot be used and with some held out, what
+    is left, and what was assumed.
+    """
+    seen, assumed = survey.survey(PictureFiles(data)), list[str]()
     if seen.bad:
         data = data.model_copy(update={"on_bad": "skip"})
         assumed.append("pictures that cannot be used are left out (on_bad: skip)")
-    share, kept = held_out(seen)
+    share, kept = _held_out(seen)
     if share is not None:
         data = data.model_copy(update={"held_out": share})
         seen = replace(seen, held_out=round(share * seen.pictures))
-    mirror = "pictures are not mirrored: `mirror: true` where left and right do not matter"
-    return data, seen, [*why, *assumed, kept, mirror]
+    return data, seen, [*assumed, kept]
 
 
-def held_out(seen: Survey) -> tuple[float | None, str]:
+def _held_out(seen: Survey) -> tuple[float | None, str]:
     """Choose the part of the pictures that is held out, where a tenth of them is enough to measure by."""
     if seen.pictures < 10 * FEWEST_HELD_OUT:
         return None, (

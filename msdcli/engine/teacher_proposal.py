@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from msdcli.data import survey
+from msdcli.data.base import Dataset
 from msdcli.data.folder import PictureFiles, refusal
 from msdcli.data.survey import Survey
 from msdcli.diffusion.denoiser import Denoiser
@@ -15,7 +16,7 @@ from msdcli.engine import estimate, pipeline, timing
 from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.inputs import autoencoder as autoencoders
 from msdcli.engine.inputs import hub, importing
-from msdcli.engine.proposal import LEAST, data_section, held_out, rounded, scalar
+from msdcli.engine.proposal import LEAST, data_section, rounded, scalar, usable
 from msdcli.engine.tracking.formatting import counted, roughly
 from msdcli.engine.train.counting import num_parameters
 from msdcli.errors import UserError
@@ -115,8 +116,7 @@ def propose(
     if not known.net.reads_text and students > known.classes:
         raise UserError(f"{students} students are more than the classes ({known.classes}): each owns one at least")
     plan = _Written(known, data, name, students, STEPS, SAMPLES, seen is not None)
-    first = _checked(plan.body(), name, on)
-    seconds, why_not = _seconds(first)
+    seconds, why_not = _seconds(*_checked(plan.body(), name, on))
     if why_not is None:
         drawn, learnt, fixed = (seconds.get(part, 0.0) for part in ("its samples", "students", "measuring"))
         left = max(60 * minutes - fixed, 15 * minutes)
@@ -188,28 +188,18 @@ def _pictures(known: _Known, path: str) -> tuple[FolderSettings, Survey, list[st
         assumed.append(
             f"pictures are scaled to the teacher's {side}x{side} (resize: box{', crop: true' * (not square)})"
         )
-    settings = FolderSettings(**keys)  # type: ignore[arg-type]
-    seen = survey.survey(PictureFiles(settings))
-    if seen.bad:
-        settings = settings.model_copy(update={"on_bad": "skip"})
-        assumed.append("pictures that cannot be used are left out (on_bad: skip)")
-    share, kept = held_out(seen)
-    if share is not None:
-        settings = settings.model_copy(update={"held_out": share})
-        seen = replace(seen, held_out=round(share * seen.pictures))
-    return settings, seen, [*assumed, kept]
+    settings, seen, used = usable(FolderSettings(**keys))  # type: ignore[arg-type]
+    return settings, seen, [*assumed, *used]
 
 
-def _checked(body: list[str], name: str, on: str) -> Recipe:
+def _checked(body: list[str], name: str, on: str) -> tuple[Recipe, Dataset]:
     """Read a recipe as a run would, and build what it says without memory. UserError where it is none."""
     recipe = of_text("\n".join(body), name).model_copy(update={"device": on})
-    pipeline.check(recipe, planning=True)
-    return recipe
+    return recipe, pipeline.check(recipe, planning=True)
 
 
-def _seconds(recipe: Recipe) -> tuple[dict[str, float], str | None]:
+def _seconds(recipe: Recipe, data: Dataset) -> tuple[dict[str, float], str | None]:
     """How long the parts of a run would take here, or why nobody can say."""
-    data = pipeline.check(recipe, planning=True)
     networks = pipeline.networks_on_meta(recipe, data, planning=True)
     found = timing.timing(recipe, data, *networks, estimate.estimate(recipe, data, *networks))
     return found.seconds, found.why_not
