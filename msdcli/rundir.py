@@ -33,6 +33,7 @@ class RunDir:
         self.record_file = root / "run.json"
         self.flops_file = root / "flops.json"  # what the parts of the run cost, for whoever says how long is left
         self.partition = root / "partition.json"
+        self.searched = root / "student.json"  # the network that was found for a target
         self.teacher = root / "teacher"
         self.prompts = root / "prompts"
         self.pairs = root / "pairs"
@@ -85,6 +86,10 @@ class RunDir:
         results. A teacher, and what else runs share, is kept beside them.
         """
         return any(file.is_file() for file in self.students.glob("*/*/[!.]*")) or bool(self.results())
+
+    def is_of(self, recipe: Recipe) -> bool:
+        """Whether there is a run of this very recipe, which goes on; another's that made nothing yet is taken over."""
+        return self.recipe_file.is_file() and not differences(self.recipe().dump(), recipe.dump())
 
     def check(self, recipe: Recipe) -> None:
         """Raise UserError unless the directory is free, the run of this very recipe, or a run that made nothing yet."""

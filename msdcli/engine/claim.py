@@ -79,9 +79,9 @@ class Claim:
                 f"{run.root} is being worked on by {run.who_is_at_work()}, by another recipe: nothing was changed",
                 hint="wait for it, or give the run another name (name=...)",
             )
-        for made in (run.teacher, run.classifier, run.prompts, run.partition, run.record_file):
-            discard(made)
-        for made in (run.metrics / "teacher", run.samples / "teacher.png"):
+        decided = run.partition, run.record_file, run.searched, run.flops_file
+        told = run.metrics / "teacher", run.samples / "teacher.png"
+        for made in (run.teacher, run.classifier, run.prompts, *decided, *told):
             discard(made)
         return True
 

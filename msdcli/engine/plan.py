@@ -143,11 +143,11 @@ def plan(recipe: Recipe) -> Plan:
         solver=estimate.solver_line(recipe.teacher.solver, frozen, stitch),
         embedding_bytes=_embedding_bytes(recipe, frozen, data) if recipe.has_prompts else 0,
         cost=cost,
-        resumes=run.recipe_file.exists(),
+        resumes=run.is_of(recipe),
         missing=missing(recipe),
         timing=timing(recipe, data, frozen, student, cost),
         pictures=seen,
-        searched=search.settled(run, recipe) is not None,
+        searched=_found(recipe) is not None,
     )
 
 
@@ -166,9 +166,14 @@ def _networks(recipe: Recipe, data: Dataset) -> tuple[Denoiser, Denoiser]:
     frozen, student = networks_on_meta(recipe, data, planning=True)
     if recipe.student.target is None:
         return frozen, student
-    known = search.settled(RunDir(recipe.run_dir), recipe) or search.stand_in(recipe, frozen)
     with on_meta():
-        return frozen, new_network(known, frozen, 0)
+        return frozen, new_network(_found(recipe) or search.stand_in(recipe, frozen), frozen, 0)
+
+
+def _found(recipe: Recipe) -> Recipe | None:
+    """The recipe with the network that its run has searched; None where it has not yet."""
+    run = RunDir(recipe.run_dir)
+    return search.settled(run, recipe) if run.is_of(recipe) else None
 
 
 def look(recipe: Recipe) -> tuple[Dataset, Survey | None]:

@@ -34,7 +34,6 @@ WIDTHS = [w / 20 for w in range(20, 2, -1)]
 DEPTHS = [1.0, 0.75, 0.5, 0.25]
 MEASURED = 16  # candidates that are timed: those whose operation count comes nearest to the target
 TRIES = 6  # of a target of latency, each with one that is drawn in
-CHOICE = "student.json"  # in a run: what was chosen
 CLOSE = 0.15  # how far under a target of parameters a candidate may lie
 
 
@@ -59,7 +58,7 @@ def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report, data
 
     UserError if no network of the teacher's kind meets the target.
     """
-    student, path = recipe.student, run.root / CHOICE
+    student, path = recipe.student, run.searched
     if student.target is None:
         return recipe
     with lock(run.root, "the run directory", wait=report):
@@ -78,7 +77,7 @@ def settled(run: RunDir, recipe: Recipe) -> Recipe | None:
     """Return the recipe with the network that the run has searched; None where it has not yet. UserError where its
     record is damaged.
     """
-    if not (path := run.root / CHOICE).exists():
+    if not (path := run.searched).exists():
         return None
     chosen_network = records.read(path, records.Searched, "choice of a network")["chosen"]["network"]
     try:

@@ -16,7 +16,7 @@ from msdcli.engine.inputs import dataset
 from msdcli.engine.tracking import formatting
 from msdcli.engine.train.counting import MemoryCounter, forward_flops, num_parameters, turn_bytes
 from msdcli.recipe import load, shipped
-from msdcli.rundir import write_json
+from msdcli.rundir import RunDir, write_json
 from tests.conftest import Msd
 
 MISSING = """
@@ -144,7 +144,11 @@ def test_a_student_that_is_searched_is_counted_as_what_its_target_implies(tmp_pa
     said = plan.Plan._sizes(SimpleNamespace(**made, searched=False))  # type: ignore[arg-type]
     assert "at most 58% of the teacher's parameters (87,743) each" in said
     chosen = search.Candidate(teacher.settings.scaled(0.5, 1.0), 0.3, 0.3)
-    write_json(tmp_path / "r" / "student.json", {"target": {}, "chosen": chosen.record(), "tried": []})
+    run = RunDir(tmp_path / "r")
+    run.adopt(load("digits", [f"run={run.root}", "student.parameters=0.3"]))
+    write_json(run.searched, {"target": {}, "chosen": chosen.record(), "tried": []})
+    assert num_parameters(plan._networks(recipe, data)[1]) == num_parameters(student), "found for another target"
+    run.adopt(recipe)
     assert num_parameters(plan._networks(recipe, data)[1]) < num_parameters(student), "what a run found is counted"
 
 

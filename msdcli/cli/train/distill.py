@@ -142,7 +142,7 @@ class _WithTotal:
 
         self.monitor, self.recipe = monitor, recipe
         self._tracker = ProgressTracker(RunDir(recipe.run_dir))
-        self._next = time.monotonic() + TOTAL_EVERY
+        self._next, self._counted = time.monotonic() + TOTAL_EVERY, False
 
     def __call__(self, event: Event | str) -> None:
         self.monitor(event)
@@ -153,8 +153,9 @@ class _WithTotal:
         run = self._tracker.run
         if not run.recipe_file.is_file():
             return
-        if not run.flops_file.is_file():  # not for short runs: counting takes a second or two
+        if not self._counted:  # what is there may be of fewer steps; not for short runs: it takes a second or two
             note_flops(self.recipe)
+            self._counted = True
         if (left := self._tracker.progress().seconds_left) is not None:
             self.monitor.total(left)
         self._next = time.monotonic() + TOTAL_EVERY

@@ -77,9 +77,8 @@ def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -
     empty = empty_classes(labels.numpy(), len(names))
     if empty and settings.method == "kmeans" and settings.features == "images":
         raise _no_mean(empty, names)
-    stored = RunDir(recipe.run_dir).partition
-    if parts is None and stored.is_file():
-        parts = Partition.load(stored)
+    if parts is None and _goes_on(recipe, names):
+        parts = Partition.load(RunDir(recipe.run_dir).partition)
     elif parts is None and settings.method == "confusion":
         evidence.check_confusion(data)
     elif parts is None and settings.method != "kmeans":
@@ -96,6 +95,15 @@ def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -
         _check_filled(parts, settings.students, found, f"stage {stage.objective} needs {what}", names, of)
 
 
+def _goes_on(recipe: Recipe, class_names: Sequence[str]) -> bool:
+    """Whether the run has divided these classes for this recipe: what another one, which made nothing yet, left there
+    is removed when the run begins.
+    """
+    run = RunDir(recipe.run_dir)
+    made = run.is_of(recipe) and run.partition.is_file()
+    return made and Partition.load(run.partition).num_conditions == len(class_names)
+
+
 def check_classes(recipe: Recipe, data: Dataset) -> None:
     """Raise UserError where a stage names classes that are not there."""
     for stage in recipe.stages:
@@ -109,13 +117,13 @@ def check_classes(recipe: Recipe, data: Dataset) -> None:
 
 def _check_left_out(recipe: Recipe, number: int, parts: Partition | None, of: Sequence[int]) -> None:
     """Raise UserError where a student that owns none of a stage's classes could not stay as it is."""
-    stage, left = (
-        recipe.stages[number],
-        [k for k, part in enumerate(parts.parts if parts else []) if not {*part} & {*of}],
-    )
-    before = recipe.stages[number - 1] if number else None
+    if parts is None:
+        return
+    idle = (k for k, part in enumerate(parts.parts) if not {*part} & {*of})
+    left = [k for k in idle if not keeping.is_kept(parts, k)]
+    stage, before = recipe.stages[number], recipe.stages[number - 1] if number else None
     same = isinstance(before, GeneratorSettings) and before.sigmas == getattr(stage, "sigmas", None)
-    if parts is not None and left and not same and not keeping.is_kept(parts, left[0]):
+    if left and not same:
         raise UserError(
             f"stage {stage.objective}: classes leaves student {left[0]} out, which can stay only what a stage before "
             "made of it, of the same `sigmas`",

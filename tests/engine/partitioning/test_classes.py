@@ -11,11 +11,13 @@ import torch
 from msdcli.data import open_data
 from msdcli.diffusion.draws import Draws, Source
 from msdcli.engine import pipeline
+from msdcli.engine.partitioning import making
 from msdcli.engine.tracking.events import silent
 from msdcli.errors import UserError
+from msdcli.partition import Partition
 from msdcli.recipe import load_any
 from msdcli.recipe.data import Toy2dSettings
-from msdcli.rundir import file_hash
+from msdcli.rundir import RunDir, file_hash
 
 DM = {"objective": "dm", "steps": 2, "batch": 4}
 TREE = {
@@ -78,3 +80,20 @@ def test_a_stage_of_classes_without_pictures_is_refused(tmp_path: Path) -> None:
     stages = [DM, DM | {"classes": [1, 7], "pairs": "filtered"}]
     with pytest.raises(UserError, match=r"pairs\.count 5\), and student 1"):
         pipeline.check(load_any(tree | {"stages": stages}, {}))
+
+
+def test_what_is_kept_excuses_nobody_else() -> None:
+    parts = Partition([[0, 1], [2], [3, 4, 5, 6, 7]], 8, "extend", evidence={"origins": ["kept", "retrained", "new"]})
+    alone = load_any(TREE | {"stages": [DM | {"classes": [3]}]}, {})
+    with pytest.raises(UserError, match="classes leaves student 1 out"):
+        making._check_left_out(alone, 0, parts, [3])
+    making._check_left_out(alone, 0, parts, [2, 3])
+
+
+def test_parts_of_a_recipe_that_made_nothing_say_nothing_of_the_next(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.adopt(load_any(TREE, {"run": str(run.root)}))
+    Partition([[0], [1, 2, 3, 4, 5, 6, 7]], 8, "explicit").save(run.partition)
+    pipeline.check(
+        load_any(TREE | {"stages": [DM | {"classes": [1]}]}, {"run": str(run.root), "partition.students": 1})
+    )
