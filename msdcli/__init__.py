@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from msdcli.engine.measure.rows import Measurement
-    from msdcli.engine.pipeline import DistillResult
+    from msdcli.engine.results import DistillResult
     from msdcli.engine.sample import Students
     from msdcli.engine.tracking.events import Report
     from msdcli.partition import Partition

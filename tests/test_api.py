@@ -22,7 +22,8 @@ from msdcli.diffusion.draws import Batch
 from msdcli.engine.export.format import ExportOptions
 from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.measure.rows import Measurement, Row
-from msdcli.engine.pipeline import DistillResult
+from msdcli.engine.measure.teacher import Verdict
+from msdcli.engine.results import DistillResult, TeachResult
 from msdcli.engine.sample import Students
 from msdcli.errors import UserError, in_python
 from msdcli.objectives import dm, edm
@@ -216,6 +217,9 @@ def test_what_is_returned_says_what_it_is_in_a_line(finished: Path) -> None:
     assert repr(measured) == "Measurement(fd: students 0.1235, students 0.1235, students 0.1235; 3 rows)"
     result = DistillResult(RunDir(Path("runs/a")), measured, None, [1])
     assert repr(result) == f"DistillResult('runs/a', {measured}, unfinished students [1])"
+    taught = TeachResult(RunDir(Path("runs/a")), measured, Verdict("fit", "It is."), Path("teacher.png"))
+    assert repr(taught) == f"TeachResult('runs/a', fit, {measured})"
+    assert Measurement.of_json(measured.to_json()) == measured
 
 
 def test_the_manuals_other_verbs_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

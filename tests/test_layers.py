@@ -45,7 +45,7 @@ ROOMS = (
     {"layers"},
     {"sample", "search"},
     {"measure"},
-    {"partitioning"},
+    {"partitioning", "results"},
     {"pipeline", "timing"},
     {"report", "export", "bench", "sweep", "plan", "proposal"},
     {"frontier", "teacher_proposal"},

@@ -34,6 +34,7 @@ from msdcli.engine.measure.rows import Measurement
 from msdcli.engine.measure.teacher import Verdict
 from msdcli.engine.partitioning import keeping
 from msdcli.engine.partitioning import making as partition
+from msdcli.engine.results import DistillResult, TeachResult
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.tracking.formatting import evaluations
 from msdcli.engine.tracking.loggers import logged
@@ -45,26 +46,6 @@ from msdcli.partition import Partition
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import GeneratorSettings
 from msdcli.rundir import RunDir, holder_of, lock
-
-
-@dataclass(frozen=True)
-class DistillResult:
-    """What `distill` did: the run, its measurement (None for prompts and without data) and picture, both None
-    where only some students were asked for, and what is left.
-    """
-
-    run: RunDir
-    measurement: Measurement | None
-    grid: Path | None
-    unfinished: list[int]
-
-    def __fspath__(self) -> str:
-        """The run directory, wherever a path is asked for."""
-        return str(self.run.root)
-
-    def __repr__(self) -> str:
-        left = f", unfinished students {self.unfinished}" if self.unfinished else ""
-        return f"DistillResult({str(self.run.root)!r}, {self.measurement}{left})"
 
 
 def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGLE_PROCESS) -> Dataset:
@@ -157,19 +138,6 @@ def distill(
         return group.broadcast(finish(training, done.unfinished, report) if group.is_leader else done)
 
 
-@dataclass(frozen=True)
-class TeachResult:
-    """A teacher alone: its run, its measurement and what it says, and a picture of its samples."""
-
-    run: RunDir
-    measurement: Measurement
-    verdict: Verdict
-    grid: Path
-
-    def __fspath__(self) -> str:
-        return str(self.run.root)
-
-
 def teach(recipe: Recipe, report: Report) -> TeachResult:
     """Train the teacher alone, or take the one that is there; draw samples of it and measure it."""
     if not recipe.has_measure:
@@ -256,8 +224,8 @@ def prepare(
 
 
 def finish(training: TrainingRun, left: list[int], report: Report) -> DistillResult:
-    """Measure a run whose students are all finished. UserError naming those that are not, which is no fault where
-    others are at work on all of them.
+    """Measure a run whose students are all finished, unless nothing has changed since it was. UserError naming those
+    that are not, which is no fault where others are at work on all of them.
     """
     holders = {k: holder_of(training.run.student(k)) for k in left}
     if left := training.unfinished(left):
@@ -271,7 +239,7 @@ def finish(training: TrainingRun, left: list[int], report: Report) -> DistillRes
         raise UserError(
             f"not all students are finished: {names}", hint=f"msd status {training.run.root}; the same command goes on"
         )
-    measured = None if not training.recipe.has_measure else fid.measure(training.run, report)
+    measured = None if not training.recipe.has_measure else fid.measure(training.run, report, anew=False)
     return DistillResult(training.run, measured, preview(training), [])
 
 

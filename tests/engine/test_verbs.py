@@ -27,9 +27,9 @@ def pixels(path: Path) -> np.ndarray:
 def test_a_mixed_batch_comes_back_in_order(finished: Path) -> None:
     students = msdcli.load(finished)
     classes = [7, 0, 3, 4, 0, 7]
-    join_torchrun = students.sample(classes, seed=5)
+    together = students.sample(classes, seed=5)
     for i, c in enumerate(classes):
-        assert torch.equal(students.sample([c], seed=5, first=i)[0], join_torchrun[i])
+        assert torch.equal(students.sample([c], seed=5, first=i)[0], together[i])
 
 
 def test_a_sample_depends_on_seed_number_and_class_alone(finished: Path) -> None:

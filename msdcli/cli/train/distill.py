@@ -16,7 +16,7 @@ from msdcli.errors import UserError
 
 if TYPE_CHECKING:
     from msdcli.engine.distributed.group import ProcessGroup
-    from msdcli.engine.pipeline import DistillResult
+    from msdcli.engine.results import DistillResult
     from msdcli.engine.tracking.events import Progress as Event
     from msdcli.recipe import Recipe
 

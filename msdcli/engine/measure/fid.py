@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from msdcli import records
@@ -30,9 +32,10 @@ from msdcli.metrics import reference
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.inception import open_network
 from msdcli.metrics.moments import Gaussian
-from msdcli.rundir import RunDir, write_json
+from msdcli.rundir import RunDir, file_hash, key, write_json
 from msdcli.seeds import derive
 
+FORMAT = 1  # of measurements: another number where the code finds other figures for the same features
 MAX_REFERENCE = 50_000
 REPLICATES = 100  # of the bootstrap where no number is asked for and features have at most
 HELD_OUT = "held-out data"
@@ -140,14 +143,18 @@ class EvaluationContext:
         return features.cached(folder, make, self.report, of=str(depends[0]))
 
 
-def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> Measurement:
-    """Measure a finished run and write metrics/NAME.json.
+def measure(run: RunDir, report: Report, options: FidOptions | None = None, *, anew: bool = True) -> Measurement:
+    """Measure a finished run and write metrics/NAME.json; unless `anew`, take what is there if nothing has changed.
 
     Points are compared with the teacher's samples as the paper does, pictures with the data.
     """
     students = sample.load(run.root)  # are they all finished?
     context = EvaluationContext(run, options or FidOptions(), report)
     students.device = context.device
+    path, decided_by = run.metrics / f"{context.metric.name}.json", _decided_by(context, students)
+    if not anew and (known := _known(path, decided_by)) is not None:
+        report(f"nothing has changed since it was measured ({path}); msd fid {run.root} measures it again")
+        return known
     real = context.real()  # what can be wrong comes first
     if context.groups and (isinstance(real, Gaussian) or not has_classes(real)):
         raise UserError("groups: the reference does not tell classes apart", hint="leave it out: the data do")
@@ -174,10 +181,31 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None) -> M
     ]
     said, more = _notes(context)
     warnings = context.warnings + lines.warnings + more
-    record = _record(context, students, by_students, said) | {"replicates": replicates, "warnings": warnings}
+    record = _record(context, students, by_students, said)
+    record |= {"replicates": replicates, "warnings": warnings, "decided_by": decided_by}
     result = Measurement(context.metric.name, context.metric.protocol, rows, record)
-    write_json(run.metrics / f"{context.metric.name}.json", result.to_json())
+    write_json(path, result.to_json())
     return result
+
+
+def _decided_by(context: EvaluationContext, students: sample.Students) -> str:
+    """Name all that a run's figures depend on, but for last bits (how many images are drawn at once)."""
+    run, recipe = context.run, context.recipe
+    options = {name: str(value) for name, value in vars(context.options).items()}
+    by = [context.metric.name, context.metric.network.record(), context.metric.record, _reference_hash(context)]
+    teacher = [records.run(run.record_file).get("teacher"), recipe.teacher.solver.record(), recipe.pairs.seed]
+    drawn = [fingerprint(context.data), context.count, recipe.evaluation.seed, recipe.evaluation.solver_error]
+    made = [file_hash(run.partition), *(file_hash(folder / MODEL) for folder in students.folders)]
+    with_ = [FORMAT, features.FORMAT, float32.record(context.device), versions("msdcli", "torch", "numpy")]
+    return key("measured", options, by, teacher, drawn, made, with_)
+
+
+def _known(path: Path, decided_by: str) -> Measurement | None:
+    """Return the measurement in a file, unless it is of something else, or damaged."""
+    with contextlib.suppress(UserError):
+        if path.is_file() and (told := records.measurement(path)).get("decided_by") == decided_by:
+            return Measurement.of_json(told)
+    return None
 
 
 def _record(

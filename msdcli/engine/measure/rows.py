@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,12 @@ class Measurement:
     protocol: str
     rows: list[Row]
     record: dict[str, Any]
+
+    @classmethod
+    def of_json(cls, told: dict[str, Any]) -> Measurement:
+        """Return the measurement that `to_json` told."""
+        made = cls(told["metric"], told["protocol"], [Row(**row) for row in told["rows"]], {})
+        return replace(made, record={name: value for name, value in told.items() if name not in made.to_json()})
 
     def __repr__(self) -> str:
         whole = [row for row in self.rows if row.group == "whole" and self.metric in row.values]

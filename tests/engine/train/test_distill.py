@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from msdcli import nets
 from msdcli.engine.checkpoints.tensors import load_tensors
+from msdcli.engine.measure import fid
 from msdcli.errors import UserError
 from msdcli.rundir import lock
 from tests.conftest import TINY, Msd, command, environment
@@ -48,13 +49,20 @@ def test_golden_losses(finished: Path) -> None:
         assert line["losses"] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_same_command_again_changes_nothing(finished: Path, msd: Msd, tmp_path: Path) -> None:
+def test_same_command_again_changes_nothing(
+    finished: Path, msd: Msd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(finished.parent, tmp_path / "runs")
-    before = weights(tmp_path / "runs/tiny")
-    done = msd("distill", "runs/tiny", "--json")
+    before, file = weights(tmp_path / "runs/tiny"), tmp_path / "runs/tiny/metrics/l1_toy2d.json"
+    measured = file.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(fid, "MeasurementRows", lambda *_, **__: pytest.fail("nothing has changed: it is measured"))
+        done = msd("distill", "runs/tiny", "--json")
     assert done.returncode == 0, done.stderr
-    assert weights(tmp_path / "runs/tiny") == before
-    assert json.loads(done.stdout)["measurement"]["metric"] == "l1_toy2d"
+    assert weights(tmp_path / "runs/tiny") == before and file.read_text() == measured
+    assert json.loads(done.stdout)["measurement"] == json.loads(measured)
+    done = msd("distill", "runs/tiny", "evaluation.samples=150")
+    assert done.returncode == 0 and json.loads(file.read_text())["samples"] == 150, done.stderr
 
 
 def test_students_trained_alone_or_by_workers_are_the_same(finished: Path, msd: Msd, tiny: Path) -> None:
