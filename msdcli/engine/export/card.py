@@ -12,7 +12,7 @@ import yaml
 
 from msdcli import records
 from msdcli.engine.checkpoints.model import MODEL
-from msdcli.engine.tracking.formatting import describe_selected, evaluations, plural, three_digits, word
+from msdcli.engine.tracking.formatting import describe_kept, describe_selected, evaluations, plural, three_digits, word
 from msdcli.foreign import visible
 from msdcli.rundir import write_text
 
@@ -144,12 +144,16 @@ def _students(source: ExportSource) -> str:
         "prompts, the first of those it was trained on" if source.students.prompt_router is not None else "classes"
     )
     table = _table(["student", conditions, "parameters", "sha256 of the trained weights"], rows)
-    return "\n\n".join([table, *describe_selected(cards)])
+    return "\n\n".join([table, *map(_escaped, describe_kept(dict(enumerate(cards)))), *describe_selected(cards)])
 
 
 def _plain(name: str) -> str:
     """Return a class's name, which may come from anywhere, as text of one cell: neither Markdown nor HTML."""
-    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(visible(name)[:100], quote=False))
+    return _escaped(visible(name)[:100])
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(visible(text), quote=False))
 
 
 def _results(measured: Sequence[dict[str, Any]]) -> str:

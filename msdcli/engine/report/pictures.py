@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -224,6 +225,9 @@ class SampleRenderer:
         newest = self.newest[number]
         if last is None or newest is None:
             return
+        if (models := self.facts.students[number]) and "kept" in models[-1]:  # nothing of its training is here
+            yield f"kept as in {Path(models[-1]['kept']['run']).name}", newest
+            return
         with self._noting("The students before training are not drawn"):
             if self.teacher is not None and not any((self.recipe.student.parameters, self.recipe.student.latency)):
                 untrained = new_network(self.recipe, self.teacher, number).eval()
@@ -234,6 +238,8 @@ class SampleRenderer:
                 break
             with self._noting(f"Student {number} after {stage.objective} is not drawn"):
                 net, description = load_model(folder, base=lambda: load_model(self.run.teacher)[0])
+                if "handed_on" in description:  # as it was before the stage
+                    continue
                 label = f"after {stage.objective}, {counted(description['steps'], 'step')}"
                 if isinstance(stage, GeneratorSettings):
                     yield label, Generator(net, tuple(stage.sigmas))

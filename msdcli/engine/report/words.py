@@ -8,6 +8,7 @@ from typing import Any
 from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, row
 from msdcli.engine.tracking.formatting import (
     counted,
+    describe_kept,
     describe_selected,
     duration,
     evaluations,
@@ -37,8 +38,10 @@ COMPANIONS = {
 
 def summary(facts: RunFacts) -> list[str]:
     """Return the sentences that open a report."""
-    finished = [models[-1] for models in facts.students if len(models) == len(facts.recipe.stages)]
-    return [_what(facts), *_how_good(facts), *describe_selected(finished), *_cost(facts)]
+    stages = len(facts.recipe.stages)
+    finished = {number: models[-1] for number, models in enumerate(facts.students) if len(models) == stages}
+    said = [*describe_kept(finished), *describe_selected([*finished.values()])]
+    return [_what(facts), *_how_good(facts), *said, *_cost(facts)]
 
 
 def closing(run: RunDir) -> list[str]:

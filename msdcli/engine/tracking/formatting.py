@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 ONES = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
@@ -99,10 +100,25 @@ def describe_selected(students: Sequence[dict[str, Any]]) -> list[str]:
         return []
     first, at = found[0]["selected"], sorted(model["selected"]["step"] for model in found)
     steps = f"step {at[0]:,}" if at[0] == at[-1] else f"steps {at[0]:,} to {at[-1]:,}"
-    whose = "The student is" if len(found) == 1 else "Every student is"
+    some = f"{word(len(found)).capitalize()} of the students {plural(len(found), 'is', 'are')}"
+    all_ = "The student is" if len(students) == 1 else "Every student is"
+    whose = all_ if len(found) == len(students) else some
     seconds = sum(model["selected"]["seconds"] for model in found)
     return [
         f"{whose} the best of {word(first['of'])} averages that were measured while it trained, by {first['metric']} "
         f"on {first['samples']:,} samples: of {steps} of {found[0]['steps']:,}. A figure flatters what it chose, so "
         f"the result is measured with other noise. Choosing took {duration(seconds)} beside the training."
+    ]
+
+
+def describe_kept(students: Mapping[int, dict[str, Any]]) -> list[str]:
+    """Say which finished students came as they were from another run (`partition.method: extend`), by their number and
+    model.json; nothing where none did.
+    """
+    runs = {number: Path(model["kept"]["run"]).name for number, model in students.items() if "kept" in model}
+    if not runs:
+        return []
+    from_ = f"the {plural(len(set(runs.values())), 'run')} {', '.join(sorted(set(runs.values())))}"
+    return [
+        f"Kept as in {from_}, and not trained in this one: {plural(len(runs), 'student')} {', '.join(map(str, runs))}."
     ]

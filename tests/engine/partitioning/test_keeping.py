@@ -17,6 +17,8 @@ from msdcli.engine.export.export import export
 from msdcli.engine.export.format import ExportOptions
 from msdcli.engine.measure import classifier
 from msdcli.engine.partitioning import making
+from msdcli.engine.report import pictures, words
+from msdcli.engine.report.facts import load_runs
 from msdcli.engine.report.status import status
 from msdcli.engine.tracking.accounting import costs
 from msdcli.engine.tracking.events import silent
@@ -99,6 +101,11 @@ def test_a_new_class_trains_one_student_and_leaves_the_others(two: Path) -> None
     assert kept == {"run": str(before.root), "sha256": hashes(before)[0]}
     given = export(after, two / "bundle", options=ExportOptions(bench=False))
     assert given["max_difference"] == 0, "the networks know two classes and three"
+    said = "Kept as in the run two, and not trained in this one: students 0, 1."
+    (facts,) = load_runs([after.root])
+    assert said in (two / "bundle/README.md").read_text() and said in words.summary(facts)
+    drawn = pictures.draw(facts, budget=10**6).galleries
+    assert [len(of.stages) for of in drawn] == [2, 2, 4] and drawn[0].stages[0].what == "kept as in two"
 
 
 @pytest.mark.slow
