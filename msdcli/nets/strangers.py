@@ -61,7 +61,7 @@ def _of_tensors(path: Path, names: list[str]) -> tuple[str, str]:
 def of_folder(folder: Path) -> tuple[str, str]:
     """Return what a folder is that is neither a pipeline of diffusers nor a teacher of msd, and what to do."""
     if (folder / "recipe.yaml").is_file() and (folder / "run.json").is_file():
-        return "is a run of msd", f"its teacher is {folder / 'teacher'}"
+        return "is a run of msd, and no teacher", f"give the folder of its teacher: {folder / 'teacher'}"
     if (folder / "bundle.json").is_file() or (folder / "export.json").is_file():
         return "holds students that msd exported, and no teacher", KINDS
     config = _object(folder / "config.json")

@@ -91,4 +91,6 @@ def test_a_run_is_no_teacher_and_has_one(finished: Path, msd: Msd, tmp_path: Pat
         f"teacher: {{path: {finished}}}\nstages: [{{objective: dm, pairs: none}}]\npartition: {{students: 2}}\n"
     )
     refused = msd("distill", "r.yaml")
-    assert refused.returncode == 2 and f"its teacher is {finished / 'teacher'}" in refused.stderr
+    assert refused.returncode == 2 and f"give the folder of its teacher: {finished / 'teacher'}" in refused.stderr
+    refused = msd("recipes", "new", str(finished), "new.yaml")
+    assert refused.returncode == 2 and f"msd recipes new --teacher {finished}/teacher" in refused.stderr

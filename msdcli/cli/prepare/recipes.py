@@ -158,6 +158,10 @@ def _refuse_model(path: str) -> None:
 
     if is_teacher(path):
         raise UserError(f"{path} is a model and holds no pictures", hint=f"msd recipes new --teacher {path}")
+    if (Path(path) / "recipe.yaml").is_file():
+        raise UserError(
+            f"{path} is a run of msd and holds no pictures of yours", hint=f"msd recipes new --teacher {path}/teacher"
+        )
 
 
 def _bare(path: str) -> str:
