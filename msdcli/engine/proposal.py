@@ -135,8 +135,7 @@ def _fitted(seen: Survey) -> tuple[dict[str, object], list[str]]:
             return {"size": side}, []
         return {"size": side, "pad": "edge"}, [
             f"{usual}x{usual} pictures are filled up to {side}x{side} with their border's pixels: a U-Net halves the "
-            "side "
-            "several times (pad: edge; or black, white)"
+            "side several times (pad: edge; or black, white)"
         ]
     side = max(MULTIPLE, min(LARGEST, usual // MULTIPLE * MULTIPLE))
     why = f"pictures are scaled to {side}x{side} (resize: box)"
