@@ -201,12 +201,17 @@ class Monitor:
         fields: dict[str, Any] = {"extra": _shown(self._extra[event.what]), "ends": ends}
         if event.what not in self._tasks:
             self._tasks[event.what] = live.add_task(_shown(event.what), total=event.total, **fields)
+        elif event.done < next(task.completed for task in live.tasks if task.id == self._tasks[event.what]):
+            live.reset(self._tasks[event.what], total=event.total)  # the same work of another run, as in a sweep
         live.update(self._tasks[event.what], completed=event.done, total=event.total, **fields)
 
     def _print(self, event: Event) -> None:
         now = time.monotonic()
-        since, first = self._first.setdefault(event.what, (now, event.done))
         told, before = self._printed.get(event.what, (-math.inf, -1))
+        if event.done < before:  # the same work of another run, as in a sweep
+            told, before = -math.inf, -1
+            del self._first[event.what]
+        since, first = self._first.setdefault(event.what, (now, event.done))
         if event.done == before or (event.done < event.total and now - told < self._pause(self.every)):
             return
         self._printed[event.what] = now, event.done

@@ -94,6 +94,25 @@ def test_live_lines_have_room_a_total_and_an_answer(monkeypatch: pytest.MonkeyPa
     assert lines[-2:] == ["the whole training: about 10 min left", "stopping after this step"]
 
 
+def test_the_same_work_of_the_next_run_begins_anew(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    monitor = console.Monitor(every=0.0)
+    for done in (0, 50, 100, 0, 50):  # the second run of a sweep begins an hour later
+        monitor(Progress("student 0 dm", done, 100, "steps"))
+        now += 3600.0 if done == 100 else 10.0
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("5 steps/s, ")[2] for line in lines if "50/100" in line] == ["10 s left"] * 2
+
+    monkeypatch.setattr(console, "err", a_terminal(100))
+    with console.Monitor() as live:
+        for done in (0, 100, 0):
+            live(Progress("student 0 dm", done, 100, "steps"))
+        assert live._live is not None and not live._live.tasks[0].finished
+
+
 def test_a_log_says_less_the_longer_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
     monitor = console.Monitor()
     assert monitor._pause(5.0) == 5.0
