@@ -27,7 +27,7 @@ from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.distributed.interrupt import preemptible
 from msdcli.engine.inputs import autoencoder, dataset, latents, stitches, teacher, teacher_stages
 from msdcli.engine.inputs.pairs import Pairs, worth_a_look
-from msdcli.engine.measure import fid
+from msdcli.engine.measure import ahead, fid
 from msdcli.engine.measure import part_evaluator as examine
 from msdcli.engine.measure import teacher as teacher_alone
 from msdcli.engine.measure.rows import Measurement
@@ -209,7 +209,8 @@ def prepare(
     if not dataset.is_as_begun(run, data):  # before an hour of training with them
         raise begun_otherwise(run, "data")
     on = device.prepare(recipe, shared=group.size > 1)
-    frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group)
+    meanwhile = ahead.beside_teacher(run, recipe, data, on, group)
+    frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group, meanwhile=meanwhile)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
     if claim is not None:
         version = dataset.version_of(run)
@@ -219,7 +220,7 @@ def prepare(
     if students:
         resolved = group.leader_first(lambda: search.resolve(run, recipe, frozen, report, seen))
         resolved = group.leader_first(lambda: precision.resolve(run, resolved, frozen, on, report))
-    parts = group.leader_first(lambda: provide_partition(run, recipe, data, frozen, on, told))
+    parts = group.leader_first(lambda: partition.provide(run, recipe, data, frozen, on, told))
     return TrainingRun(run, resolved, seen, frozen, Pairs(run, recipe, seen, teacher_hash), parts, on, group)
 
 
@@ -241,19 +242,6 @@ def finish(training: TrainingRun, left: list[int], report: Report) -> DistillRes
         )
     measured = None if not training.recipe.has_measure else fid.measure(training.run, report, anew=False)
     return DistillResult(training.run, measured, preview(training), [])
-
-
-def provide_partition(
-    run: RunDir, recipe: Recipe, data: Dataset, frozen: Denoiser, on: torch.device, report: Report
-) -> Partition:
-    """Return the run's partition, made once."""
-    mixed = partition.mixed_up(run, recipe, data, on, report)
-    with lock(run.root, "the run directory", wait=lambda _: None):
-        if not run.partition.exists():
-            made = partition.make(recipe.partition, data, frozen, mixed)
-            partition.check_parts(recipe, data, made)
-            made.save(run.partition)
-    return Partition.load(run.partition)
 
 
 @dataclass(frozen=True)

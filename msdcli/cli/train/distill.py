@@ -46,6 +46,7 @@ def distill(
         bool, typer.Option("--recipe", help="With --dry-run: print the complete recipe, too.")
     ] = False,
     worker: Annotated[bool, typer.Option("--worker", hidden=True)] = False,
+    ahead: Annotated[bool, typer.Option("--ahead", hidden=True)] = False,
 ) -> None:
     """Train teacher and students, sample and measure: whatever of it is not done yet.
 
@@ -53,6 +54,9 @@ def distill(
     """
     from msdcli.engine.distributed import launcher
 
+    if ahead:
+        _ahead(recipe)
+        return
     torchrun = launcher.num_processes() > 1
     if show_recipe and not dry_run:
         raise UserError("--recipe goes with --dry-run", hint=f"msd recipes show {recipe}")
@@ -73,6 +77,17 @@ def distill(
         return
     planned = _Planned(show_recipe) if dry_run else None
     _distill(recipe, overrides, student, json_, worker=worker, planned=planned, per_device=students_per_device)
+
+
+def _ahead(run: str) -> None:
+    """Make what the run is measured by, for the process that trains its teacher and has started this one."""
+    from msdcli.engine.distributed.workers import die_with_parent, to_parent
+    from msdcli.engine.measure import ahead
+    from msdcli.recipe import load
+    from msdcli.rundir import RunDir
+
+    die_with_parent()
+    ahead.of_data(RunDir(load(run).run_dir), to_parent())
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
-"""Several students at once on one machine: worker processes that take whichever student is free."""
+"""Processes of a run beside this one, on its machine: workers that take whichever student is free, and one that makes
+ahead what is needed later.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -10,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import IO
 
@@ -30,15 +34,17 @@ Events = queue.Queue["Progress | str | Worker"]
 
 
 class Worker:
-    """One `msd distill RUN --worker`: its reports go to `events`, and itself when it has ended."""
+    """One `msd distill RUN WORDS`: its reports go to `events`, and itself when it has ended."""
 
-    def __init__(self, run_dir: RunDir, environment: dict[str, str], events: Events) -> None:
+    def __init__(
+        self, run_dir: RunDir, environment: dict[str, str], events: Events, words: Sequence[str] = ("--worker",)
+    ) -> None:
         self.errors: IO[bytes] = tempfile.TemporaryFile("w+b")  # noqa: SIM115  (read when it has ended)
         reading, writing = os.pipe()  # of our own: any library may print to standard output
         self.reports: IO[bytes] = os.fdopen(reading, "rb")
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "msdcli", "distill", str(run_dir.root), "--worker"],
+                [sys.executable, "-m", "msdcli", "distill", str(run_dir.root), *words],
                 stdin=subprocess.PIPE,  # ends when this process does, and the worker with it: see die_with_parent
                 stdout=subprocess.DEVNULL,
                 stderr=self.errors,
@@ -124,6 +130,49 @@ def run(run_dir: RunDir, count: int, device: torch.device, report: Report, *, th
                 raise failure
     if stop.requested:
         raise stop.error("all workers")
+
+
+@contextlib.contextmanager
+def beside(run_dir: RunDir, words: Sequence[str], device: torch.device, report: Report) -> Iterator[Report]:
+    """Let one more process do `msd distill RUN WORDS` while the block works; give a report for the block, which passes
+    on what that process reports, too.
+
+    The block's end waits for it, and a block that fails stops it. That it fails itself is told and ends nothing: what
+    it makes ahead is made, and fails, where it is needed.
+    """
+    events: Events = queue.Queue()
+    worker = Worker(run_dir, _environment(0, 1, device), events, words)
+    ended = list[Worker]()
+
+    def pass_on(wait: float = 0.0) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                event = events.get(timeout=wait) if wait else events.get_nowait()
+                ended.append(event) if isinstance(event, Worker) else report(event)
+
+    def tell(event: Progress | str) -> None:
+        pass_on()
+        report(event)
+
+    try:
+        yield tell
+        while not ended:
+            pass_on(0.2)
+        if (failure := worker.failure()) is not None:
+            report(f"made later, for the process that was to make it ahead failed: {failure}")
+    finally:
+        if not ended:
+            _stop(worker)
+        worker.close()
+
+
+def _stop(worker: Worker) -> None:
+    """Let a worker stop as Ctrl-C does; one that does not is killed."""
+    worker.process.send_signal(signal.SIGINT)
+    try:
+        worker.process.wait(LINGER)
+    except subprocess.TimeoutExpired:
+        worker.process.kill()
 
 
 def _environment(number: int, count: int, device: torch.device, threads: int | None = None) -> dict[str, str]:

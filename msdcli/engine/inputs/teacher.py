@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,10 @@ def provide(
     report: Report,
     *,
     group: ProcessGroup = SINGLE_PROCESS,
+    meanwhile: Callable[[Report], AbstractContextManager[Report]] = nullcontext,
 ) -> tuple[Denoiser, str]:
     """Return the frozen teacher and its weights' hash, after loading, importing, reusing or training it; link it into
-    the run.
+    the run. What is to go on `meanwhile` does only where it trains.
     """
     if recipe.teacher.path is not None:
         path = hub.resolve(recipe.teacher.path)
@@ -61,7 +64,8 @@ def provide(
                 report(f"teacher: reused from {folder}")
             else:
                 trained_as = recipe.model_copy(update={"precision": settled})
-                _train(folder, trained_as, data, device, report, group)
+                with meanwhile(report) as told:
+                    _train(folder, trained_as, data, device, told, group)
     _check_fit(load_model(folder)[0], recipe, data, autoencoders.find(folder))
     folder = teacher_stages.refine(folder, run, recipe, data, device, report, group)
     if folder != run.teacher:

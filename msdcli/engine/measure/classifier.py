@@ -115,12 +115,16 @@ def held_out(labels: Tensor) -> Tensor:
     return order[every - 1 :: every].sort().values
 
 
-def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> TrainedClassifier:
-    """Return the classifier after training or reusing it."""
+def place(run: RunDir, data: Dataset) -> Path:
+    """Return the folder of these data's classifier, complete or not."""
     # It depends on the data (their shape and classes make the network), TRAINING, the seeds, which are fixed, and the
     # code (FORMAT). Threads and device move last bits that training amplifies: figures name the weights' hash.
-    content = fingerprint(data)
-    folder = run.shared / f"classifier-{key('classifier', FORMAT, content, TRAINING.keyed())}"
+    return run.shared / f"classifier-{key('classifier', FORMAT, fingerprint(data), TRAINING.keyed())}"
+
+
+def provide(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> TrainedClassifier:
+    """Return the classifier after training or reusing it."""
+    content, folder = fingerprint(data), place(run, data)
     weights = folder / WEIGHTS
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

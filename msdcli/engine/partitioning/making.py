@@ -38,7 +38,7 @@ from msdcli.partition import (
 )
 from msdcli.recipe import PartitionSettings, Recipe
 from msdcli.recipe.stages import GeneratorSettings, StageSettings, teacher_stage
-from msdcli.rundir import RunDir
+from msdcli.rundir import RunDir, lock
 
 LISTED = 12  # classes, in a message
 TEXT_METHODS = ("quadrants", "kmeans", "random")
@@ -237,6 +237,19 @@ def mixed_up(run: RunDir, recipe: Recipe, data: Dataset, on: torch.device, repor
     if recipe.partition.method != "confusion" or run.partition.is_file():
         return None
     return evidence.confusion(run, recipe, data, on, report)
+
+
+def provide(
+    run: RunDir, recipe: Recipe, data: Dataset, frozen: Denoiser, on: torch.device, report: Report
+) -> Partition:
+    """Return the run's partition, made once."""
+    mixed = mixed_up(run, recipe, data, on, report)
+    with lock(run.root, "the run directory", wait=lambda _: None):
+        if not run.partition.exists():
+            made = make(recipe.partition, data, frozen, mixed)
+            check_parts(recipe, data, made)
+            made.save(run.partition)
+    return Partition.load(run.partition)
 
 
 def of_prompts(settings: PartitionSettings, prompts: Sequence[str], pooled: np.ndarray | None) -> Partition:
