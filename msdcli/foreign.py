@@ -4,6 +4,7 @@ here at all), and which of their packages are installed.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 import unicodedata
@@ -74,10 +75,12 @@ def check_file(path: Path, *, most: int | None = None) -> None:
 
 def versions(*packages: str) -> dict[str, str]:
     """Return the version of each package; `not installed` of one that is absent, or run from its files."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {package: _version(package) for package in packages}
+
+
+@functools.cache  # a record of a table's every line names them, and each look parses the package's metadata
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

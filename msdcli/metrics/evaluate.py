@@ -30,8 +30,7 @@ from msdcli.metrics.intervals import Interval, bootstrap, bootstrap_weights, cen
 from msdcli.metrics.kernel import (
     SPLITS,
     inception_score,
-    kernel_distance,
-    reweighted_kernel_distance,
+    kernel_distances,
     split_inception_score,
     subset_kernel_distance,
 )
@@ -196,6 +195,7 @@ class _Comparison:
     device: torch.device
     method: dict[str, Any] = field(default_factory=dict)  # how, for the record
     _manifold: Manifold | None = None
+    _kernel_replicates: list[np.ndarray] = field(default_factory=list)  # one array, or none
 
     def features(self) -> np.ndarray:
         if self.samples.features is None:
@@ -230,12 +230,10 @@ class _Comparison:
         features, options = self.features(), dict[str, Any](replicates=self.replicates, seed=self.seed)
         frechet = ReweightedFrechet(features, self.whole)
         found = {"fid": bootstrap(frechet.distance, len(features), influence=frechet.influence(), **options)}
-        p, y = self.samples.probabilities, self._reference_features()
+        p = self.samples.probabilities
         if p is not None:
             found["inception_score"] = bootstrap(lambda weights: inception_score(p, weights), len(p), **options)
-        if self.method.get("kid") == "all pairs" and y is not None:
-            weights = bootstrap_weights(len(features), self.replicates, self.seed)
-            replicated = reweighted_kernel_distance(features, y, weights, device=self.device)
+        for replicated in self._kernel_replicates:
             found["kid"] = centred_interval(figures["kid"], replicated)
         for name, values in vars(self._manifold).items() if self._manifold else ():
             found[name] = mean_interval(values, **options)
@@ -247,8 +245,12 @@ class _Comparison:
     def _kernel(self, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
         exact = len(x) * len(y) <= EXACT_PAIRS
         self.method["kid"] = "all pairs" if exact else "100 subsets of 1000"
-        if exact:
-            return {"kid": kernel_distance(x, y, device=self.device).value}
+        if exact:  # every pair is looked at once, for the figure and for its replicates
+            weightings = [np.ones((1, len(x)))]
+            if self.replicates:
+                weightings.append(bootstrap_weights(len(x), self.replicates, self.seed))
+            (value,), *self._kernel_replicates = kernel_distances(x, y, weightings, device=self.device)
+            return {"kid": float(value)}
         return {"kid": subset_kernel_distance(x, y, seed=self.seed, device=self.device).value}
 
 

@@ -4,6 +4,7 @@ inception score (Salimans et al. 2016, arXiv 1606.03498).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,22 +48,35 @@ def reweighted_kernel_distance(
     x: np.ndarray, y: np.ndarray, weights: np.ndarray, *, device: Device = "cpu"
 ) -> np.ndarray:
     """KID of x under each row of `weights` [R, len(x)] (counts) to a fixed y; an image is never paired with itself."""
-    if (weights.sum(axis=1) ** 2 <= np.square(weights).sum(axis=1)).any():
+    return kernel_distances(x, y, [weights], device=device)[0]
+
+
+def kernel_distances(
+    x: np.ndarray, y: np.ndarray, weightings: Sequence[np.ndarray], *, device: Device = "cpu"
+) -> list[np.ndarray]:
+    """`reweighted_kernel_distance` under several sets of weights, bit for bit, for one look at all pairs."""
+    if any((weights.sum(axis=1) ** 2 <= np.square(weights).sum(axis=1)).any() for weights in weightings):
         raise UserError("KID needs at least 2 different images on each side.")
-    return _reweighted(*_checked(x, y, device), float64(weights, device)).cpu().numpy()
+    found = _reweighted(*_checked(x, y, device), [float64(weights, device) for weights in weightings])
+    return [values.cpu().numpy() for values in found]
 
 
-def _reweighted(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    within = weights.sum(dim=1) ** 2 - weights.square().sum(dim=1)
-    pairs, cross = torch.zeros_like(within), torch.zeros_like(within)
+def _reweighted(x: Tensor, y: Tensor, weightings: Sequence[Tensor]) -> list[Tensor]:
+    within = [weights.sum(dim=1) ** 2 - weights.square().sum(dim=1) for weights in weightings]
+    pairs, cross = [torch.zeros_like(w) for w in within], [torch.zeros_like(w) for w in within]
     for start in range(0, len(x), ROWS):
         rows = slice(start, start + ROWS)
         block = kernel(x[rows], x)
         block[:, start:].fill_diagonal_(0)
-        pairs += ((weights[:, rows] @ block) * weights).sum(dim=1)
-        cross += weights[:, rows] @ kernel_sums(x[rows], y)
+        sums = kernel_sums(x[rows], y)
+        for i, weights in enumerate(weightings):
+            pairs[i] += ((weights[:, rows] @ block) * weights).sum(dim=1)
+            cross[i] += weights[:, rows] @ sums
     reference = sum(_off_diagonal(y, start) for start in range(0, len(y), ROWS)) / (len(y) * (len(y) - 1))
-    return pairs / within + reference - 2 * cross / (weights.sum(dim=1) * len(y))
+    return [
+        pairs[i] / within[i] + reference - 2 * cross[i] / (weights.sum(dim=1) * len(y))
+        for i, weights in enumerate(weightings)
+    ]
 
 
 def kernel_sums(x: Tensor, y: Tensor) -> Tensor:
@@ -90,7 +104,7 @@ def subset_kernel_distance(
     drawn = [[rng.choice(len(side), size, replace=False) for side in sides] for _ in range(num_subsets)]
     # All places travel in one piece, and all values come back in one: nothing waits between the subsets.
     places = [torch.from_numpy(np.stack(numbers)).to(sides[0].device) for numbers in zip(*drawn, strict=True)]
-    found = [_reweighted(sides[0][a], sides[1][b], ones) for a, b in zip(*places, strict=True)]
+    found = [_reweighted(sides[0][a], sides[1][b], [ones])[0] for a, b in zip(*places, strict=True)]
     values = torch.cat(found).cpu().numpy()
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
 

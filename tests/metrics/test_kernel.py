@@ -6,6 +6,7 @@ from msdcli.metrics import kernel
 from msdcli.metrics.kernel import (
     inception_score,
     kernel_distance,
+    kernel_distances,
     reweighted_kernel_distance,
     split_inception_score,
     subset_kernel_distance,
@@ -56,6 +57,14 @@ def test_weights_leave_images_out(rng):
     weights = np.stack([np.ones(20), np.r_[np.ones(12), np.zeros(8)]])
     wanted = [kernel_distance(x, y).value, kernel_distance(x[:12], y).value]
     assert reweighted_kernel_distance(x, y, weights) == pytest.approx(wanted, rel=1e-9)
+    ones, both = kernel_distances(x, y, [weights[:1], weights])
+    assert (
+        (ones.tolist(), both.tolist())
+        == (  # to the bit: one look at all pairs serves several sets of weights
+            reweighted_kernel_distance(x, y, weights[:1]).tolist(),
+            reweighted_kernel_distance(x, y, weights).tolist(),
+        )
+    )
 
 
 def test_kid_refuses_what_it_cannot_estimate():

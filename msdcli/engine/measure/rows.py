@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from msdcli.engine.distributed.cores import side_by_side, spare
 from msdcli.engine.measure import groups
 from msdcli.engine.measure.feature_metric import FeatureMetric, Intervals, Reference, Values
 from msdcli.engine.tracking.events import Progress, Report, silent
@@ -16,6 +17,7 @@ from msdcli.metrics.moments import Gaussian
 from msdcli.partition import Partition
 
 CHEAP = 256  # dimensions: at 2048 a replicate costs seconds
+SMALL = 10_000  # samples of which the rows are made side by side, in some 100 MB each
 MAX_CLASSES = 100  # classes that get a line each unless more are asked for
 FEWEST = 10  # images that an interval needs: of fewer, a resample can be one image over and over
 
@@ -121,21 +123,35 @@ class MeasurementRows:
         lines = {} if whole else owned | self.asked | classes
         if lines:
             self.report(Progress(f"{who} by part and class", 0, len(lines), "lines"))
-        yield self._row(who, "whole", mine, against, extrapolate=self.extrapolate)
-        if whole or isinstance(against, Gaussian):
-            return
-        for number, (name, members) in enumerate(lines.items(), start=1):
-            part, same = mine.select(members), against.select(members)
-            if min(part.count, same.count) >= 2:  # fewer have no covariance: a small --samples leaves rare classes out
-                yield self._row(who, name, part, same)
-            self.report(Progress(f"{who} by part and class", number, len(lines), "lines"))
 
-    def _row(self, who: str, group: str, mine: FeatureSet, against: Reference, *, extrapolate: bool = False) -> Row:
+        def row(group: str | None) -> tuple[Row, list[str]] | None:
+            if group is None or isinstance(against, Gaussian):
+                return self._row(who, "whole", mine, against, extrapolate=self.extrapolate)
+            part, same = mine.select(lines[group]), against.select(lines[group])
+            # Fewer than two have no covariance: a small --samples leaves rare classes out.
+            return self._row(who, group, part, same) if min(part.count, same.count) >= 2 else None
+
+        for number, made in enumerate(side_by_side(row, [None, *lines], self._at_once(mine))):
+            if made is not None:
+                found, warnings = made
+                if number == 0:
+                    self.warnings += [f"{who}: {warning}" for warning in warnings]
+                yield found
+            if number > 0:
+                self.report(Progress(f"{who} by part and class", number, len(lines), "lines"))
+
+    def _at_once(self, mine: FeatureSet) -> int:
+        """Return how many rows are made side by side: each holds blocks of all pairs of its images."""
+        small = mine.count <= SMALL and mine.moments.dimension <= CHEAP
+        return spare(self.metric.network.device) if small else 1
+
+    def _row(
+        self, who: str, group: str, mine: FeatureSet, against: Reference, *, extrapolate: bool = False
+    ) -> tuple[Row, list[str]]:
+        """Return a row, and what whoever reads it should be warned of."""
         replicates = self.replicates if mine.count >= FEWEST else 0
         values, intervals, warnings = self.metric.compare(mine, against, replicates, extrapolate)
-        if group == "whole":
-            self.warnings += [f"{who}: {warning}" for warning in warnings]
-        return Row(who, group, mine.count, against.count, values, intervals)
+        return Row(who, group, mine.count, against.count, values, intervals), warnings
 
 
 def halves(metric: FeatureMetric, real: Reference, *, splits: int = 10) -> list[Row]:
