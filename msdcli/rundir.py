@@ -33,7 +33,6 @@ class RunDir:
         self.record_file = root / "run.json"
         self.flops_file = root / "flops.json"  # what the parts of the run cost, for whoever says how long is left
         self.partition = root / "partition.json"
-        self.searched = root / "student.json"  # the network that was found for a target
         self.teacher = root / "teacher"
         self.prompts = root / "prompts"
         self.pairs = root / "pairs"
@@ -58,6 +57,10 @@ class RunDir:
     def folders(self) -> list[Path]:
         """The folders that msd has written to, down to the students' stages."""
         return [f for pattern in ("*/", "students/*/", "students/*/*/") for f in sorted(self.root.glob(pattern))]
+
+    def searched(self, student: int | None = None) -> Path:
+        """The file of the network that was found for a target: of all students, or of one and those of its size."""
+        return self.root / ("student.json" if student is None else f"student-{student}.json")
 
     def results(self) -> list[Path]:
         """The result files of the measurements so far."""

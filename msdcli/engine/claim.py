@@ -79,7 +79,8 @@ class Claim:
                 f"{run.root} is being worked on by {run.who_is_at_work()}, by another recipe: nothing was changed",
                 hint="wait for it, or give the run another name (name=...)",
             )
-        decided = run.partition, run.record_file, run.searched, run.flops_file
+        found = run.searched(), *run.root.glob("student-*.json")  # of all students, or of those of each size
+        decided = run.partition, run.record_file, *found, run.flops_file
         told = run.metrics / "teacher", run.samples / "teacher.png"
         for made in (run.teacher, run.classifier, run.prompts, *decided, *told):
             discard(made)

@@ -17,7 +17,8 @@ from msdcli.diffusion.guidance import Guided, unguided
 from msdcli.diffusion.sampler import evaluated_levels
 from msdcli.diffusion.stitch import Stitch
 from msdcli.engine.distributed.group import SINGLE_PROCESS, slices
-from msdcli.engine.tracking.formatting import counted, size
+from msdcli.engine.tracking.formatting import counted, named_students
+from msdcli.engine.tracking.formatting import size as in_bytes
 from msdcli.engine.train.counting import (
     DEVICE,
     PEAK_FLOPS,
@@ -57,40 +58,59 @@ class StageCost:
 
 
 @dataclass(frozen=True)
+class StudentCost:
+    """What each student of one size needs: its stages, and what it is measured with while it trains."""
+
+    stages: list[StageCost]
+    trained: Sequence[int]  # the students of this size that the run trains
+    selection_flops: float = 0.0
+    evaluation: float = 0.0  # operations of one evaluation of one image
+    share: float = 1.0  # of the images that a run is measured by
+
+    @property
+    def flops(self) -> float:
+        return sum(stage.flops for stage in self.stages) + self.selection_flops
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """The cost of a run, part by part; `stages` are those of one student."""
+    """The cost of a run, part by part; `sizes` are the recipe's, in its order."""
 
     teacher_flops: float
     pairs_flops: float
-    stages: list[StageCost]
+    sizes: list[StudentCost]
     evaluation_flops: float
-    students: int
-    selection_flops: float = 0.0  # of one student, measured while it trains
     more_flops: float = 0.0  # of evaluation_flops, those of the teacher's samples that are no pairs
-    evaluation: tuple[float, float] = (0.0, 0.0)  # of one image: by the teacher without guidance, and by a student
+    evaluation: float = 0.0  # operations of one evaluation of one image by the teacher without guidance
     teacher: Sequence[StageCost] = ()  # of teacher_flops: its training, where it is trained, and its stages
 
     @property
     def flops(self) -> float:
-        return self.teacher_flops + self.pairs_flops + self.student_flops * self.students + self.evaluation_flops
+        """Operations of the whole run."""
+        return self.teacher_flops + self.pairs_flops + self.students_flops + self.evaluation_flops
 
     @property
-    def student_flops(self) -> float:
-        return sum(stage.flops for stage in self.stages) + self.selection_flops
+    def students_flops(self) -> float:
+        """Operations of training all students."""
+        return sum(size.flops * len(size.trained) for size in self.sizes)
+
+    @property
+    def students(self) -> int:
+        """How many students the run trains."""
+        return sum(len(size.trained) for size in self.sizes)
 
 
 def estimate(
-    recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser, stitch: Stitch | None = None
+    recipe: Recipe, data: Dataset, teacher: Denoiser, students: Sequence[Denoiser], stitch: Stitch | None = None
 ) -> Estimate:
-    """Count what a run will cost. All networks are on the meta device."""
+    """Count what a run will cost; `students` are one of each size. All networks are on the meta device."""
     training = recipe.teacher.training
     largest = max(stage.batch for stage in (training, *recipe.stages))
-    if (small := for_counting(student, largest)) is not student and (
-        other := for_counting(teacher, largest)
-    ) is not teacher:
-        student, teacher = small, other
-    forward_student, sampling = forward_flops(student), sampling_flops(recipe.teacher.solver, teacher, stitch)
-    teaching = _teacher_costs(recipe, teacher)
+    small = [for_counting(net, largest) for net in (teacher, *students)]
+    if all(net is not meta for net, meta in zip(small, (teacher, *students), strict=True)):
+        teacher, *students = small
+    sampling, teaching = sampling_flops(recipe.teacher.solver, teacher, stitch), _teacher_costs(recipe, teacher)
+    sizes = _student_costs(recipe, teacher, students)
     # Where a run measures nothing, nothing is drawn to be measured.
     samples = recipe.evaluation.samples if recipe.has_measure else 0
     more = max(0, samples - (recipe.pairs.count if recipe.needs_pairs else 0))
@@ -98,25 +118,46 @@ def estimate(
         teacher_flops=sum(stage.flops for stage in teaching)
         + len(recipe.teacher.stages) * recipe.pairs.count * sampling,  # each with the samples of its reference
         pairs_flops=float(recipe.pairs.count * sampling) if recipe.needs_pairs else 0.0,
-        stages=[
-            stage_cost(stage, student, own, recipe.micro_batch)
-            for stage, own in with_teachers(recipe.stages, student, teacher)
-        ],
-        evaluation_flops=float(samples * recipe.stages[-1].evaluations * forward_student + more * sampling),
-        students=trained_students(recipe),
-        selection_flops=float(sum(map(_measured, recipe.stages)) * forward_student),
+        sizes=sizes,
+        evaluation_flops=samples * recipe.stages[-1].evaluations * sum(size.share * size.evaluation for size in sizes)
+        + float(more * sampling),
         more_flops=float(more * sampling),
-        evaluation=(float(forward_flops(unguided(teacher))), float(forward_student)),
+        evaluation=float(forward_flops(unguided(teacher))),
         teacher=teaching,
     )
 
 
-def trained_students(recipe: Recipe) -> int:
-    """How many students a run trains: those that it keeps from another are not."""
+def _student_costs(recipe: Recipe, teacher: Denoiser, students: Sequence[Denoiser]) -> list[StudentCost]:
+    """What students of every size need each."""
+    found, trained = [], set(trained_students(recipe))
+    for numbers, student in zip(recipe.sizes, students, strict=True):
+        forward = forward_flops(student)
+        stages = [
+            stage_cost(stage, student, own, recipe.micro_batch)
+            for stage, own in with_teachers(recipe.stages, student, teacher)
+        ]
+        selection = float(sum(map(_measured, recipe.stages)) * forward)
+        own = [k for k in numbers if k in trained]
+        found.append(StudentCost(stages, own, selection, float(forward), share_of(recipe, numbers)))
+    return found
+
+
+def share_of(recipe: Recipe, numbers: Sequence[int]) -> float:
+    """The share of the classes that some students have, as far as a recipe tells: parts are of one size but for one
+    class, unless it lists them.
+    """
+    parts = recipe.partition.parts
+    each = [1] * recipe.partition.students if parts is None else [len(part) for part in parts]
+    return sum(each[k] for k in numbers) / sum(each)
+
+
+def trained_students(recipe: Recipe) -> list[int]:
+    """Return the students that a run trains: those that it keeps from another are not."""
     parts = recipe.partition
     if parts.method != "extend":
-        return parts.students
-    return parts.students - RunDir(Path(str(parts.run))).recipe().partition.students + len(set(parts.retrain))
+        return [*range(parts.students)]
+    before = RunDir(Path(str(parts.run))).recipe().partition.students
+    return sorted({*parts.retrain, *range(before, parts.students)})
 
 
 def _teacher_costs(recipe: Recipe, teacher: Denoiser) -> list[StageCost]:
@@ -219,18 +260,34 @@ def _hours(flops: float) -> str:
     return f"{hours:11,.2f} device-hours" if hours >= 0.005 else ""
 
 
+def _each(numbers: Sequence[int]) -> str:
+    return named_students(numbers) if len(numbers) == 1 else f"each of {named_students(numbers)}"
+
+
+def _named_stages(sizes: Sequence[StudentCost]) -> list[tuple[str, StageCost]]:
+    """The stages of every size, each with what it is called."""
+    return [
+        (stage.objective if len(sizes) == 1 else f"{_each(size.trained)}, {stage.objective}", stage)
+        for size in sizes
+        for stage in size.stages
+    ]
+
+
 def lines(cost: Estimate) -> Sequence[str]:
     """Return the estimate as lines to print."""
     rows = [("teacher", cost.teacher_flops), ("pairs", cost.pairs_flops)]
-    rows += [(f"one student, {stage.objective}", stage.flops) for stage in cost.stages]
-    rows += [("one student, select", cost.selection_flops)]
+    trained = [size for size in cost.sizes if size.trained]
+    for size in trained:
+        whose = "one student" if len(trained) == 1 else _each(size.trained)
+        rows += [(f"{whose}, {stage.objective}", stage.flops) for stage in size.stages]
+        rows += [(f"{whose}, select", size.selection_flops)]
     rows += [("evaluation", cost.evaluation_flops), (f"all, {counted(cost.students, 'student')}", cost.flops)]
     wide = max(len(what) for what, flops in rows if flops)
     told = [f"{what:<{wide}} {flops:9.3g} FLOP{_hours(flops)}" for what, flops in rows if flops]
     memory = [
-        f"{stage.objective:<{wide}} {size(stage.peak_bytes):>13} "
-        f"({size(stage.state_bytes)} networks and optimizers, {size(stage.turn_bytes)} gradients and activations)"
-        for stage in cost.stages
+        f"{what:<{wide}} {in_bytes(stage.peak_bytes):>13} ({in_bytes(stage.state_bytes)} networks and optimizers, "
+        f"{in_bytes(stage.turn_bytes)} gradients and activations)"
+        for what, stage in _named_stages(trained)
     ]
     hours = f"; hours at {UTILISATION:.0%} of {PEAK_FLOPS / 1e12:g} TFLOP/s ({DEVICE})" if _hours(cost.flops) else ""
     return [

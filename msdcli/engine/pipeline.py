@@ -39,7 +39,7 @@ from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.tracking.formatting import evaluations
 from msdcli.engine.tracking.loggers import logged
 from msdcli.engine.train import compiling, precision
-from msdcli.engine.train.student import Student, check_stage, distill_student, is_finished, new_network, with_teachers
+from msdcli.engine.train.student import Student, check_stages, distill_student, is_finished, new_network
 from msdcli.errors import CONTINUES, WHOLE, ElsewhereUnfinishedError, UserError, WrongValueError, resumable
 from msdcli.nets.meta import on_meta
 from msdcli.partition import Partition
@@ -67,7 +67,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
             else "data: {name: folder, path: ...}",
         )
     examine.check(recipe, data, group, planning=planning)
-    frozen, student = networks_on_meta(recipe, data, planning=planning)
+    frozen, students = networks_on_meta(recipe, data, planning=planning)
     stitches.on_meta(recipe, frozen)
     teacher.check_fake_guidance(recipe, frozen)
     if recipe.data.mirrors and frozen.shape != tuple(data.shape):
@@ -78,7 +78,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     partition.check_forgetting(recipe, data)
     teacher_stages.check(recipe, data, frozen.shape)
     with on_meta():
-        objectives = [check_stage(stage, student, own) for stage, own in with_teachers(recipe.stages, student, frozen)]
+        objectives = [check_stages(recipe.stages, net, frozen) for net in students]
     of_teacher = [*([] if recipe.teacher.path else [recipe.teacher.training]), *recipe.teacher.stages]
     for stage in [*of_teacher, *recipe.stages]:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
@@ -92,11 +92,11 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     return data
 
 
-def networks_on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> tuple[Denoiser, Denoiser]:
-    """Build teacher and student without memory: shapes are checked and parameters can be counted."""
+def networks_on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> tuple[Denoiser, list[Denoiser]]:
+    """Build the teacher, and a student of each of the recipe's `sizes`, without memory: shapes are checked."""
     frozen = teacher.on_meta(recipe, data, planning=planning)
     with on_meta():
-        return frozen, new_network(recipe, frozen, 0)
+        return frozen, [new_network(recipe, frozen, numbers[0]) for numbers in recipe.sizes]
 
 
 @logged

@@ -6,6 +6,7 @@ Neither weights nor data need to be here: the networks have no memory, and what 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from msdcli.engine import estimate, search
 from msdcli.engine.inputs import hub, stitches
 from msdcli.engine.pipeline import check, networks_on_meta
 from msdcli.engine.timing import Timing, timing
-from msdcli.engine.tracking.formatting import counted, size
+from msdcli.engine.tracking.formatting import counted, named_students, size
 from msdcli.engine.train.counting import DEVICE, num_parameters
 from msdcli.engine.train.student import new_network
 from msdcli.nets.meta import on_meta
@@ -40,7 +41,7 @@ class Plan:
     shape: tuple[int, ...]
     conditions: int
     latent_shape: tuple[int, ...] | None
-    parameters: tuple[int, int]  # of the teacher and of a student
+    parameters: tuple[int, list[int]]  # of the teacher, and of a student of each size
     solver: str
     embedding_bytes: int
     cost: estimate.Estimate
@@ -68,7 +69,7 @@ class Plan:
             f"teacher:   {recipe.teacher.path or 'trained or reused'}, {self.parameters[0]:,} parameters",
             f"solver:    {self.solver}",
             f"partition: {recipe.partition.method}, {counted(recipe.partition.students, 'student')}",
-            f"students:  {self._sizes()}{self._adapted()}; {steps}",
+            *self._students(steps),
             *([embeddings] if recipe.has_prompts else []),
             f"time:      {self.timing.line()}",
             *([] if self.timing.why_not else [f"           {AN_ESTIMATE}"]),
@@ -78,15 +79,37 @@ class Plan:
             *(f"look:      {line}" for line in remarks(recipe, self.pictures)),
         ]
 
-    def _sizes(self) -> str:
+    def _students(self, steps: str) -> list[str]:
+        """Say what students are, a line for each size, and how they are trained."""
+        sizes = [*zip(self.recipe.sizes, self.parameters[1], strict=True)]
+        if len(sizes) == 1:
+            return [f"students:  {self._size(*sizes[0])}{self._adapted()}; {steps}"]
+        said = [f"{named_students(numbers)}: {self._size(numbers, own)}" for numbers, own in sizes]
+        return [f"students:  {steps}", *(f"           {line}" for line in said)]
+
+    def _size(self, numbers: Sequence[int], own: int) -> str:
         """Say how large a student is, or may be where its network is searched when the run starts."""
-        settings, (of_teacher, own) = self.recipe.student, self.parameters
-        each = " each" if self.recipe.partition.students > 1 else ""
+        settings, of_teacher = self.recipe.student.of(numbers[0]), self.parameters[0]
+        each = " each" if len(numbers) > 1 else ""
         if settings.target is None or self.searched:
             return f"{counted(own, 'parameter')}{each}"
         share = f"at most {settings.target:.0%} of the teacher's"
         size = f"parameters ({settings.target * of_teacher:,.0f})" if settings.parameters else "latency"
         return f"{share} {size}{each}, searched when the run starts and counted here as one of {own:,} parameters"
+
+    def _sizes_json(self) -> list[dict[str, Any]]:
+        """The sizes for scripts; `flops` are of training a student of each."""
+        known = zip(self.recipe.sizes, self.parameters[1], self.cost.sizes, strict=True)
+        return [
+            {
+                "students": [*numbers],
+                "parameters": own,
+                "exact": self.searched or self.recipe.student.of(numbers[0]).target is None,
+                "stages": [asdict(stage) for stage in cost.stages],
+                "flops": cost.flops,
+            }
+            for numbers, own, cost in known
+        ]
 
     def _adapted(self) -> str:
         adapter = self.recipe.student.adapter
@@ -95,8 +118,9 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan for scripts; hours are of the device that `hours_of` names."""
         recipe, cost = self.recipe, self.cost
-        parts = {name: getattr(cost, f"{name}_flops") for name in ("teacher", "pairs", "student", "evaluation")}
-        flops = parts | {"all": cost.flops}
+        sizes = self._sizes_json()
+        parts = {name: getattr(cost, f"{name}_flops") for name in ("teacher", "pairs", "students", "evaluation")}
+        flops = parts | {"student": cost.students_flops / cost.students, "all": cost.flops}
         return {
             "run": str(RunDir(recipe.run_dir).root),
             "resumes": self.resumes,
@@ -107,11 +131,8 @@ class Plan:
                 "evaluations": recipe.teacher.solver.evaluations,
             },
             "partition": {"method": recipe.partition.method, "students": recipe.partition.students},
-            "student": {
-                "parameters": self.parameters[1],
-                "exact": recipe.student.target is None or self.searched,
-                "stages": [asdict(stage) for stage in cost.stages],
-            },
+            "student": {name: sizes[0][name] for name in ("parameters", "exact", "stages")},
+            "sizes": sizes,
             "flops": flops,
             "device_hours": {name: estimate.device_hours(value) for name, value in flops.items()},
             "hours_of": DEVICE,
@@ -129,9 +150,9 @@ def plan(recipe: Recipe) -> Plan:
     run = RunDir(recipe.run_dir)
     if run.recipe_file.exists():
         run.check(recipe)
-    frozen, student = _networks(recipe, data)
+    frozen, students = _networks(recipe, data)
     stitch = stitches.on_meta(recipe, frozen)
-    cost = estimate.estimate(recipe, data, frozen, student, stitch)
+    cost = estimate.estimate(recipe, data, frozen, students, stitch)
     return Plan(
         recipe=recipe,
         images=len(data),
@@ -139,13 +160,13 @@ def plan(recipe: Recipe) -> Plan:
         shape=tuple(data.shape),
         conditions=len(data.class_names),
         latent_shape=None if frozen.shape == tuple(data.shape) else frozen.shape,
-        parameters=(num_parameters(frozen), num_parameters(student)),
+        parameters=(num_parameters(frozen), [*map(num_parameters, students)]),
         solver=estimate.solver_line(recipe.teacher.solver, frozen, stitch),
         embedding_bytes=_embedding_bytes(recipe, frozen, data) if recipe.has_prompts else 0,
         cost=cost,
         resumes=run.is_of(recipe),
         missing=missing(recipe),
-        timing=timing(recipe, data, frozen, student, cost),
+        timing=timing(recipe, data, frozen, students, cost),
         pictures=seen,
         searched=_found(recipe) is not None,
     )
@@ -155,23 +176,27 @@ def note_flops(recipe: Recipe) -> None:
     """Count what the parts of a run cost and leave it in the run, where watch and status weigh what is left by it."""
     data = check(recipe, planning=True)
     cost = estimate.estimate(recipe, data, *_networks(recipe, data))
-    stages = [stage.flops for stage in cost.stages]
-    write_json(RunDir(recipe.run_dir).flops_file, {"teacher": cost.teacher_flops, "stages": stages})
+    counted_sizes = [
+        {"students": [*numbers], "stages": [stage.flops for stage in size.stages]}
+        for numbers, size in zip(recipe.sizes, cost.sizes, strict=True)
+    ]
+    write_json(RunDir(recipe.run_dir).flops_file, {"teacher": cost.teacher_flops, "sizes": counted_sizes})
 
 
-def _networks(recipe: Recipe, data: Dataset) -> tuple[Denoiser, Denoiser]:
-    """The teacher and a student without memory; where a student's network is searched, the one that was found, or one
-    that stands for it.
+def _networks(recipe: Recipe, data: Dataset) -> tuple[Denoiser, list[Denoiser]]:
+    """The teacher and a student of each size without memory; where a student's network is searched, the one that was
+    found, or one that stands for it.
     """
-    frozen, student = networks_on_meta(recipe, data, planning=True)
-    if recipe.student.target is None:
-        return frozen, student
+    frozen, students = networks_on_meta(recipe, data, planning=True)
+    if not search.searched(recipe):
+        return frozen, students
+    known = _found(recipe) or search.stand_in(recipe, frozen)
     with on_meta():
-        return frozen, new_network(_found(recipe) or search.stand_in(recipe, frozen), frozen, 0)
+        return frozen, [new_network(known, frozen, numbers[0]) for numbers in recipe.sizes]
 
 
 def _found(recipe: Recipe) -> Recipe | None:
-    """The recipe with the network that its run has searched; None where it has not yet."""
+    """The recipe with the networks that its run has searched; None where it has not yet."""
     run = RunDir(recipe.run_dir)
     return search.settled(run, recipe) if run.is_of(recipe) else None
 

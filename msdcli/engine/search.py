@@ -1,4 +1,4 @@
-"""Find the student's network for a target: a share of the teacher's parameters, or of its latency on this device.
+"""Find a student's network for a target: a share of the teacher's parameters, or of its latency on this device.
 
 Fewer parameters do not mean less time: in the paper 42 % fewer bought 7 % (MSD, arXiv 2410.23274, Section 5.4). So
 width, depth and attention are searched together, and what counts is measured here.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -21,6 +23,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.guidance import unguided
 from msdcli.engine import layers
 from msdcli.engine.tracking.events import Report
+from msdcli.engine.tracking.formatting import named_students
 from msdcli.engine.train.counting import FlopCounter
 from msdcli.engine.train.precision import timed_in_turn
 from msdcli.errors import UserError
@@ -51,67 +54,103 @@ class Candidate:
 
 
 def resolve(run: RunDir, recipe: Recipe, teacher: Denoiser, report: Report, data: Dataset | None = None) -> Recipe:
-    """Return the recipe with its student's network settled; a search is made once per run and kept in student.json.
+    """Return the recipe with its students' networks settled; a search is made once per run and size, and kept in
+    student.json.
 
     This is a decision of the run and no cache: it depends on the recipe and the teacher, which cannot change in a run,
     and on the device that it was begun on, for weights that fit one network fit no other.
 
     UserError if no network of the teacher's kind meets the target.
     """
-    student, path = recipe.student, run.searched
-    if student.target is None:
+    targets = searched(recipe)
+    if not targets:
         return recipe
     with lock(run.root, "the run directory", wait=report):
-        if not path.exists():
+        for numbers in targets:
+            student, path = recipe.student.of(numbers[0]), choice_file(run, recipe, numbers)
+            if path.exists():
+                continue
+            where = "student" if recipe.student.parts is None else f"student.parts.{numbers[0]}"
             chosen, tried = (
-                search(student, teacher) if data is None or not student.prune else prune(student, teacher, data)
+                search(student, teacher, where)
+                if data is None or not student.prune
+                else prune(student, teacher, data, where)
             )
             write_json(path, {"target": student.model_dump(mode="json"), "chosen": chosen.record(), "tried": tried})
-            report(_said(chosen))
+            report(_said(chosen, "student" if recipe.student.parts is None else named_students(numbers)))
     found = settled(run, recipe)
     assert found is not None, "it was written"
     return found
 
 
+def searched(recipe: Recipe) -> list[Sequence[int]]:
+    """Return the students whose networks are searched when a run starts, those of one search together."""
+    return [numbers for numbers in recipe.sizes if recipe.student.of(numbers[0]).target is not None]
+
+
+def choice_file(run: RunDir, recipe: Recipe, numbers: Sequence[int]) -> Path:
+    """Return where a run keeps what was chosen for some students: one file for all, or one for each size."""
+    return run.searched(None if recipe.student.parts is None else numbers[0])
+
+
 def settled(run: RunDir, recipe: Recipe) -> Recipe | None:
-    """Return the recipe with the network that the run has searched; None where it has not yet. UserError where its
-    record is damaged.
+    """Return the recipe with the networks that the run has searched; None where it has not yet, or had nothing to
+    search. UserError where a record is damaged.
     """
-    if not (path := run.searched).exists():
+    targets = searched(recipe)
+    paths = [choice_file(run, recipe, numbers) for numbers in targets]
+    if not targets or not all(path.exists() for path in paths):
         return None
+    return _with_networks(recipe, targets, [_chosen(path) for path in paths])
+
+
+def _chosen(path: Path) -> NetworkSettings:
     chosen_network = records.read(path, records.Searched, "choice of a network")["chosen"]["network"]
     try:
-        network = TypeAdapter[NetworkSettings](Network).validate_python(chosen_network)
+        return cast(NetworkSettings, TypeAdapter[NetworkSettings](Network).validate_python(chosen_network))
     except ValidationError as error:
         raise UserError(f"{path} does not describe a network msd knows: {error}") from None
-    return recipe.model_copy(update={"student": StudentSettings(network=network, init=recipe.student.init)})
+
+
+def _with_networks(recipe: Recipe, targets: list[Sequence[int]], networks: list[NetworkSettings]) -> Recipe:
+    student = recipe.student
+    for numbers, network in zip(targets, networks, strict=True):
+        student = student.with_network(numbers, network)
+    return recipe.model_copy(update={"student": student})
 
 
 def stand_in(recipe: Recipe, teacher: Denoiser) -> Recipe:
-    """Return the recipe with a network in the place of one that is still to be searched, to count a run's cost by: the
-    widest whose share of the teacher's parameters is at most the target, else the narrowest. A share of latency is
+    """Return the recipe with networks in the place of those that are still to be searched, to count a run's cost by:
+    the widest whose share of the teacher's parameters is at most the target, else the narrowest. A share of latency is
     taken for one of parameters, with which operations go, and with these the time.
     """
     size, networks = _parameters(teacher.settings, teacher), [teacher.settings.scaled(width, 1.0) for width in WIDTHS]
-    target = recipe.student.target or 1.0
-    network = next((n for n in networks if _parameters(n, teacher) <= target * size), networks[-1])
-    return recipe.model_copy(update={"student": StudentSettings(network=network, init="random")})
+
+    def nearest(target: float) -> NetworkSettings:
+        return next((n for n in networks if _parameters(n, teacher) <= target * size), networks[-1])
+
+    targets = searched(recipe)
+    shares = [recipe.student.of(numbers[0]).target or 1.0 for numbers in targets]
+    found = _with_networks(recipe, targets, [nearest(share) for share in shares])
+    return found.model_copy(update={"student": found.student.model_copy(update={"init": "random"})})
 
 
-def _said(chosen: Candidate) -> str:
+def _said(chosen: Candidate, whose: str) -> str:
     keys = {
         k: v
         for k, v in chosen.network.model_dump().items()
         if k in ("channels", "blocks", "attention", "arguments", "without")
     }
     return (
-        f"student: chose {keys}: {chosen.parameters:.0%} of the teacher's parameters, {chosen.flops:.0%} of its "
+        f"{whose}: chose {keys}: {chosen.parameters:.0%} of the teacher's parameters, {chosen.flops:.0%} of its "
         f"operations, {chosen.latency or 0:.0%} of its latency here (one image, median)"
     )
 
 
-def search(student: StudentSettings, teacher: Denoiser) -> tuple[Candidate, list[dict[str, Any]]]:
-    """Return the best candidate and all that were timed.
+def search(
+    student: StudentSettings, teacher: Denoiser, where: str = "student"
+) -> tuple[Candidate, list[dict[str, Any]]]:
+    """Return the best candidate and all that were timed; `where` the recipe says the target.
 
     For `parameters`: the fastest of those just under the target. For `latency`: the largest of those that are fast
     enough.
@@ -133,14 +172,16 @@ def search(student: StudentSettings, teacher: Denoiser) -> tuple[Candidate, list
         told = "" if share is None else f"; the smallest share found is {share:.2f}"
         above = None if share is None else math.ceil(share * 20 + 0.2) / 20  # measured again, it may be a little more
         raise UserError(
-            f"student: no network of the teacher's kind has {target:g} of its {kind} on this device{told}",
-            hint=(f"student.{kind}={above:g}, " if above is not None and target < above < 1 else "another target, ")
-            + "or student.width and student.depth by hand",
+            f"{where}: no network of the teacher's kind has {target:g} of its {kind} on this device{told}",
+            hint=(f"{where}.{kind}={above:g}, " if above is not None and target < above < 1 else "another target, ")
+            + f"or {where}.width and {where}.depth by hand",
         )
     return best, [c.record() for c in timed]
 
 
-def prune(student: StudentSettings, teacher: Denoiser, data: Dataset) -> tuple[Candidate, list[dict[str, Any]]]:
+def prune(
+    student: StudentSettings, teacher: Denoiser, data: Dataset, where: str = "student"
+) -> tuple[Candidate, list[dict[str, Any]]]:
     """Return the teacher without the blocks that cost the least, and all that were tried on the way to the target.
 
     Shares of parameters add up exactly; of time they nearly do, so what was chosen is timed and the target drawn in.
@@ -161,8 +202,8 @@ def prune(student: StudentSettings, teacher: Denoiser, data: Dataset) -> tuple[C
         goal *= target / reached * 0.98
     kind, least = ("latency", "parameters")[not timed], 1 - sum(block.saved for block in blocks)
     raise UserError(
-        f"student: without any of its blocks the teacher has {least:.2f} of its {kind}, and {target:g} was asked for",
-        hint=f"a larger student.{kind}, or student.prune left out: then fewer channels are tried too",
+        f"{where}: without any of its blocks the teacher has {least:.2f} of its {kind}, and {target:g} was asked for",
+        hint=f"a larger {where}.{kind}, or student.prune left out: then fewer channels are tried too",
     )
 
 

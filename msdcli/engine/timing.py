@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.float32 import fast_float32
 from msdcli.diffusion.guidance import unguided
 from msdcli.engine.distributed import device
-from msdcli.engine.estimate import Estimate, StageCost
+from msdcli.engine.estimate import Estimate, StageCost, StudentCost
 from msdcli.engine.measure.classifier import TRAINING
 from msdcli.engine.measure.rows import MAX_CLASSES
 from msdcli.engine.tracking.formatting import plural, roughly
@@ -64,32 +64,61 @@ class Timing:
         return {"device": self.device, "minutes": minutes | {"all": self.total / 60}, "why_not": None}
 
 
-def timing(recipe: Recipe, data: Dataset, teacher: Denoiser, student: Denoiser, cost: Estimate) -> Timing:
-    """Measure the networks, which are on the meta device, for a moment and say how long all of the run would take."""
+def timing(recipe: Recipe, data: Dataset, teacher: Denoiser, students: Sequence[Denoiser], cost: Estimate) -> Timing:
+    """Measure the networks, which are on the meta device, for a moment and say how long all of the run would take;
+    `students` are one of each size.
+    """
     try:
         on = device.prepare(recipe)
     except UserError as error:
         return Timing(recipe.device, {}, error.message)
-    if (why_not := _too_large(unguided(teacher), cost.evaluation[0], on)) is not None:
+    if (why_not := _too_large(unguided(teacher), cost.evaluation, on)) is not None:
         return Timing(str(on), {}, why_not)
-    alike = student.settings == teacher.settings and cost.evaluation[0] == cost.evaluation[1]
-    teacher, student = with_memory(teacher).to(on), with_memory(student).to(on)
-    own, plain = with_teachers(recipe.stages, student, teacher), unguided(teacher)
-    count, together = cost.students, device.num_workers(recipe, on)
-    rate = evaluation_rate(plain, on, cost.evaluation[0], recipe.evaluation.batch)
-    of_students = rate if alike else evaluation_rate(student, on, cost.evaluation[1], recipe.evaluation.batch)
-    learning = sum(
-        stage_seconds(stage, student, by, one, on, recipe) for (stage, by), one in zip(own, cost.stages, strict=True)
-    )
-    learning += cost.selection_flops / of_students
+    teacher = with_memory(teacher).to(on)
+    rate = evaluation_rate(unguided(teacher), on, cost.evaluation, recipe.evaluation.batch)
+    learning, drawing = dict[int, float](), 0.0
+    for student, size in zip(students, cost.sizes, strict=True):
+        each, of_image = _of_student(recipe, teacher, student, size, cost, rate, on)
+        learning |= dict.fromkeys(size.trained, each)
+        drawing += size.share * of_image
     seconds = {
         "teacher": _of_teacher(recipe, teacher, cost, rate, on),
         "its samples": (cost.pairs_flops + cost.more_flops) / rate,
-        "students": math.ceil(count / together) * learning,
+        "students": _side_by_side([learning[k] for k in sorted(learning)], device.num_workers(recipe, on)),
     }
     if recipe.has_measure:
-        seconds["measuring"] = _measuring(recipe, data, cost, of_students, on)
-    return Timing(str(on), seconds, students=count)
+        seconds["measuring"] = _measuring(recipe, data, drawing, on)
+    return Timing(str(on), seconds, students=cost.students)
+
+
+def _of_student(
+    recipe: Recipe,
+    teacher: Denoiser,
+    student: Denoiser,
+    size: StudentCost,
+    cost: Estimate,
+    rate: float,
+    on: torch.device,
+) -> tuple[float, float]:
+    """Seconds of training a student of one size, whose teacher does so many operations a second, and of one of its
+    samples.
+    """
+    alike = student.settings == teacher.settings and cost.evaluation == size.evaluation
+    student = with_memory(student).to(on)
+    own = rate if alike else evaluation_rate(student, on, size.evaluation, recipe.evaluation.batch)
+    stages = zip(with_teachers(recipe.stages, student, teacher), size.stages, strict=True)
+    learning = sum(stage_seconds(stage, student, by, one, on, recipe) for (stage, by), one in stages)
+    return learning + size.selection_flops / own, recipe.stages[-1].evaluations * size.evaluation / own
+
+
+def _side_by_side(each: Sequence[float], together: int) -> float:
+    """Seconds until the last student is finished, where so many train at once and the next free one is taken up as
+    soon as one has ended.
+    """
+    ends = [0.0] * together
+    for seconds in each:
+        heapq.heapreplace(ends, ends[0] + seconds)
+    return max(ends)
 
 
 def _of_teacher(recipe: Recipe, teacher: Denoiser, cost: Estimate, rate: float, on: torch.device) -> float:
@@ -112,11 +141,11 @@ def _too_large(network: Denoiser, evaluation: float, on: torch.device) -> str | 
     return None
 
 
-def _measuring(recipe: Recipe, data: Dataset, cost: Estimate, rate: float, on: torch.device) -> float:
-    """Seconds of the classifier, of drawing the students' samples and of the table."""
+def _measuring(recipe: Recipe, data: Dataset, drawing: float, on: torch.device) -> float:
+    """Seconds of the classifier, of drawing the students' samples, each of so many, and of the table."""
     classes, parts = len(data.class_names), recipe.partition.students
     trained = classifier_seconds(tuple(data.shape), classes, on) if len(data.shape) == 3 else 0.0
-    return trained + (cost.evaluation_flops - cost.more_flops) / rate + table_seconds(classes, parts)
+    return trained + recipe.evaluation.samples * drawing + table_seconds(classes, parts)
 
 
 def table_seconds(classes: int, students: int) -> float:

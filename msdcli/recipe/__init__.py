@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,8 +47,8 @@ class PartitionSettings(Section):
         Field(
             "consecutive",
             description="how the conditions are divided: as numbered, at random, alike ones together (kmeans; "
-            "confusion: those that the data's classifier mixes up), hard and easy ones shared out (difficulty), as "
-            "`parts` says, or as in a finished run whose students are kept (extend); "
+            "confusion: those that the data's classifier mixes up), by how hard they are (difficulty, as `order` "
+            "says), as `parts` says, or as in a finished run whose students are kept (extend); "
             "prompts: quadrants or kmeans (of pooled embeddings), or random",
         )
     )
@@ -65,6 +65,11 @@ class PartitionSettings(Section):
     features: Literal["embedding", "images"] = Field(
         "embedding", description="kmeans: cluster the teacher's class embeddings or the mean image of each class"
     )
+    order: Literal["balanced", "sorted"] = Field(
+        "balanced",
+        description="difficulty: hard and easy classes shared out evenly, or sorted, the easiest to the first student "
+        "and the hardest to the last, as for students of different sizes",
+    )
     seed: Seed = Field(0, description="seed of `random`, `kmeans` and `confusion`")
     parts: list[list[Annotated[int, Field(ge=0, lt=10**9)]]] | None = Field(
         None, description="explicit: the classes of each student, e.g. [[0, 1], [2, 3]]"
@@ -76,6 +81,8 @@ class PartitionSettings(Section):
             raise ValueError("`parts` and `method: explicit` go together")
         if (self.method in ("difficulty", "extend")) != (self.run is not None):
             raise ValueError("`run` and `method: difficulty` or `extend` go together")
+        if self.order != "balanced" and self.method != "difficulty":
+            raise ValueError(f"`order: {self.order}` and `method: difficulty` go together")
         if self.retrain and self.method != "extend":
             raise ValueError("`retrain` and `method: extend` go together")
         if self.parts is not None and len(self.parts) != self.students:
@@ -215,6 +222,18 @@ class Recipe(Section):
         for stage in self.stages if self.fsdp else []:
             stage.check_sharded()
         return self
+
+    @model_validator(mode="after")
+    def _every_student_has_a_size(self) -> Recipe:
+        parts, count = self.student.parts, self.partition.students
+        if parts is not None and len(parts) != count:
+            raise ValueError(f"`student.parts` is of {len(parts)} students, `partition.students` says {count}")
+        return self
+
+    @property
+    def sizes(self) -> list[Sequence[int]]:
+        """The numbers of the students, those together whose networks are asked for alike."""
+        return self.student.sizes(self.partition.students)
 
     @property
     def needs_pairs(self) -> bool:

@@ -31,6 +31,9 @@ def applicable(recipe: Recipe) -> dict[str, Any]:
     student = recipe.student
     scaled = student.network is None and student.parameters is None and student.latency is None
     _drop(tree["student"], student, {"network", "parameters", "latency"} if scaled else {"width", "depth"})
+    _drop(tree["student"], student, {"parts"})
+    for part, entry in zip(student.parts or (), tree["student"].get("parts") or (), strict=True):
+        _drop(entry, part, set(entry))
     for stage, said in zip(recipe.stages, tree["stages"], strict=True):
         _drop(said, stage, _stage(said))
     if "training" in teacher:
@@ -63,6 +66,7 @@ def _partition(recipe: Recipe) -> set[str]:
     unread |= set() if method in ("kmeans", "random", "confusion") else {"seed"}
     unread |= set() if method in ("difficulty", "extend") else {"run"}
     unread |= set() if method == "extend" else {"retrain"}
+    unread |= set() if method == "difficulty" else {"order"}
     return unread | (set() if method == "explicit" else {"parts"})
 
 

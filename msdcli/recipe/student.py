@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from msdcli.recipe.networks import Network, NetworkSettings
 from msdcli.recipe.section import Positive, Section
@@ -22,6 +23,26 @@ class AdapterSettings(Section):
     def scale(self) -> float:
         """LoRA's alpha."""
         return float(self.rank) if self.alpha is None else self.alpha
+
+
+class PartNetworkSettings(Section):
+    """What one student's network has otherwise than all students'; what is absent is as they have it."""
+
+    width: float | None = Field(None, ge=1e-3, le=16, description="channels, as a multiple of the teacher's")
+    depth: float | None = Field(None, ge=1e-3, le=16, description="blocks, as a multiple of the teacher's")
+    network: Network | None = Field(None, description="a full network section")
+    parameters: float | None = Field(None, ge=1e-6, lt=1, description="a target: a share of the teacher's parameters")
+    latency: float | None = Field(None, ge=1e-6, lt=1, description="a target: a share of the teacher's latency")
+    prune: Literal["layers"] | None = Field(None, description="with a target: leave out whole blocks")
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The keys that are given, with their values."""
+        return {name: value for name, value in self if value is not None}
+
+
+# How a network's size is said: a student that says its own in one way has nothing of what all say in another.
+WAYS = {"width": "scaled", "depth": "scaled", "network": "named", "parameters": "searched", "latency": "timed"}
 
 
 class StudentSettings(Section):
@@ -55,6 +76,13 @@ class StudentSettings(Section):
         "auto: the teacher's where the networks are equal, else random",
     )
 
+    parts: list[PartNetworkSettings] | None = Field(
+        None,
+        max_length=100_000,
+        description="students of different sizes: an entry for each part of the partition, with what its student's "
+        "network has otherwise than these keys say, e.g. [{width: 0.5}, {width: 1.0}]; {} is as they say",
+    )
+
     @model_validator(mode="after")
     def _one_way_only(self) -> StudentSettings:
         scaled = (self.width, self.depth) != (1.0, 1.0)
@@ -68,6 +96,52 @@ class StudentSettings(Section):
         if self.prune is not None and self.init != "auto":
             raise ValueError(f"`prune` begins with the weights of the blocks that stay, not with `init: {self.init}`")
         return self
+
+    @model_validator(mode="after")
+    def _every_part_has_a_network(self) -> StudentSettings:
+        if self.parts is not None and self.adapter is not None:
+            raise ValueError("`adapter` is of the teacher's network in every student: leave `parts` out")
+        for number in range(len(self.parts or ())):
+            try:
+                self.of(number)
+            except ValidationError as error:
+                said = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"`parts`, student {number}: {said}") from None
+        return self
+
+    def of(self, number: int) -> StudentSettings:
+        """Return the settings of one student: what all share, and over it what its entry of `parts` says."""
+        if self.parts is None:
+            return self
+        own = self.parts[number].said
+        ways = {WAYS[name] for name in own.keys() & WAYS.keys()}
+        left = {name for name, way in WAYS.items() if ways and way not in ways}
+        if ways & {"scaled", "named"}:
+            left.add("prune")  # which needs a target
+        return StudentSettings(**{name: v for name, v in self if name not in left | {"parts"}} | own)
+
+    def sizes(self, count: int) -> list[Sequence[int]]:
+        """Return the numbers of `count` students, those together whose networks are asked for alike, in the order of
+        each group's first.
+        """
+        if self.parts is None:
+            return [range(count)]
+        found: list[tuple[StudentSettings, list[int]]] = []
+        for number in range(count):
+            settings = self.of(number)
+            numbers = next((numbers for known, numbers in found if known == settings), None)
+            if numbers is None:
+                found.append((settings, [number]))
+            else:
+                numbers.append(number)
+        return [numbers for _, numbers in found]
+
+    def with_network(self, numbers: Sequence[int], network: NetworkSettings) -> StudentSettings:
+        """Return the settings with the network that some students' target led to."""
+        if self.parts is None:
+            return StudentSettings(network=network, init=self.init)
+        found, own = set(numbers), PartNetworkSettings(network=network)
+        return self.model_copy(update={"parts": [own if k in found else part for k, part in enumerate(self.parts)]})
 
     @property
     def target(self) -> float | None:

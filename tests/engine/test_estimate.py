@@ -36,7 +36,7 @@ def test_the_plan_counts_what_training_counts(finished: Path) -> None:
     recipe = load(finished)
     data = pipeline.check(recipe)
     cost = estimate.estimate(recipe, data, *pipeline.networks_on_meta(recipe, data))
-    for part, folder in ((cost.stages[0].flops, "students/0/0-dm"), (cost.teacher_flops, "teacher")):
+    for part, folder in ((cost.sizes[0].stages[0].flops, "students/0/0-dm"), (cost.teacher_flops, "teacher")):
         recorded = json.loads((finished / folder / "model.json").read_text())["cost"]["flops"]
         assert part == pytest.approx(recorded, rel=1e-6)
 
@@ -99,7 +99,7 @@ CARD = 80e9 * 0.9
 def test_the_large_recipes_fit_a_card_as_they_say(name: str) -> None:
     recipe = load(name)
     data = dataset.look(recipe, planning=True)
-    teacher, student = pipeline.networks_on_meta(recipe, data, planning=True)
+    teacher, (student,) = pipeline.networks_on_meta(recipe, data, planning=True)
     most = max(estimate.stage_cost(stage, student, teacher, recipe.micro_batch).peak_bytes for stage in recipe.stages)
     said = re.search(r"(\d+) GiB in passes of (\d+) images", next(p for p in shipped() if p.stem == name).read_text())
     assert said and (round(most / 2**30), recipe.micro_batch) == (int(said[1]), int(said[2]))
@@ -158,5 +158,5 @@ def test_one_of_a_thing_is_not_several() -> None:
         "2 classes",
         "1,200 classes",
     ]
-    lines = estimate.lines(estimate.Estimate(1e12, 0.0, [], 1e10, students=1))
+    lines = estimate.lines(estimate.Estimate(1e12, 0.0, [], 1e10))
     assert any("all, 1 student " in line for line in lines)

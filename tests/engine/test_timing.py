@@ -40,8 +40,8 @@ def test_a_step_of_a_stage_is_timed_as_it_runs(tiny: Path, monkeypatch: pytest.M
     recipe = load(tiny, ["stages.0.steps=7", "stages.0.fake_updates=4", "stages.0.batch=8"])
     data = pipeline.check(recipe, planning=True)
     meta = pipeline.networks_on_meta(recipe, data, planning=True)
-    cost = estimate.estimate(recipe, data, *meta).stages[0]
-    teacher, student = (with_memory(net) for net in meta)
+    cost = estimate.estimate(recipe, data, *meta).sizes[0].stages[0]
+    teacher, student = (with_memory(net) for net in (meta[0], meta[1][0]))
     before = {name: weight.clone() for name, weight in student.named_parameters()}
     seconds = timing.stage_seconds(recipe.stages[0], student, teacher, cost, torch.device("cpu"), recipe)
     assert seconds == 7 * (4 + 1 + 1), "four of the fake network, one of the student, the average"
@@ -67,7 +67,7 @@ def test_a_plan_says_minutes_or_why_not(tiny: Path, msd: Msd, monkeypatch: pytes
 
 def test_rows_of_costs_stand_in_columns() -> None:
     stages = [estimate.StageCost(name, 1e12, 2**20, 2**20) for name in ("dm", "progressive")]
-    lines = estimate.lines(estimate.Estimate(1e20, 1e11, stages, 1e10, students=12345))
+    lines = estimate.lines(estimate.Estimate(1e20, 1e11, [estimate.StudentCost(stages, range(12345))], 1e10))
     ends = {line.index(" FLOP") for line in lines if "FLOP  " in line or line.endswith("FLOP")}
     assert len(ends) == 1 and len({line.index(" MiB (") for line in lines if " MiB (" in line}) == 1
     assert "device-hours" in lines[1] and not lines[2].endswith("device-hours"), "no hours that are none"

@@ -39,10 +39,13 @@ def status(
     here = f", {' and '.join(state['at_work'][:3])} at work" if state["at_work"] else ""
     console.say(f"{state['run']}: {state['state']}{here}; partition {state['partition']}{left}")
     rows = [_row(part["part"], "", part, part["running"]) for part in state["shared"] if part["part"] != "measurement"]
+    sizes = {student["parameters"] for student in state["students"]} - {None}
     for student in state["students"]:
+        own = student["parameters"] if len(sizes) > 1 else None  # where all are alike, the report says it
+        who = f"student {student['student']}" + (f", {own:,} parameters" if own else "")
         for stage in student["stages"]:
             holder = student["running"] if stage["state"] == "running" else None
-            rows.append(_row(f"student {student['student']}", stage["objective"], stage, holder))
+            rows.append(_row(who, stage["objective"], stage, holder))
     rows += [_row(part["part"], "", part, part["running"]) for part in state["shared"] if part["part"] == "measurement"]
     console.table("parts", ["", "stage", "state", "held by", "losses", "steps"], rows, text_columns=5)
     for path, said in zip(state["metrics"], _figures(state), strict=True):

@@ -83,14 +83,23 @@ def recipe(
 
 
 def _show(result: dict[str, Any]) -> None:
+    from msdcli.engine.tracking.formatting import named_students
+
+    several = len(result["sizes"]) > 1
     for stage in result["stages"]:
-        _show_stage(stage, result["peak_flops"])
-    _show_sampling(result["sampling"])
+        _show_stage(stage, result["peak_flops"], named_students(stage["students"]) if several else "the student")
+    for size in result["sizes"]:
+        if several:
+            console.say(f"{named_students(size['students'])}: {size['parameters']:,} parameters")
+        _show_sampling(size["sampling"])
+    if several:
+        mean, worst = (1000 * result["latency_seconds"][name] for name in ("mean", "worst"))
+        console.say(f"one image, whichever class: {mean:.2f} ms on average over classes, {worst:.2f} ms at worst")
     if result["float32"] != "float32":
         console.say(f"float32 is multiplied in {result['float32'].upper()} here, in training and sampling")
 
 
-def _show_stage(stage: dict[str, Any], peaks: dict[str, float]) -> None:
+def _show_stage(stage: dict[str, Any], peaks: dict[str, float], whose: str) -> None:
     modes = stage["modes"]
     columns = [f"{name} (own)" if name == stage["own"] else name for name in modes]
     rows = [_row(f"{turn}, s", modes, "seconds", turn) for turn in next(iter(modes.values()))["seconds"]]
@@ -109,7 +118,7 @@ def _show_stage(stage: dict[str, Any], peaks: dict[str, float]) -> None:
         ),
     ]
     cut = "" if stage["micro_batch"] >= stage["batch"] else f" in passes of {stage['micro_batch']}"
-    title = f"{stage['objective']}: one update of the student, batch {stage['batch']}{cut}"
+    title = f"{stage['objective']}: one update of {whose}, batch {stage['batch']}{cut}"
     console.table(f"{title}, {stage['flops_per_update'] / 1e9:.3g} GFLOP", ["", *columns], rows)
     console.say(f"bound by {stage['bound_by']}")
 

@@ -36,7 +36,8 @@ CLASS_LINES = 10  # of how many single classes a line is timed
 def measure(recipe: Recipe, report: Report, *, images: int) -> dict[str, Any]:
     """Return the seconds of each part for so many images, and the device's peak of memory in bytes (None on a CPU)."""
     on, data = device.prepare(recipe), dataset.look(recipe, planning=True)
-    _, student = pipeline.networks_on_meta(recipe, data, planning=True)
+    _, described = pipeline.networks_on_meta(recipe, data, planning=True)
+    student = described[0]
     if len(student.shape) != 3 or student.shape[0] not in (1, 3):
         raise UserError(f"the students of {recipe.name} make {list(student.shape)}, and Inception looks at pictures")
     last, num_classes = recipe.stages[-1], max(student.num_classes, 1)
@@ -44,9 +45,11 @@ def measure(recipe: Recipe, report: Report, *, images: int) -> dict[str, Any]:
     batch, count = recipe.evaluation.batch, recipe.partition.students
     partition = Partition([list(range(k, num_classes, count)) for k in range(count)], num_classes, "interleaved")
     students = Students([], partition, [str(c) for c in range(num_classes)], on, batch=batch)
-    generator, seconds = Generator(build(student, on), tuple(last.sigmas)), dict[str, float]()
-    for number in range(count):
-        students.put(number, generator)
+    for numbers, net in zip(recipe.sizes, described, strict=True):
+        generator = Generator(build(net, on), tuple(last.sigmas))
+        for number in numbers:
+            students.put(number, generator)
+    seconds = dict[str, float]()
     classes = [i % num_classes for i in range(images)]
 
     with tempfile.TemporaryDirectory() as folder:

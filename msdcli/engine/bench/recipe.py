@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -26,6 +26,7 @@ from msdcli.engine.distributed import device
 from msdcli.engine.inputs import dataset
 from msdcli.engine.sample import Students
 from msdcli.engine.tracking.events import Report
+from msdcli.engine.tracking.formatting import named_students
 from msdcli.engine.train import compiling, precision
 from msdcli.engine.train.counting import forward_flops, num_parameters, turn_bytes
 from msdcli.engine.train.student import with_teachers
@@ -55,7 +56,8 @@ def bench(
     """
     on = device.prepare(recipe)
     data = dataset.look(recipe, planning=True)
-    teacher, student = (build(net, on) for net in pipeline.networks_on_meta(recipe, data, planning=True))
+    frozen, described = pipeline.networks_on_meta(recipe, data, planning=True)
+    teacher = build(frozen, on)
     chosen, reason, others = settle(recipe, teacher, on)
     report(reason)
     result: dict[str, Any] = {
@@ -65,13 +67,54 @@ def bench(
         "torch": torch.__version__,
         "precision": chosen,
         "float32": fast_name(on),
-        "parameters": {"teacher": num_parameters(teacher), "student": num_parameters(student)},
+        "parameters": {"teacher": num_parameters(teacher), "student": num_parameters(described[0])},
         "peak_flops": {name: peak_flops(name, on) for name in dict.fromkeys([chosen, *others])},
         "stages": [],
+        "sizes": [],
     }
+    last = recipe.stages[-1]
+    assert isinstance(last, GeneratorSettings), "checked with the recipe"
+    for numbers, net in zip(recipe.sizes, described, strict=True):
+        student, whose = build(net, on), "" if len(described) == 1 else f"{named_students(numbers)}, "
+        how: dict[str, Any] = {"repeats": repeats, "batch": batch, "graphs": graphs}
+        stages = bench_stages(recipe, teacher, student, on, (chosen, others), report, whose, **how)
+        for measured in stages:
+            measured |= {"students": [*numbers], "bound_by": bound(measured, result["peak_flops"][chosen], chosen)}
+        result["stages"] += stages
+        report(f"{whose}sampling")
+        size = min(batch or fitting_batch(last, student, on), recipe.evaluation.batch)
+        sampling = bench_sample.measure(student, tuple(last.sigmas), on, batch=size, by_onnx=by_onnx)
+        share = estimate.share_of(recipe, numbers)
+        own = {"students": [*numbers], "share": share, "parameters": num_parameters(student), "sampling": sampling}
+        result["sizes"].append(own)
+    result["sampling"] = result["sizes"][0]["sampling"]
+    return result | {"latency_seconds": latency(result["sizes"])}
+
+
+def latency(sizes: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the seconds of a request of one image: the mean over classes, and that of the slowest students."""
+    seconds = [(size["share"], size["sampling"]["latency_seconds"]) for size in sizes]
+    return {"mean": sum(share * s for share, s in seconds), "worst": max(s for _, s in seconds)}
+
+
+def bench_stages(
+    recipe: Recipe,
+    teacher: Denoiser,
+    student: Denoiser,
+    on: torch.device,
+    precisions: tuple[str, list[str]],
+    report: Report,
+    whose: str,
+    *,
+    repeats: int,
+    batch: int | None,
+    graphs: bool,
+) -> list[dict[str, Any]]:
+    """Measure every stage of students of one network; of the `precisions` the first one is the run's."""
+    (chosen, others), found = precisions, list[dict[str, Any]]()
     for stage, own_teacher in with_teachers(recipe.stages, student, teacher):
         size = batch or fitting_batch(stage, student, on)
-        report(f"{stage.objective}: {repeats} repeats at batch {size}")
+        report(f"{whose}{stage.objective}: {repeats} repeats at batch {size}")
         trainer = StageTrainer(resized(stage, size), own_teacher, student, on, recipe.micro_batch, report)
         compared = modes(recipe, chosen, on, others, graphs=graphs)
         compiled = any(mode.compiled for mode in compared)
@@ -92,13 +135,8 @@ def bench(
             "own": own.name,
         }
         measured |= {"modes": figures, "half_batch": half_batch(trainer, student, repeats=repeats)}
-        result["stages"].append(measured | {"bound_by": bound(measured, result["peak_flops"][chosen], chosen)})
-    report("sampling")
-    last = recipe.stages[-1]
-    assert isinstance(last, GeneratorSettings), "checked with the recipe"
-    size = min(batch or fitting_batch(last, student, on), recipe.evaluation.batch)
-    result["sampling"] = bench_sample.measure(student, tuple(last.sigmas), on, batch=size, by_onnx=by_onnx)
-    return result
+        found.append(measured)
+    return found
 
 
 def settle(recipe: Recipe, teacher: Denoiser, on: torch.device) -> tuple[str, str, list[str]]:

@@ -59,16 +59,23 @@ class BenchJob:
         torch.set_num_threads(self.threads)
         data = dataset.look(self.recipe, planning=True)
         torch.manual_seed(self.recipe.seed)
-        teacher, student = (
-            filled(bench.build(net, on)) for net in pipeline.networks_on_meta(self.recipe, data, planning=True)
-        )
-        stage, own_teacher = with_teachers(self.recipe.stages, student, teacher)[self.stage]
-        stage, trainers = resized(stage, self.batch), dict[int, StageTrainer]()
+        frozen, described = pipeline.networks_on_meta(self.recipe, data, planning=True)
+        teacher, *sizes = (filled(bench.build(net, on)) for net in (frozen, *described))
+        trainers = dict[int, StageTrainer]()
         for number in self.students:
+            student = sizes[size_of(self.recipe, number)]
+            stage, own_teacher = with_teachers(self.recipe.stages, student, teacher)[self.stage]
             torch.manual_seed(derive(self.recipe.seed, number))
+            stage = resized(stage, self.batch)
             trainers[number] = StageTrainer(stage, own_teacher, student, on, self.recipe.micro_batch)
             trainers[number].enter(Mode(self.precision))
         return ThreadedStudents(trainers, on, threads=self.threads, key=(self.recipe.seed,))
+
+
+def size_of(recipe: Recipe, number: int) -> int:
+    """Return which of the recipe's sizes a student of the comparison has: of more than the recipe's, all over again."""
+    number %= recipe.partition.students
+    return next(i for i, numbers in enumerate(recipe.sizes) if number in numbers)
 
 
 def filled(net: Denoiser) -> Denoiser:
@@ -87,13 +94,15 @@ def measure(
     cores = torch.get_num_threads()
     on = device.prepare(recipe)
     data = dataset.look(recipe, planning=True)
-    teacher, student = pipeline.networks_on_meta(recipe, data, planning=True)
+    teacher, described = pipeline.networks_on_meta(recipe, data, planning=True)
+    own = {size_of(recipe, number) for number in range(students)}
+    largest = max((described[i] for i in own), key=num_parameters)
     chosen, reason, _ = bench.settle(recipe, bench.build(teacher, on), on)
     report(reason)
     each = recipe.threads or max(1, cores // students)
     stages = []
     for number, stage in enumerate(recipe.stages):
-        size = batch or bench.fitting_batch(stage, student, on)
+        size = batch or bench.fitting_batch(stage, largest, on)
         report(f"{stage.objective}: {repeats} repeats at batch {size}, {students} students")
         together = BenchJob(recipe, number, size, chosen, tuple(range(students)), each)
         jobs = strategies(together, cores if on.type == "cpu" else each)
@@ -104,7 +113,7 @@ def measure(
         "cores": cores,
         "torch": torch.__version__,
         "precision": chosen,
-        "parameters": {"teacher": num_parameters(teacher), "student": num_parameters(student)},
+        "parameters": {"teacher": num_parameters(teacher), "student": num_parameters(largest)},
         "students": students,
         "stages": stages,
     }

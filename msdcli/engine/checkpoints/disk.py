@@ -34,15 +34,16 @@ def _bytes(net: nn.Module, copies: int) -> int:
     return copies * sum(t.numel() * t.element_size() + NAME for t in tensors)
 
 
-def needed(run: RunDir, recipe: Recipe, objectives: Sequence[Objective], at_once: int) -> int:
+def needed(run: RunDir, recipe: Recipe, objectives: Sequence[Sequence[Objective]], at_once: int) -> int:
     """Return the bytes that a run has yet to write: of every stage its model, the checkpoints that are kept and, where
     it selects, candidates; and for each of the students trained at once the checkpoint that is being written.
 
-    `objectives` are the stages' objectives; a stage in turn for all students.
+    `objectives` are the stages' objectives for every size of the recipe's students.
     """
-    total = SMALL_FILES + at_once * max(map(state_bytes, objectives))
-    for k in range(recipe.partition.students):
-        for i, (stage, objective) in enumerate(zip(recipe.stages, objectives, strict=True)):
+    total = SMALL_FILES + at_once * max(state_bytes(objective) for own in objectives for objective in own)
+    of_student = [(k, own) for numbers, own in zip(recipe.sizes, objectives, strict=True) for k in numbers]
+    for k, own in of_student:
+        for i, (stage, objective) in enumerate(zip(recipe.stages, own, strict=True)):
             folder = run.stage(k, i, stage.objective)
             there = sum(checkpoint_files.size(path) for _, path in checkpoint_files.stored(folder))
             models = [*folder.glob("model.safetensors"), *folder.glob("best-*.safetensors")]

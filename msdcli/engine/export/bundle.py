@@ -23,7 +23,7 @@ def write(source: ExportSource) -> ExportResult:
     """Copy every student's weights and card."""
     for k, trained in enumerate(source.students.folders):
         _copy(trained, source.folder / "students" / str(k))
-    if adapters := "adapter" in records.model(source.students.folders[0] / MODEL):
+    if adapters := any("adapter" in records.model(folder / MODEL) for folder in source.students.folders):
         _copy(source.run.teacher, source.folder / sample.BASE)
     if source.students.autoencoder is not None:
         autoencoder.copy(source.students.autoencoder, source.folder / autoencoder.FOLDER)

@@ -40,7 +40,7 @@ def advise(record: dict[str, Any], recipe: Recipe, limits: Limits) -> Advice:
     another teacher, and where no line keeps the limits.
     """
     _check_same(record, recipe)
-    request = {size["label"]: size["latency"]["request"] for size in record["sizes"]}
+    request = {size["label"]: at_worst(size) for size in record["sizes"]}
     asked = {"latency": limits.latency, "memory": limits.memory, "budget": limits.budget}
     takes = [
         {"latency": request[line["size"]], "memory": line["memory"], "budget": line["budget"]}
@@ -63,12 +63,17 @@ def advise(record: dict[str, Any], recipe: Recipe, limits: Limits) -> Advice:
     chosen, cost = min(close, key=lambda pair: (pair[1]["budget"], pair[1]["latency"], pair[1]["memory"]))
     mean, sd = mean_and_spread(chosen["distances"])
     machine = record["machine"]
+    of_size = next(size for size in record["sizes"] if size["label"] == chosen["size"])
     said = [
         f"{chosen['size']}, {kind(chosen)}: {record['metric']} {figure(mean)} ± {figure(sd)} over "
         f"{len(chosen['seeds'])} seeds; {', '.join(f'{n} {_shown(n, v)}' for n, v in cost.items())}",
         f"measured by the sweep {record['sweep']} on {machine['name']}, {machine['threads']} thread(s), torch "
         f"{machine['torch']}; latencies are that machine's",
     ]
+    if (mean_request := of_size["latency"]["request"]) < cost["latency"]:
+        said.append(
+            f"latency is that of the slowest student; over classes a request takes {_shown('latency', mean_request)}"
+        )
     if len(close) > 1:
         said.append(f"as close, and no cheaper: {'; '.join(_named(line) for line, _ in close if line is not chosen)}")
     largest = max(line["budget"] for line in record["lines"])
@@ -77,6 +82,11 @@ def advise(record: dict[str, Any], recipe: Recipe, limits: Limits) -> Advice:
     if record["open"]:
         said.append(f"the sweep is not finished: {', '.join(record['open'])}")
     return Advice(chosen, [line for line, _ in close], _keys(record, chosen), said)
+
+
+def at_worst(size: dict[str, Any]) -> float:
+    """Return the seconds of a request to the slowest student of a size: students may be of different ones."""
+    return float(size["latency"].get("worst", size["latency"]["request"]))
 
 
 def _check_same(record: dict[str, Any], recipe: Recipe) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import estimate
-from msdcli.engine.frontier.lines import Line, size_of
+from msdcli.engine.frontier.lines import Line, alone_line, own_students, size_of
 from msdcli.engine.pipeline import check, networks_on_meta
+from msdcli.engine.search import searched
 from msdcli.engine.tracking.formatting import flop
 from msdcli.engine.train.counting import num_parameters
-from msdcli.engine.train.student import check_stage, with_teachers
+from msdcli.engine.train.student import check_stages
 from msdcli.errors import UserError
 from msdcli.nets.meta import on_meta
 from msdcli.recipe import Recipe
@@ -21,29 +23,33 @@ GRADIENT_BYTES = 4  # of a number, in float32
 
 @dataclass(frozen=True)
 class Costs:
-    """What training one student costs, stage by stage."""
+    """What training one student costs, stage by stage; of students of different sizes it is their mean."""
 
     pairs: float  # FLOPs, once for all students
     step: list[float]  # FLOPs of a step
     steps: list[int]  # of the recipe, whose proportion is kept
     gradient_bytes: list[int]  # that a step of one device hands to others, where several share its batch
-    parameters: tuple[int, int]  # of the teacher and of a student
+    parameters: tuple[int, float]  # of the teacher and of a student
 
 
 def costs(recipe: Recipe) -> Costs:
     """Count a recipe's costs. UserError for what a run would refuse."""
     data = check(recipe, planning=True)
-    frozen, student = networks_on_meta(recipe, data, planning=True)
-    counted = estimate.estimate(recipe, data, frozen, student)
+    frozen, students = networks_on_meta(recipe, data, planning=True)
+    counted = estimate.estimate(recipe, data, frozen, students)
     with on_meta():
-        owners = with_teachers(recipe.stages, student, frozen)
-        gradients = [_gradient_bytes(recipe, i, student, own) for i, (_, own) in enumerate(owners)]
+        gradients = [_gradient_bytes(recipe, student, frozen) for student in students]
+
+    def mean(of_size: Sequence[float]) -> float:
+        each = zip(recipe.sizes, of_size, strict=True)
+        return sum(len(numbers) * value for numbers, value in each) / recipe.partition.students
+
     return Costs(
         counted.pairs_flops,
-        [cost.flops / stage.steps for cost, stage in zip(counted.stages, recipe.stages, strict=True)],
+        [mean([size.stages[i].flops for size in counted.sizes]) / s.steps for i, s in enumerate(recipe.stages)],
         [stage.steps for stage in recipe.stages],
-        gradients,
-        (num_parameters(frozen), num_parameters(student)),
+        [round(mean(of_stage)) for of_stage in zip(*gradients, strict=True)],
+        (num_parameters(frozen), mean([*map(num_parameters, students)])),
     )
 
 
@@ -70,12 +76,14 @@ def fitted(known: Costs, budget: float, students: int) -> list[int]:
     return steps
 
 
-def _gradient_bytes(recipe: Recipe, number: int, student: Denoiser, teacher: Denoiser) -> int:
-    """Return the bytes of the gradients of all networks' updates in one step of a stage, on average."""
-    objective = check_stage(recipe.stages[number], student, teacher)
-    turns = [names for step in range(objective.cycle) for names, _ in objective.turns(step)]
-    learnt = sum(num_parameters(objective.nets[name]) for names in turns for name in names)
-    return GRADIENT_BYTES * learnt // objective.cycle
+def _gradient_bytes(recipe: Recipe, student: Denoiser, teacher: Denoiser) -> list[int]:
+    """Return the bytes of the gradients of all networks' updates in one step of every stage, on average."""
+    found = []
+    for objective in check_stages(recipe.stages, student, teacher):
+        turns = [names for step in range(objective.cycle) for names, _ in objective.turns(step)]
+        learnt = sum(num_parameters(objective.nets[name]) for names in turns for name in names)
+        found.append(GRADIENT_BYTES * learnt // objective.cycle)
+    return found
 
 
 class CellFactory:
@@ -90,14 +98,14 @@ class CellFactory:
     def check(self) -> None:
         """Raise UserError for what any line's run would refuse, before the first one is begun."""
         for size in self.settings.sizes:
-            student = self.cells(Line(size.label, 1, 1, 0))[0].recipe.student
-            if student.parameters is not None or student.latency is not None:
+            if searched(self.cells(alone_line(size, 0))[0].recipe):
                 raise UserError(
                     f"frontier: {size.label} is a target, and every run would find a network of its own for it",
                     hint="name the network: student.width and student.depth, or student.network",
                 )
-        for students in self.settings.students:
-            check(self.cells(Line(self.settings.sizes[0].label, students, students, 0))[0].recipe, planning=True)
+        free = [size.label for size in self.settings.sizes if own_students(size) is None]
+        for students in self.settings.students if free else ():
+            check(self.cells(Line(free[0], students, students, 0))[0].recipe, planning=True)
 
     def cells(self, line: Line) -> list[Cell]:
         """Return a line's runs, one per seed."""
@@ -126,7 +134,8 @@ class CellFactory:
     def _of_one(self, line: Line) -> tuple[Costs, dict[str, int]]:
         key = (line.size, line.batch_factor)
         if key not in self._known:
-            alone, batches = {"partition.students": 1}, dict[str, int]()
+            count = own_students(size_of(self.settings, line)) or 1
+            alone, batches = {"partition.students": count}, dict[str, int]()
             plain = self._cell(line, alone, self.sweep.settings.seeds[0]).recipe
             for i, stage in enumerate(plain.stages) if line.batch_factor > 1 else ():
                 batches[f"stages.{i}.batch"] = stage.batch * line.batch_factor

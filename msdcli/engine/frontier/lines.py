@@ -58,7 +58,7 @@ def wanted(settings: FrontierSettings, distances: Distances) -> Wanted:
     for size in settings.sizes:
         alone, measured = list[Line](), list[Sequence[float]]()
         for doubling in range(settings.doublings + 1):
-            alone.append(Line(size.label, 1, 1, doubling))
+            alone.append(alone_line(size, doubling))
             if (found := distances(alone[-1])) is None:
                 break
             measured.append(found)
@@ -72,8 +72,8 @@ def wanted(settings: FrontierSettings, distances: Distances) -> Wanted:
         decided[size.label] = at
         first = max(0, settings.doublings - settings.beyond) if at is None else at
         budgets = range(first, first + settings.beyond + 1)
-        lines += [line for d in budgets if (line := Line(size.label, 1, 1, d)) not in alone]
-        lines += _together(settings, size.label, budgets)
+        lines += [line for d in budgets if (line := alone_line(size, d)) not in alone]
+        lines += _together(settings, size, budgets)
     return Wanted(lines, decided, undecided)
 
 
@@ -81,25 +81,42 @@ def _all_budgets(settings: FrontierSettings, distances: Distances) -> Wanted:
     """Return the lines of all budgets; one student is saturated as far as it is measured."""
     lines, decided, budgets = list[Line](), dict[str, int | None](), range(settings.doublings + 1)
     for size in settings.sizes:
-        alone = [Line(size.label, 1, 1, d) for d in budgets]
+        alone = [alone_line(size, d) for d in budgets]
         found = itertools.takewhile(lambda distance: distance is not None, map(distances, alone))
         decided[size.label] = saturation([distance for distance in found if distance is not None])
-        lines += [*alone, *_together(settings, size.label, budgets)]
+        lines += [*alone, *_together(settings, size, budgets)]
     return Wanted(lines, decided, [])
 
 
-def _together(settings: FrontierSettings, size: str, budgets: range) -> list[Line]:
-    """Return the lines of several devices: K students, and one with as many times the batch."""
-    lines = [Line(size, k, k, d) for d in budgets for k in sorted(settings.students)]
-    return lines + [Line(size, 1, n, d) for d in budgets for n in sorted(settings.large_batch)]
+def own_students(size: RowSettings) -> int | None:
+    """Return how many students a size is of, where it lists one network for each (`student.parts`)."""
+    said = size.set.get("student")
+    parts = size.set.get("student.parts", said.get("parts") if isinstance(said, dict) else None)
+    return len(parts) if isinstance(parts, list) and parts else None
+
+
+def alone_line(size: RowSettings, doubling: int) -> Line:
+    """Return a size's line of a single student, or of as many as it lists networks for."""
+    count = own_students(size) or 1
+    return Line(size.label, count, count, doubling)
+
+
+def _together(settings: FrontierSettings, size: RowSettings, budgets: range) -> list[Line]:
+    """Return the lines of several devices: K students, and one with as many times the batch; none for a size that says
+    itself how many students it has.
+    """
+    if own_students(size) is not None:
+        return []
+    lines = [Line(size.label, k, k, d) for d in budgets for k in sorted(settings.students)]
+    return lines + [Line(size.label, 1, n, d) for d in budgets for n in sorted(settings.large_batch)]
 
 
 def every(settings: FrontierSettings) -> Iterator[Line]:
     """Yield every line that could be wanted, in an order that no measurement changes: by it workers share them."""
     budgets = range(settings.doublings + (0 if settings.all_budgets else settings.beyond) + 1)
     for size in settings.sizes:
-        yield from (Line(size.label, 1, 1, d) for d in budgets)
-        yield from _together(settings, size.label, budgets)
+        yield from (alone_line(size, d) for d in budgets)
+        yield from _together(settings, size, budgets)
 
 
 def size_of(settings: FrontierSettings, line: Line) -> RowSettings:

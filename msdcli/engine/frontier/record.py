@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from msdcli.engine.distributed import device
+from msdcli.engine.estimate import share_of
 from msdcli.engine.frontier import latency
 from msdcli.engine.frontier.fitting import CellFactory
 from msdcli.engine.frontier.floor import floor
-from msdcli.engine.frontier.lines import Line, Wanted, size_of
+from msdcli.engine.frontier.lines import Line, Wanted, alone_line, size_of
 from msdcli.engine.frontier.measured import plan
 from msdcli.engine.inputs import teacher as teachers
 from msdcli.engine.report import frontier
@@ -19,6 +21,7 @@ from msdcli.engine.report.plot import plot
 from msdcli.engine.sweep import result_of, whole
 from msdcli.engine.tracking.accounting import costs
 from msdcli.engine.tracking.events import Report
+from msdcli.engine.tracking.formatting import named_students
 from msdcli.engine.train.counting import num_parameters
 from msdcli.errors import UserError
 from msdcli.outputs import check_file, check_table
@@ -100,7 +103,7 @@ def _line(factory: CellFactory, line: Line) -> dict[str, Any] | None:
     return dataclasses.asdict(line) | {
         "budget": factory.budget(line),
         "flops": known.pairs + training,
-        "memory": BYTES * line.students * known.parameters[1],
+        "memory": round(BYTES * line.students * known.parameters[1]),
         "steps": steps,
         "seconds": [_wall(cell.recipe, line) for cell, _ in done],
         "reduced_bytes": _reduced(known.gradient_bytes, steps, line.batch_factor),
@@ -135,8 +138,12 @@ def _measured_here(
 ) -> dict[str, Any]:
     """Describe machine, teacher and sizes, each with its latency: of all evaluations that make an image."""
     on, (frozen, _) = device.prepare(recipe), teachers.load(run, recipe)
-    recipes = {size.label: factory.cells(Line(size.label, 1, 1, 0))[0].recipe for size in factory.settings.sizes}
-    networks = {label: one.student.network_for(frozen.settings) for label, one in recipes.items()}
+    recipes = {size.label: factory.cells(alone_line(size, 0))[0].recipe for size in factory.settings.sizes}
+    networks = {
+        _named(label, one, numbers): one.student.of(numbers[0]).network_for(frozen.settings)
+        for label, one in recipes.items()
+        for numbers in one.sizes
+    }
     here = latency.machine(on)
     dumps = {label: network.model_dump(mode="json") for label, network in networks.items()}
     timed = _kept(
@@ -148,16 +155,16 @@ def _measured_here(
     count = num_parameters(frozen)
     sizes = []
     for label, one in recipes.items():
-        size, evaluations = size_of(factory.settings, Line(label, 1, 1, 0)), one.stages[-1].evaluations
-        own = factory.costs(Line(label, 1, 1, 0)).parameters[1]
+        size = size_of(factory.settings, Line(label, 1, 1, 0))
+        own, names = factory.costs(alone_line(size, 0)).parameters[1], [_named(label, one, n) for n in one.sizes]
         sizes.append(
             {
                 "label": label,
-                "network": dumps[label],
-                "parameters": own,
+                **({"network": dumps[label]} if label in dumps else {"networks": [dumps[name] for name in names]}),
+                "parameters": round(own),
                 "share": own / count,
-                "evaluations": evaluations,
-                "latency": {name: seconds * evaluations for name, seconds in timed[label].items()},
+                "evaluations": one.stages[-1].evaluations,
+                "latency": _latency(one, [timed[name] for name in names]),
                 "saturated": known.saturated.get(label),
                 "recipe": size.recipe or sweep.settings.recipe,
                 "set": {k: v for k, v in (sweep.settings.base | size.set).items() if not k.startswith(OWN)},
@@ -170,6 +177,21 @@ def _measured_here(
         "evaluations": recipe.teacher.solver.evaluations,
     }
     return {"machine": here, "teacher": teacher, "sizes": sizes}
+
+
+def _named(label: str, recipe: Recipe, numbers: Sequence[int]) -> str:
+    """What the network of some of a size's students is called: as the size, where all have it."""
+    return label if recipe.student.parts is None else f"{label}, {named_students(numbers)}"
+
+
+def _latency(recipe: Recipe, timed: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the seconds of all evaluations that make an image, on average over classes, and a request's at worst."""
+    evaluations, shares = recipe.stages[-1].evaluations, [share_of(recipe, numbers) for numbers in recipe.sizes]
+    found = {
+        name: evaluations * sum(share * one[name] for share, one in zip(shares, timed, strict=True))
+        for name in timed[0]
+    }
+    return found | {"worst": evaluations * max(one["request"] for one in timed)}
 
 
 def _kept(sweep: Sweep, name: str, depends: Any, make: Any) -> Any:

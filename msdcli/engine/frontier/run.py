@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msdcli.engine import pipeline
 from msdcli.engine.frontier.fitting import CellFactory
-from msdcli.engine.frontier.lines import Line, Wanted, every
+from msdcli.engine.frontier.lines import Line, Wanted, every, own_students
 from msdcli.engine.frontier.measured import plan
 from msdcli.engine.frontier.record import check
 from msdcli.engine.sweep import result_of
@@ -79,11 +79,12 @@ def known(sweep: Sweep, worker: tuple[int, int] = (0, 1)) -> Known:
 
 def _most(settings: FrontierSettings) -> int:
     """Return how many lines there can be."""
-    together = len(settings.students) + len(settings.large_batch)
+    several = sum(own_students(size) is None for size in settings.sizes)  # sizes that are tried with several K
+    together = several * (len(settings.students) + len(settings.large_batch))
     if settings.all_budgets:
-        return len(settings.sizes) * (settings.doublings + 1) * (1 + together)
+        return (settings.doublings + 1) * (len(settings.sizes) + together)
     alone = settings.doublings + 1 + max(0, settings.beyond - 1)
-    return len(settings.sizes) * (alone + (settings.beyond + 1) * together)
+    return len(settings.sizes) * alone + (settings.beyond + 1) * together
 
 
 def unfinished(factory: CellFactory, found: Wanted) -> list[tuple[int, Line, Cell]]:

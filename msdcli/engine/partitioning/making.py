@@ -35,6 +35,7 @@ from msdcli.partition import (
     of_rule,
     shuffled,
     sizes,
+    sorted_by_difficulty,
 )
 from msdcli.recipe import PartitionSettings, Recipe
 from msdcli.recipe.stages import GeneratorSettings, StageSettings, teacher_stage
@@ -223,7 +224,8 @@ def make(settings: PartitionSettings, data: Dataset, teacher: Denoiser | None, m
         return keeping.extended(settings, data.class_names)
     if settings.run is not None:
         each, found = evidence.distances(settings.run, data.class_names)
-        return replace(by_difficulty(each, settings.students), evidence=found)
+        divide = sorted_by_difficulty if settings.order == "sorted" else by_difficulty
+        return replace(divide(each, settings.students), evidence=found)
     if settings.method == "confusion":
         assert mixed is not None, "these parts follow from what the classifier says"
         return replace(by_confusion(mixed[0], settings.students, seed=settings.seed), evidence=mixed[1])

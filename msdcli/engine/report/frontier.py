@@ -49,7 +49,7 @@ def sizes(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return column names and rows: every size's parameters and latency, and the budget that saturates one student."""
     teacher, rows = record["teacher"], []
     for size in record["sizes"]:
-        request = size["latency"]["request"]
+        request, worst = size["latency"]["request"], size["latency"].get("worst", 0.0)
         budgets = {line["doubling"]: line["budget"] for line in record["lines"] if line["size"] == size["label"]}
         open_ = size["label"] in record["open"]
         none = "not decided" if open_ else "none measured"
@@ -58,7 +58,7 @@ def sizes(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 size["label"],
                 f"{size['parameters']:,}",
                 f"{size['share']:.1%}",
-                f"{1e3 * request:.2f}",
+                f"{1e3 * request:.2f}" + (f" (worst {1e3 * worst:.2f})" if worst > request else ""),
                 f"{request / teacher['latency']['request']:.0%}",
                 f"{1e6 * size['latency']['image']:.0f}",
                 none if size["saturated"] is None else formatting.short(budgets[size["saturated"]]),

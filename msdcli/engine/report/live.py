@@ -162,9 +162,11 @@ def _weights(run: RunDir, trainings: list[TrainingHistory]) -> dict[tuple[str, s
     if not run.flops_file.is_file():
         return {}
     counted = read_json(run.flops_file)
+    sizes = counted.get("sizes") or [{"stages": counted["stages"]}]  # as it was before students had sizes
+    stages_of = {k: size["stages"] for size in sizes for k in size.get("students", ())}
     found = {}
     for training in trainings:
-        stages = counted["stages"]
+        stages = stages_of.get(training.student, sizes[0]["stages"])
         of = (
             counted["teacher"]
             if training.student is None

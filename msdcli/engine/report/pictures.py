@@ -229,7 +229,7 @@ class SampleRenderer:
             yield f"kept as in {Path(models[-1]['kept']['run']).name}", newest
             return
         with self._noting("The students before training are not drawn"):
-            if self.teacher is not None and not any((self.recipe.student.parameters, self.recipe.student.latency)):
+            if self.teacher is not None and self.recipe.student.of(number).target is None:
                 untrained = new_network(self.recipe, self.teacher, number).eval()
                 yield "before training", Generator(untrained, last)
         for i, stage in enumerate(self.recipe.stages):

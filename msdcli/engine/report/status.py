@@ -44,7 +44,8 @@ def status(run: RunDir) -> dict[str, Any]:
             stages.append(_stage(run.stage(k, i, stage.objective), run.student(k), stage, running if turn else None))
         finished = all(stage["state"] == "done" for stage in stages)
         resumable = running is None and not finished
-        students.append({"student": k, "running": running, "resumable": resumable, "stages": stages})
+        own = {"parameters": _parameters(run, recipe, k), "stages": stages}
+        students.append({"student": k, "running": running, "resumable": resumable} | own)
     done = all(stage["state"] == "done" for student in students for stage in student["stages"])
     complete = done and (not recipe.has_measure or bool(run.results()))  # others are measured when somebody asks
     at_work = who_attends(run)
@@ -64,6 +65,16 @@ def status(run: RunDir) -> dict[str, Any]:
         "done": complete,
         "resumable": not complete and not held,
     }
+
+
+def _parameters(run: RunDir, recipe: Recipe, number: int) -> int | None:
+    """How large a student's network is; None before its first stage is finished, or where that is damaged."""
+    for i, stage in enumerate(recipe.stages):
+        with contextlib.suppress(UserError):
+            if (path := run.stage(number, i, stage.objective) / "model.json").is_file():
+                found = records.model(path).get("parameters")
+                return found if isinstance(found, int) else None
+    return None
 
 
 def _value(path: Path) -> float | None:

@@ -89,8 +89,10 @@ def _sizes(facts: RunFacts) -> str:
     if sizes == [teacher]:
         return f" Each has the teacher's own network, {short(teacher)} parameters."
     largest = sizes[-1]
-    each = "Each has" if len(sizes) == 1 else "The largest has"
-    return f" {each} {short(largest)} parameters, {largest / teacher:.0%} of the teacher's {short(teacher)}."
+    if len(sizes) == 1:
+        return f" Each has {short(largest)} parameters, {largest / teacher:.0%} of the teacher's {short(teacher)}."
+    span = f"{short(sizes[0])} to {short(largest)} parameters, {sizes[0] / teacher:.0%} to {largest / teacher:.0%}"
+    return f" They are of {word(len(sizes))} sizes, {span} of the teacher's {short(teacher)}."
 
 
 def _how_good(facts: RunFacts) -> list[str]:

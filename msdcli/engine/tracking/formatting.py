@@ -30,6 +30,18 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {plural(count, one, many)}"
 
 
+def named_students(numbers: Sequence[int]) -> str:
+    """Return `student 3`, or `students 0 to 2, 5`."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1][1:] = [number]
+        else:
+            spans.append([number])
+    said = [f"{span[0]} to {span[-1]}" if span[-1] > span[0] else str(span[0]) for span in spans]
+    return f"{plural(len(numbers), 'student')} {', '.join(said)}"
+
+
 def evaluations(steps: int) -> str:
     """Return `one network evaluation`, or how many there are."""
     return f"{word(steps)} network {plural(steps, 'evaluation')}"

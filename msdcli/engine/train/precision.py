@@ -65,8 +65,11 @@ def said(choice: dict[str, Any]) -> str:
 
 
 def choose(recipe: Recipe, teacher: Denoiser, device: torch.device, report: Report = silent) -> dict[str, Any]:
-    """Measure the student's network forward and backward in both types, and say which is used and why."""
-    settings = recipe.student.network_for(teacher.settings)
+    """Measure the students' network, of several sizes the one of the most operations, forward and backward in both
+    types, and say which is used and why.
+    """
+    asked = [recipe.student.of(numbers[0]).network_for(teacher.settings) for numbers in recipe.sizes]
+    settings = max(asked, key=lambda own: evaluation_flops(own, teacher)) if len(asked) > 1 else asked[0]
     return compare(settings, teacher, recipe.stages[-1].batch, recipe.micro_batch, device, report)
 
 

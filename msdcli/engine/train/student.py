@@ -62,14 +62,15 @@ class Student:
 
 def new_network(recipe: Recipe, teacher: Denoiser, number: int) -> Denoiser:
     """Return a student as its first stage finds it, with the weights that `student.init` asks for."""
-    settings, init = recipe.student.network_for(teacher.settings), recipe.student.init
-    if recipe.student.prune is not None and not isinstance(teacher.settings, UNetSettings):
+    own = recipe.student.of(number)
+    settings, init = own.network_for(teacher.settings), own.init
+    if own.prune is not None and not isinstance(teacher.settings, UNetSettings):
         raise UserError(
             f"student.prune: layers is for U-Nets of kind unet, the teacher is of kind {teacher.settings.kind}",
             hint="leave student.prune out: a network of fewer channels and blocks is searched",
         )
-    if recipe.student.adapter is not None:
-        return _adapted(recipe, recipe.student.adapter, teacher, number)
+    if own.adapter is not None:
+        return _adapted(recipe, own.adapter, teacher, number)
     if init == "teacher" and settings != teacher.settings:
         raise UserError("student.init: teacher is for students with the teacher's network", hint="student.init=pruned")
     if settings == teacher.settings and init != "random":
@@ -119,6 +120,11 @@ def check_stage(stage: StageSettings, student: Denoiser, teacher: Denoiser) -> O
             f"stage {stage.objective}: lr_of names {unknown[0]!r}; what learns is {', '.join(objective.nets)}"
         )
     return objective
+
+
+def check_stages(stages: Sequence[StageSettings], student: Denoiser, teacher: Denoiser) -> list[Objective]:
+    """Build the objectives of a student's stages, as `check_stage` does."""
+    return [check_stage(stage, student, own) for stage, own in with_teachers(stages, student, teacher)]
 
 
 def distill_student(student: Student, report: Report) -> None:

@@ -102,7 +102,8 @@ def test_passes_and_their_halves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stage_trainer(recipe: Recipe, micro_batch: int | None = None) -> StageTrainer:
     data = dataset.look(recipe, planning=True)
-    teacher, student = (bench_recipe.build(net, CPU) for net in pipeline.networks_on_meta(recipe, data, planning=True))
+    frozen, described = pipeline.networks_on_meta(recipe, data, planning=True)
+    teacher, student = (bench_recipe.build(net, CPU) for net in (frozen, *described))
     return StageTrainer(resized(recipe.stages[0], 8), teacher, student, CPU, micro_batch)
 
 

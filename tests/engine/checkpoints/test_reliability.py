@@ -187,9 +187,9 @@ def test_the_bytes_said_are_the_bytes_written(finished: Path, msd: Msd, tmp_path
 
     recipe = load(finished)
     data = pipeline.check(recipe)
-    frozen, student = pipeline.networks_on_meta(recipe, data)
+    frozen, (student,) = pipeline.networks_on_meta(recipe, data)
     with torch.device("meta"):
-        objectives = [check_stage(stage, student, frozen) for stage in recipe.stages]
+        objectives = [[check_stage(stage, student, frozen) for stage in recipe.stages]]
     files = list(finished.glob("students/*/0-dm/*.safetensors"))
     written = sum(p.stat().st_size for p in files)
     fresh = disk.needed(RunDir(tmp_path / "nowhere"), recipe, objectives, 1)

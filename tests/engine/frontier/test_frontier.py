@@ -141,7 +141,7 @@ def test_lines_of_a_size_do_not_change_each_other(tiny: Path) -> None:
 def _training_flops(recipe: Recipe) -> float:
     data = check(recipe, planning=True)
     cost = estimate.estimate(recipe, data, *networks_on_meta(recipe, data, planning=True))
-    return cost.pairs_flops + cost.students * cost.student_flops
+    return cost.pairs_flops + cost.students_flops
 
 
 # Running.
