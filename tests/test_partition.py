@@ -1,5 +1,6 @@
 """Partitions are disjoint, complete and balanced, or refused."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,17 @@ def test_planted_difficulties_come_out_level() -> None:
     assert p.by_difficulty([100.0, 1, 1, 1], 2).parts[0][0] == 0
     one_each = p.by_difficulty([3.0, 1, 2], 3)
     assert one_each.parts == [[0], [1], [2]]
+
+
+@given(figures)
+def test_sorted_parts_are_cut_from_the_easiest_to_the_hardest(drawn: tuple[list[float], int]) -> None:
+    distances, parts = drawn
+    found, fine = p.sorted_by_difficulty(distances, parts), 1e-6 * max(distances)
+    assert [*map(len, found.parts)] == p.sizes(len(distances), parts)
+    for easy, hard in itertools.pairwise(found.parts):
+        assert max(distances[c] for c in easy) <= min(distances[c] for c in hard) + fine
+    assert p.sorted_by_difficulty([3.0, 1, 2, 1], 2).parts == [[1, 3], [0, 2]]
+    assert p.sorted_by_difficulty([1.0] * 4, 2).parts == [[0, 1], [2, 3]], "ties go to the lower number"
 
 
 @pytest.mark.parametrize("shapes", [(4, 4, 4), (5, 5, 5, 5, 5), (3, 3, 2)])

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -107,7 +107,7 @@ def settled(run: RunDir, recipe: Recipe) -> Recipe | None:
 def _chosen(path: Path) -> NetworkSettings:
     chosen_network = records.read(path, records.Searched, "choice of a network")["chosen"]["network"]
     try:
-        return cast(NetworkSettings, TypeAdapter[NetworkSettings](Network).validate_python(chosen_network))
+        return TypeAdapter[NetworkSettings](Network).validate_python(chosen_network)
     except ValidationError as error:
         raise UserError(f"{path} does not describe a network msd knows: {error}") from None
 
@@ -124,7 +124,8 @@ def stand_in(recipe: Recipe, teacher: Denoiser) -> Recipe:
     the widest whose share of the teacher's parameters is at most the target, else the narrowest. A share of latency is
     taken for one of parameters, with which operations go, and with these the time.
     """
-    size, networks = _parameters(teacher.settings, teacher), [teacher.settings.scaled(width, 1.0) for width in WIDTHS]
+    size = _parameters(teacher.settings, teacher)
+    networks: list[NetworkSettings] = [teacher.settings.scaled(width, 1.0) for width in WIDTHS]
 
     def nearest(target: float) -> NetworkSettings:
         return next((n for n in networks if _parameters(n, teacher) <= target * size), networks[-1])

@@ -137,19 +137,19 @@ def test_every_shipped_recipe_can_be_planned(msd: Msd, tmp_path: Path, path: Pat
 def test_a_student_that_is_searched_is_counted_as_what_its_target_implies(tmp_path: Path) -> None:
     recipe = load("digits", [f"run={tmp_path / 'r'}", "student={parameters: 0.58, prune: layers}"])
     data = pipeline.check(recipe, planning=True)
-    teacher, student = plan._networks(recipe, data)
+    teacher, (student,) = plan._networks(recipe, data)
     share = num_parameters(student) / num_parameters(teacher)
     assert 0.4 < share <= 0.58, "the widest that keeps the target"
-    made = {"recipe": recipe, "parameters": (num_parameters(teacher), num_parameters(student))}
-    said = plan.Plan._sizes(SimpleNamespace(**made, searched=False))  # type: ignore[arg-type]
+    made = {"recipe": recipe, "parameters": (num_parameters(teacher), [num_parameters(student)])}
+    said = plan.Plan._size(SimpleNamespace(**made, searched=False), range(5), num_parameters(student))  # type: ignore[arg-type]
     assert "at most 58% of the teacher's parameters (87,743) each" in said
     chosen = search.Candidate(teacher.settings.scaled(0.5, 1.0), 0.3, 0.3)
     run = RunDir(tmp_path / "r")
     run.adopt(load("digits", [f"run={run.root}", "student.parameters=0.3"]))
-    write_json(run.searched, {"target": {}, "chosen": chosen.record(), "tried": []})
-    assert num_parameters(plan._networks(recipe, data)[1]) == num_parameters(student), "found for another target"
+    write_json(run.searched(), {"target": {}, "chosen": chosen.record(), "tried": []})
+    assert num_parameters(plan._networks(recipe, data)[1][0]) == num_parameters(student), "found for another target"
     run.adopt(recipe)
-    assert num_parameters(plan._networks(recipe, data)[1]) < num_parameters(student), "what a run found is counted"
+    assert num_parameters(plan._networks(recipe, data)[1][0]) < num_parameters(student), "what a run found is counted"
 
 
 def test_one_of_a_thing_is_not_several() -> None:

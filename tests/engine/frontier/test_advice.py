@@ -32,6 +32,16 @@ def test_the_closest_line_within_the_limits(tiny: Path, limits: Limits, expected
     assert ('student.network={"kind": "mlp", "channels": 8, "blocks": 1}' in found.keys) == (expected[0] == "small")
 
 
+def test_a_latency_is_kept_by_the_slowest_student(tiny: Path) -> None:
+    record = example.record()
+    record["sizes"][1]["latency"]["worst"] = 5e-4  # of the small ones: 0.2 ms on average over classes
+    with pytest.raises(UserError, match=r"the least that was measured is 0\.4 ms"):
+        advise(record, load(str(tiny)), Limits(latency=3e-4))
+    found = advise(record, load(str(tiny)), Limits(memory=400, budget=1e9))
+    assert any("latency 0.5 ms" in line for line in found.said)
+    assert any("over classes a request takes 0.2 ms" in line for line in found.said)
+
+
 def test_of_lines_that_are_as_close_the_cheapest(tiny: Path) -> None:
     record = example.record()
     for line in record["lines"]:

@@ -264,3 +264,26 @@ def test_a_damaged_frontier_is_refused(tmp_path: Path, msd: Msd) -> None:
     (tmp_path / "frontier.json").write_text("[1]")
     assert msd("plot", "frontier", ".", "--out", "f.svg").returncode == 2
     assert "holds no frontier" in msd("plot", "frontier", "elsewhere", "--out", "f.svg").stderr
+
+
+# Students of different sizes.
+
+
+def test_a_size_of_several_networks_has_its_own_number_of_students(mini: Sweep) -> None:
+    path = mini.file.with_name("mixed.yaml")
+    size = "    - {label: mixed, set: {student.parts: [{width: 0.5}, {}]}}\n"
+    path.write_text(SWEEP.replace("  students: [2]", f"{size}  students: [2]"))
+    factory = CellFactory(sweep.load(path))
+    factory.check()
+    assert [(line.students, line.devices) for line in lines.every(factory.settings) if line.size == "mixed"] == [
+        (2, 2)
+    ] * 4
+    mixed, own = Line("mixed", 2, 2, 0), Line("own", 1, 1, 0)
+    recipe = factory.cells(mixed)[0].recipe
+    assert recipe.partition.students == 2 and recipe.student.of(0).width == 0.5
+    assert abs(_training_flops(recipe) - 2e7) <= 0.5001 * factory.costs(mixed).step[-1] * 2
+    assert factory.costs(mixed).step[0] < factory.costs(own).step[0]
+    small, large = 1e-3, 3e-3
+    timed = [{"request": small, "image": small / 9}, {"request": large, "image": large / 9}]
+    found = record._latency(recipe, timed)
+    assert found["request"] == pytest.approx(2e-3) and found["worst"] == large

@@ -52,6 +52,10 @@ def test_difficulty_reads_the_first_runs_distances(tmp_path: Path, msd: Msd) -> 
     found, data = making.preview(recipe)
     assert [sum(HARD[c] for c in part) for part in found.parts] == [10, 10]
     assert found.evidence is not None and found.evidence["distances"] == HARD
+    apart = making.preview(second(tmp_path, method="difficulty", students=2, run=str(run), order="sorted"))[0]
+    assert apart.parts == [[1, 2, 3, 4, 6], [0, 5, 7, 8, 9]] and apart.evidence == found.evidence
+    with pytest.raises(UserError, match="`order: sorted` and `method: difficulty` go together"):
+        second(tmp_path, method="random", students=2, order="sorted")
     assert explaining.reasons(found, data.class_names)[7] == "distance 2, number 4 from the hardest"
     assert explaining.explain(recipe, "0").reason == "distance 5, number 1 from the hardest"
     (tmp_path / "second.yaml").write_text(recipe.to_yaml())

@@ -108,6 +108,16 @@ def test_a_new_class_trains_one_student_and_leaves_the_others(two: Path) -> None
     assert [len(of.stages) for of in drawn] == [2, 2, 4] and drawn[0].stages[0].what == "kept as in two"
 
 
+def test_kept_students_may_be_of_another_size(two: Path) -> None:
+    before = RunDir(two / "runs/two")
+    said = tree(two, 3, "wider", method="extend", run=str(before.root), students=3)
+    after = distill(said | {"student": {"width": 0.5, "parts": [{}, {}, {"width": 2.0}]}})
+    assert hashes(after)[:2] == hashes(before)
+    networks = [sample.load(after.root).student(k).net.settings.channels for k in range(3)]
+    assert networks == [8, 8, 16], "what is kept is as it was, whatever the recipe says of new ones"
+    assert export(after, two / "sizes", options=ExportOptions(bench=False))["max_difference"] == 0
+
+
 @pytest.mark.slow
 def test_networks_that_know_fewer_classes_are_exported_beside_others(two: Path) -> None:
     run = distill(tree(two, 3, "exported", method="extend", run=str(two / "runs/two"), students=3))
