@@ -158,5 +158,5 @@ def test_one_of_a_thing_is_not_several() -> None:
         "2 classes",
         "1,200 classes",
     ]
-    lines = estimate.lines(estimate.Estimate(1e12, 0.0, [], 1e10))
+    lines = estimate.lines(estimate.Estimate(1e12, 0.0, [estimate.StudentCost([], [0])], 1e10))
     assert any("all, 1 student " in line for line in lines)
