@@ -144,7 +144,7 @@ def test_who_works_on_a_run_keeps_it(tiny: Path, tmp_path: Path) -> None:
         Claim.begin(run, recipe, data, silent, first, student=None)
         with pytest.raises(UserError, match="being worked on"):
             Claim.begin(run, other, data, silent, second, student=None)
-    found = [run.searched, run.partition, run.flops_file, run.metrics / "teacher" / "x.json"]
+    found = [run.searched(), run.searched(1), run.partition, run.flops_file, run.metrics / "teacher" / "x.json"]
     for path in found:
         write_json(path, {})
     with contextlib.ExitStack() as stack:
