@@ -80,12 +80,16 @@ class Plan:
         ]
 
     def _students(self, steps: str) -> list[str]:
-        """Say what students are, a line for each size, and how they are trained."""
-        sizes = [*zip(self.recipe.sizes, self.parameters[1], strict=True)]
+        """Say what the students that are trained are, a line for each size, and how; and which ones are kept."""
+        known = zip(self.cost.sizes, self.parameters[1], strict=True)
+        sizes = [(size.trained, own) for size, own in known if size.trained]
+        kept = {*range(self.recipe.partition.students)}.difference(*(numbers for numbers, _ in sizes))
+        more = [f"{named_students([*kept])}: as in {self.recipe.partition.run}"] if kept else []
         if len(sizes) == 1:
-            return [f"students:  {self._size(*sizes[0])}{self._adapted()}; {steps}"]
-        said = [f"{named_students(numbers)}: {self._size(numbers, own)}" for numbers, own in sizes]
-        return [f"students:  {steps}", *(f"           {line}" for line in said)]
+            first = f"{self._size(*sizes[0])}{self._adapted()}; {steps}"
+        else:
+            first, more = steps, [*(f"{named_students(n)}: {self._size(n, own)}" for n, own in sizes), *more]
+        return [f"students:  {first}", *(f"           {line}" for line in more)]
 
     def _size(self, numbers: Sequence[int], own: int) -> str:
         """Say how large a student is, or may be where its network is searched when the run starts."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from msdcli import recipe as recipes
-from msdcli.engine import estimate, pipeline, sample
+from msdcli.engine import estimate, pipeline, plan, sample, timing
 from msdcli.engine.export.export import export
 from msdcli.engine.export.format import ExportOptions
 from msdcli.engine.measure import classifier
@@ -108,10 +108,14 @@ def test_a_new_class_trains_one_student_and_leaves_the_others(two: Path) -> None
     assert [len(of.stages) for of in drawn] == [2, 2, 4] and drawn[0].stages[0].what == "kept as in two"
 
 
-def test_kept_students_may_be_of_another_size(two: Path) -> None:
+def test_kept_students_may_be_of_another_size(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = RunDir(two / "runs/two")
     said = tree(two, 3, "wider", method="extend", run=str(before.root), students=3)
-    after = distill(said | {"student": {"width": 0.5, "parts": [{}, {}, {"width": 2.0}]}})
+    said |= {"student": {"width": 0.5, "parts": [{}, {}, {"width": 2.0}]}}
+    monkeypatch.setattr(timing, "SECONDS", 0.0)
+    told = "\n".join(plan.plan(recipes.load_any(said, {})).lines())
+    assert f"students 0 to 1: as in {before.root}" in told and "each of" not in told, told
+    after = distill(said)
     assert hashes(after)[:2] == hashes(before)
     networks = [sample.load(after.root).student(k).net.settings.channels for k in range(3)]
     assert networks == [8, 8, 16], "what is kept is as it was, whatever the recipe says of new ones"
