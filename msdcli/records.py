@@ -86,13 +86,6 @@ class Trained(TypedDict):
 
 
 @with_config(_LOOSE)
-class Hashed(TypedDict):
-    """model.json of a classifier: the file of weights that belongs to it."""
-
-    sha256: str
-
-
-@with_config(_LOOSE)
 class Embedded(TypedDict):
     """The record of embedded prompts."""
 

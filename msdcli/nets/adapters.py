@@ -105,8 +105,3 @@ def merged(net: Denoiser) -> Denoiser:
             if lora.is_adapted(child):
                 parent.add_module(name, lora.merge(child))
     return whole
-
-
-def base_parameters(net: AdaptedDenoiser) -> int:
-    """Return how many numbers of a network are not the adapters'."""
-    return sum(p.numel() for p in net.twin.parameters()) - sum(p.numel() for p in net.parameters())

@@ -70,22 +70,38 @@ class GlyphsSettings(DataSection):
     seed: Seed = Field(0, description="seed of the images")
 
 
+# How pictures are brought to one shape, whether alone or beside texts.
+Side = Annotated[int | None, Field(ge=1, le=4096, description="side of the square images; absent: the first picture's")]
+Channels = Annotated[Literal[1, 3], Field(description="3: colour; 1: grey, and colour pictures are made grey")]
+Crop = Annotated[bool, Field(description="cut the central square out of pictures that are not square")]
+Resize = Annotated[
+    Literal["none", "box", "bicubic", "lanczos"],
+    Field(description="how pictures of another size are scaled; none: they are bad"),
+]
+Pad = Annotated[
+    Literal["none", "edge", "black", "white"],
+    Field(
+        description="how pictures smaller than `size` are filled up around: with their border's pixels, black or white"
+    ),
+]
+
+
+def _check_padding(pad: str, size: int | None) -> None:
+    if pad != "none" and size is None:
+        raise ValueError("`pad` fills pictures up to `size`: say which")
+
+
 class FolderSettings(DataSection):
     """Pictures of your own: a folder (class/...), EDM's zip or folder with dataset.json, an .npz of arrays, or
     WebDataset shards with .cls files."""
 
     name: Literal["folder"] = Field("folder", description="pictures from a folder, a zip, an .npz or tar shards")
     path: FilePath = Field(description="the folder or file; shards: a .tar, a folder of them, or shards-{000..010}.tar")
-    size: int | None = Field(None, ge=1, le=4096, description="side of the square images; absent: the first picture's")
-    channels: Literal[1, 3] = Field(3, description="3: colour; 1: grey, and colour pictures are made grey")
-    crop: bool = Field(False, description="cut the central square out of pictures that are not square")
-    resize: Literal["none", "box", "bicubic", "lanczos"] = Field(
-        "none", description="how pictures of another size are scaled; none: they are bad"
-    )
-    pad: Literal["none", "edge", "black", "white"] = Field(
-        "none",
-        description="how pictures smaller than `size` are filled up around: with their border's pixels, black or white",
-    )
+    size: Side = None
+    channels: Channels = 3
+    crop: Crop = False
+    resize: Resize = "none"
+    pad: Pad = "none"
     on_bad: Literal["refuse", "skip"] = Field(
         "refuse", description="pictures that are damaged or of another size: stop and list them, or leave them out"
     )
@@ -114,8 +130,7 @@ class FolderSettings(DataSection):
 
     @model_validator(mode="after")
     def _padding_goes_to_a_size(self) -> FolderSettings:
-        if self.pad != "none" and self.size is None:
-            raise ValueError("`pad` fills pictures up to `size`: say which")
+        _check_padding(self.pad, self.size)
         return self
 
 
@@ -127,16 +142,11 @@ class PromptsSettings(DataSection):
     column: str | None = Field(None, description="JSON key of the text; absent: caption, text or prompt")
     images: FilePath | None = Field(None, description="folder or zip with the pictures that the rows name")
     image_column: str | None = Field(None, description="JSON key of a picture's name; absent: file_name, image or file")
-    size: int | None = Field(None, ge=1, le=4096, description="side of the square images; absent: the first picture's")
-    channels: Literal[1, 3] = Field(3, description="3: colour; 1: grey, and colour pictures are made grey")
-    crop: bool = Field(False, description="cut the central square out of pictures that are not square")
-    resize: Literal["none", "box", "bicubic", "lanczos"] = Field(
-        "none", description="how pictures of another size are scaled; none: they are bad"
-    )
-    pad: Literal["none", "edge", "black", "white"] = Field(
-        "none",
-        description="how pictures smaller than `size` are filled up around: with their border's pixels, black or white",
-    )
+    size: Side = None
+    channels: Channels = 3
+    crop: Crop = False
+    resize: Resize = "none"
+    pad: Pad = "none"
     on_bad: Literal["refuse", "skip"] = Field(
         "refuse", description="pictures that are damaged, missing or of another size: stop, or leave the rows out"
     )
@@ -151,6 +161,12 @@ class PromptsSettings(DataSection):
             return None
         keys = ("size", "channels", "crop", "resize", "pad", "on_bad")
         return FolderSettings(path=self.images, labels=False, **{key: getattr(self, key) for key in keys})
+
+    @model_validator(mode="after")
+    def _padding_goes_to_a_size(self) -> PromptsSettings:
+        if self.images is not None:
+            _check_padding(self.pad, self.size)
+        return self
 
 
 class NoDataSettings(DataSection):

@@ -13,7 +13,7 @@ from msdcli.data import folder, survey
 from msdcli.data.folder import PictureFiles
 from msdcli.diffusion.draws import Draws, Source
 from msdcli.errors import UserError
-from msdcli.recipe.data import FolderSettings, label_of
+from msdcli.recipe.data import FolderSettings, PromptsSettings, label_of
 from tests.conftest import Msd
 
 
@@ -68,6 +68,8 @@ def test_padding_puts_a_picture_into_the_middle() -> None:
     assert black.sum() == picture[:, :, 0].sum() and np.array_equal(black[1:4, 1:4], picture[:, :, 0])
     with pytest.raises(ValueError, match="say which"):
         FolderSettings(path="x", pad="edge")
+    with pytest.raises(ValueError, match="say which"):
+        PromptsSettings(path="x.txt", images="x", pad="edge")
 
 
 def test_mirrored_images_are_whole_images_and_half_of_them(pictures: Path) -> None:
