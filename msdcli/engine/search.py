@@ -202,8 +202,12 @@ def prune(
             return tried[-1], [c.record() for c in tried]
         goal *= target / reached * 0.98
     kind, least = ("latency", "parameters")[not timed], 1 - sum(block.saved for block in blocks)
+    found_least = f"without any of its blocks the teacher has {least:.2f} of its {kind}"
+    if least <= target:  # times that add up badly, or move from one look to the next
+        fastest = min(candidate.latency or math.inf for candidate in tried)
+        found_least = f"of {len(tried)} networks with fewer blocks the fastest took {fastest:.2f} of the teacher's time"
     raise UserError(
-        f"{where}: without any of its blocks the teacher has {least:.2f} of its {kind}, and {target:g} was asked for",
+        f"{where}: {found_least}, and {target:g} was asked for",
         hint=f"a larger {where}.{kind}, or student.prune left out: then fewer channels are tried too",
     )
 

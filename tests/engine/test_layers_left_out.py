@@ -136,6 +136,9 @@ def test_a_target_of_latency_is_drawn_in_until_what_is_measured_meets_it(
     monkeypatch.setattr(search, "latency", lambda found, net: measured[len(found.network.without)])
     chosen, tried = search.prune(StudentSettings(latency=0.71, prune="layers"), teacher, DIGITS)
     assert [one["latency"] for one in tried] == [0.76, 0.66] and chosen.latency == 0.66
+    monkeypatch.setattr(search, "latency", lambda found, net: 0.9)  # times that do not add up are not said to
+    with pytest.raises(UserError, match="the fastest took 0.90 of the teacher's time, and 0.71 was asked for"):
+        search.prune(StudentSettings(latency=0.71, prune="layers"), teacher, DIGITS)
 
 
 def test_a_target_goes_with_it() -> None:
