@@ -132,6 +132,8 @@ def distill(
                 workers.run(training.run, num_workers, training.device, report, threads=threads)
         else:
             training.train(everyone if student is None else [student], report, skip_held=student is None)
+            if worker:
+                ahead.of_teacher(training.run, recipe, len(training.unfinished(everyone)), report)
         done = DistillResult(training.run, None, None, group.broadcast(training.unfinished(everyone)))
         if worker or student is not None:
             return done
@@ -174,9 +176,10 @@ def judge(training: TrainingRun, report: Report) -> None:
 def _teacher_measured(training: TrainingRun, report: Report, *, brief: bool) -> tuple[Measurement, Verdict]:
     """Measure the teacher; pairs that students need are made first, and measured."""
     recipe = training.recipe
+    samples = teacher_alone.enough(recipe) if brief else recipe.evaluation.samples
     if recipe.needs_pairs:
-        training.pairs.prepare(training.teacher, recipe.evaluation.samples, report)
-    return teacher_alone.measure(training.run, report, brief=brief)
+        training.pairs.prepare(training.teacher, samples, report)
+    return teacher_alone.measure(training.run, report, samples=samples, brief=brief)
 
 
 def prepare(

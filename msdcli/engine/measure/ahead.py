@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -9,8 +10,9 @@ from functools import partial
 import torch
 
 from msdcli.data.base import Dataset
+from msdcli.diffusion.device_batch import PROCESSES
 from msdcli.engine.checkpoints.model import is_complete
-from msdcli.engine.distributed import cores, workers
+from msdcli.engine.distributed import cores, device, workers
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.distributed.interrupt import preemptible
 from msdcli.engine.measure import classifier
@@ -28,6 +30,19 @@ def of_data(run: RunDir, report: Report) -> None:
     """Train the data's classifier and measure the data by it, as `measure` would."""
     with preemptible(), resumable(CONTINUES):
         EvaluationContext(run, FidOptions(), report).real()
+
+
+def of_teacher(run: RunDir, recipe: Recipe, left: int, report: Report) -> None:
+    """Draw the teacher's samples for the table and measure them, in a worker on a CPU that no student is free for
+    while others train the last `left`; those that finish the run find them.
+
+    Only where the students are no multiple of the workers: else the others are done soon, too, and the samples are
+    drawn sooner on all cores than here on one.
+    """
+    count = int(os.environ.get(PROCESSES, "1"))
+    idle = 0 < left < count and recipe.partition.students % count > 0
+    if idle and recipe.has_measure and device.resolve(recipe.device).type == "cpu":
+        EvaluationContext(run, FidOptions(), report).teacher()
 
 
 def beside_teacher(run: RunDir, recipe: Recipe, data: Dataset, on: torch.device, group: ProcessGroup) -> Meanwhile:

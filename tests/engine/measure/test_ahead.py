@@ -17,10 +17,12 @@ import torch
 
 from msdcli.data import open_data
 from msdcli.data.base import Dataset
+from msdcli.diffusion.device_batch import PROCESSES
 from msdcli.engine.distributed import workers
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.measure import ahead
-from msdcli.engine.tracking.events import Progress
+from msdcli.engine.measure.feature_metric import FidOptions
+from msdcli.engine.tracking.events import Progress, Report, silent
 from msdcli.recipe import load
 from msdcli.rundir import RunDir
 from tests.conftest import Msd
@@ -119,6 +121,25 @@ def test_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "is_complete", lambda _: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert not wanted(), "there is no core for it"
+
+
+@pytest.mark.parametrize(
+    ("count", "left", "students", "draws"),
+    [(2, 1, 5, True), (2, 2, 5, False), (2, 0, 5, False), (2, 1, 4, False), (1, 1, 5, False), (4, 1, 5, True)],
+)
+def test_a_worker_without_a_student_draws_the_teachers_samples(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int, left: int, students: int, draws: bool
+) -> None:
+    asked = list[FidOptions]()
+
+    def context(run: RunDir, options: FidOptions, report: Report) -> SimpleNamespace:
+        return SimpleNamespace(teacher=lambda: asked.append(options))
+
+    monkeypatch.setattr(ahead, "EvaluationContext", context)
+    monkeypatch.setenv(PROCESSES, str(count))
+    recipe = load("digits", [f"partition.students={students}", "device=cpu"])
+    ahead.of_teacher(RunDir(tmp_path), recipe, left, silent)
+    assert asked == [FidOptions()] * draws, "all samples of the table, or none"
 
 
 @pytest.mark.slow

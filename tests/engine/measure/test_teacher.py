@@ -58,6 +58,14 @@ def test_nothing_is_stopped_for_what_is_not_sure() -> None:
     assert teacher.verdict("l1_x", points, 100, guess=None).state == "fit"
 
 
+@pytest.mark.parametrize(
+    ("changes", "samples"),
+    [([], 2048), (["pairs.count=1999"], 5000), (["evaluation.samples=300"], 300), (["stages.0.pairs=none"], 5000)],
+)
+def test_pairs_that_students_need_are_enough_to_judge_by(changes: list[str], samples: int) -> None:
+    assert teacher.enough(load("digits", changes)) == samples
+
+
 def test_a_teacher_alone(msd: Msd, tiny: Path) -> None:
     done = msd("distill", "tiny.yaml", "--teacher")
     assert done.returncode == 0, done.stderr
