@@ -153,15 +153,15 @@ def draw(record: dict[str, Any]) -> Figure:
         for name in kinds:
             _curve(axes, kinds.index(name), name, [(x(line), line["distances"]) for line in _largest(record, name)])
         if i:
-            axes.set_xscale("log")
+            _logarithmic(axes)
         _finish(axes, record, first=i == 0)
     for i, size in enumerate(described):
         title = f"{size['label']}: {size['share']:.0%} of parameters, {latency[size['label']]:.2f} ms"
-        axes = figure.add_subplot(rows, COLUMNS, 1 + COLUMNS + i, xlabel="FLOP of training", title=title)
+        axes = figure.add_subplot(rows, COLUMNS, 1 + COLUMNS + i, xlabel="TFLOP of training", title=title)
         for name in kinds:
             mine = [line for line in record["lines"] if (line["size"], kind(line)) == (size["label"], name)]
-            _curve(axes, kinds.index(name), name, [(line["budget"], line["distances"]) for line in mine])
-        axes.set_xscale("log")
+            _curve(axes, kinds.index(name), name, [(line["budget"] / 1e12, line["distances"]) for line in mine])
+        _logarithmic(axes)
         _finish(axes, record, first=i % COLUMNS == 0)
     handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_gid() == "curve"}
     figure.legend(
@@ -194,6 +194,18 @@ def _curve(axes: Axes, number: int, name: str, points: Sequence[tuple[float, Seq
     axes.plot(xs, means, style, marker="o", markersize=3, color=f"C{number}", label=name, gid="curve")
 
 
+def _logarithmic(axes: Axes) -> None:
+    """Give an axis of numbers below a few powers of ten few marks, as they are said."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if marks := _ticks(low, high, (1, 2, 5)):
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
+        axes.set_xlim(low, high)
+
+
 def _finish(axes: Axes, record: dict[str, Any], *, first: bool) -> None:
     """Draw the floor and the teacher, and name the axis."""
     from matplotlib.ticker import NullLocator
@@ -212,7 +224,7 @@ def _finish(axes: Axes, record: dict[str, Any], *, first: bool) -> None:
         axes.set_ylabel(record["metric"])
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _ticks(low: float, high: float, of_ten: Sequence[float] = (1, 1.5, 2, 3, 5, 7)) -> list[float]:
     """Return numbers that are easy to read between two."""
-    steps = [m * 10.0**e for e in range(-6, 7) for m in (1, 1.5, 2, 3, 5, 7)]
+    steps = [m * 10.0**e for e in range(-6, 7) for m in of_ten]
     return [float(f"{step:.3g}") for step in steps if low <= step <= high]

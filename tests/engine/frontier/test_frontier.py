@@ -252,7 +252,7 @@ def test_the_table_and_the_picture_say_what_the_record_does(tmp_path: Path, msd:
     assert saturated == ["none measured", "2 G"]
     assert msd("plot", "frontier", ".", "--out", "f.svg").returncode == 0
     texts = set(re.findall(r"<text[^>]*>([^<]*)</text>", Path("f.svg").read_text()))
-    assert {"K = 1", "K = 4", "FLOP of training", "ms of a request (batch 1)"} <= texts
+    assert {"K = 1", "K = 4", "TFLOP of training", "ms of a request (batch 1)"} <= texts
     assert len(list(csv.reader(frontier.as_csv(found).splitlines()))) == 1 + 3 * len(found["lines"])
 
 
