@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -85,6 +86,14 @@ def environment(**extra: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in ("MSD_DEBUG", "FORCE_COLOR")}
     path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
     return kept | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120", "PYTHONPATH": path} | extra
+
+
+def train_classifier_briefly(patch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let the network that measures pictures learn for a moment, and in this process: one beside it knows no patch."""
+    from msdcli.engine.measure import ahead, classifier
+
+    patch.setattr(classifier, "TRAINING", classifier.TRAINING.model_copy(update={"steps": steps}))
+    patch.setattr(ahead, "beside_teacher", lambda *_: contextlib.nullcontext)
 
 
 def command(*words: str) -> list[str]:

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from msdcli.engine.inputs import teacher as teachers
-from msdcli.engine.measure import classifier
 from msdcli.rundir import RunDir
-from tests.conftest import Msd
+from tests.conftest import Msd, train_classifier_briefly
 
 RECIPE = """
 name: small
@@ -37,7 +36,7 @@ LABELS = np.arange(100) % 4
 def distilled(tmp_path: Path, msd: Msd, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished run on noise; its data differ from `other` in pictures that no sparse look would see."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(classifier, "TRAINING", classifier.TRAINING.model_copy(update={"steps": 2}))
+    train_classifier_briefly(monkeypatch, 2)
     (tmp_path / "small.yaml").write_text(RECIPE)
     np.savez(tmp_path / "pics.npz", images=PIXELS, labels=LABELS)
     done = msd("distill", "small.yaml", "run=runs/one")

@@ -191,7 +191,7 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None, *, a
 def _decided_by(context: EvaluationContext, students: sample.Students) -> str:
     """Name all that a run's figures depend on, but for last bits (how many images are drawn at once)."""
     run, recipe = context.run, context.recipe
-    options = {name: str(value) for name, value in vars(context.options).items()}
+    options = {name: str(value) for name, value in vars(context.options).items() if name not in ("batch", "workers")}
     by = [context.metric.name, context.metric.network.record(), context.metric.record, _reference_hash(context)]
     teacher = [records.run(run.record_file).get("teacher"), recipe.teacher.solver.record(), recipe.pairs.seed]
     drawn = [fingerprint(context.data), context.count, recipe.evaluation.seed, recipe.evaluation.solver_error]

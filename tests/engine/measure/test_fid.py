@@ -17,13 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from msdcli.engine.measure import classifier, fid, watch
+from msdcli.engine.measure import fid, watch
 from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.tracking.events import silent
 from msdcli.metrics.evaluate import collect
 from msdcli.metrics.inception import FeatureNetwork
 from msdcli.rundir import RunDir, read_lines
-from tests.conftest import Msd, command, environment
+from tests.conftest import Msd, command, environment, train_classifier_briefly
 
 SIZE = 16
 DIGITS = """
@@ -43,13 +43,13 @@ evaluation: {samples: 120, judge: off}
 """
 
 
-SHORT = classifier.TRAINING.model_copy(update={"steps": 20})  # another metric, but measured in the same way
+SHORT = 20  # steps of the classifier: another metric, but measured in the same way
 
 
 @pytest.fixture(autouse=True)
 def _short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(classifier, "TRAINING", SHORT)
+    train_classifier_briefly(monkeypatch, SHORT)
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from msdcli.recipe import load
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "TRAINING", SHORT)
+        train_classifier_briefly(patch, SHORT)
         distill(load(folder / "digits.yaml", [f"run={folder / 'runs' / 'digits'}"]), silent)
     return folder / "runs" / "digits"
 

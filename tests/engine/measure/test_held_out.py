@@ -14,14 +14,14 @@ from msdcli.diffusion import draws
 from msdcli.engine import proposal
 from msdcli.engine.inputs import dataset
 from msdcli.engine.inputs import teacher as teachers
-from msdcli.engine.measure import classifier, fid
+from msdcli.engine.measure import fid
 from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.measure.fid import EvaluationContext
 from msdcli.engine.tracking.events import silent
 from msdcli.recipe import load
 from msdcli.recipe.data import DigitsSettings
 from msdcli.rundir import RunDir
-from tests.conftest import Msd
+from tests.conftest import Msd, train_classifier_briefly
 
 RECIPE = """
 name: mine
@@ -42,7 +42,7 @@ evaluation: {samples: 60, judge: off}
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of 200 digits in two classes, a recipe for it, and a classifier that is trained at once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(classifier, "TRAINING", classifier.TRAINING.model_copy(update={"steps": 2}))
+    train_classifier_briefly(monkeypatch, 2)
     pixels = ((Digits(DigitsSettings()).images(range(200)) + 1) * 127.5).round().numpy().astype(np.uint8)
     for i, picture in enumerate(pixels):
         path = tmp_path / "mine" / ("even", "odd")[i % 2] / f"{i}.png"

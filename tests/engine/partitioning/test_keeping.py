@@ -15,7 +15,6 @@ from msdcli import recipe as recipes
 from msdcli.engine import estimate, pipeline, plan, sample, timing
 from msdcli.engine.export.export import export
 from msdcli.engine.export.format import ExportOptions
-from msdcli.engine.measure import classifier
 from msdcli.engine.partitioning import making
 from msdcli.engine.report import pictures, words
 from msdcli.engine.report.facts import load_runs
@@ -25,7 +24,7 @@ from msdcli.engine.tracking.events import silent
 from msdcli.errors import UserError
 from msdcli.partition import Partition
 from msdcli.rundir import RunDir
-from tests.conftest import Msd
+from tests.conftest import Msd, train_classifier_briefly
 from tests.data.test_folder import picture
 
 
@@ -60,7 +59,7 @@ def distill(said: dict[str, Any], **overrides: Any) -> RunDir:
 def _short_classifier() -> Iterator[None]:
     """What measures the runs learns for a moment only: no figure of it is looked at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(classifier, "TRAINING", classifier.TRAINING.model_copy(update={"steps": 4}))
+        train_classifier_briefly(patch, 4)
         yield
 
 

@@ -30,7 +30,7 @@ from msdcli.metrics.moments import Moments
 from msdcli.partition import Partition
 from msdcli.recipe.stages import DmSettings, EdmSettings, SelectSettings
 from msdcli.seeds import derive
-from tests.conftest import TINY, Msd, distilled
+from tests.conftest import TINY, Msd, distilled, train_classifier_briefly
 from tests.engine.distributed.test_distributed import torchrun
 from tests.engine.measure import test_fid
 from tests.engine.train.test_training import DIGITS, run
@@ -280,7 +280,7 @@ def test_two_processes_choose_as_one(chosen: Path, tmp_path: Path, fsdp: str) ->
 
 def test_pictures_are_measured_as_the_run_is(msd: Msd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The value of the student that came out is the distance of its samples, drawn and measured by hand."""
-    monkeypatch.setattr(classifier, "TRAINING", test_fid.SHORT)
+    train_classifier_briefly(monkeypatch, test_fid.SHORT)
     (tmp_path / "digits.yaml").write_text(test_fid.DIGITS)
     words = ("stages.0.steps=3", "stages.0.select.every=1", "stages.0.select.samples=130", "evaluation.batch=50")
     done = msd("distill", "digits.yaml", *words, "partition.parts=[[3, 5], [0, 1, 2, 4, 6, 7, 8, 9]]",
