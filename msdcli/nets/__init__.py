@@ -50,11 +50,14 @@ def _mlp(settings: MLPSettings, shape: tuple[int, ...], num_classes: int) -> MLP
 
 
 def _unet(settings: UNetSettings, shape: tuple[int, ...], num_classes: int) -> UNet:
-    divisor = 2 ** (len(settings.multipliers) - 1)
+    divisor = settings.patch * 2 ** (len(settings.multipliers) - 1)
     if len(shape) != 3:
         raise UserError(f"network kind 'unet' is for images, the data have shape {shape}", hint="kind: mlp")
     if shape[1] % divisor or shape[2] % divisor:
-        raise UserError(f"{len(settings.multipliers)} levels need sides divisible by {divisor}, not {shape[1:]}")
+        levels = f"{len(settings.multipliers)} levels" + (
+            f" of patches of {settings.patch}" if settings.patch > 1 else ""
+        )
+        raise UserError(f"{levels} need sides divisible by {divisor}, not {shape[1:]}")
     return UNet(settings, shape=shape, num_classes=num_classes)
 
 

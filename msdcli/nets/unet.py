@@ -1,7 +1,8 @@
 """A class-conditional U-Net with residual blocks and optional attention, from 8x8 digits to 64x64 RGB.
 
 After the DDPM++/ADM family as Karras et al. arranged it (2022, arXiv 2206.00364, Appendix F): adaptive group norm,
-skips scaled by sqrt(1/2), every residual branch and the output starting at zero.
+skips scaled by sqrt(1/2), every residual branch and the output starting at zero. With `patch`, squares of pixels are
+the channels of a smaller image (Luhman and Luhman 2022, arXiv 2207.04316).
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ class UNet(nn.Module):
 
     def __init__(self, settings: UNetSettings, *, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        image_channels, size = shape[0], shape[1]
+        self.patch = settings.patch
+        image_channels, size = shape[0] * self.patch**2, shape[1] // self.patch
         self.embedding = Embedding(settings.embedding or 4 * settings.channels, num_classes)
         widths = [settings.channels * m for m in settings.multipliers]
         sizes = [size >> level for level in range(len(widths))]
@@ -163,7 +165,7 @@ class UNet(nn.Module):
         if taps is not None:
             return self.features(x, c_noise, condition, taps)
         embedding = self.embedding(c_noise, condition)
-        h = self.conv_in(x.to(computing_in(self)))
+        h = self._first(x)
         skips = [h]
         for block in self.encoder.values():
             h = block(h, embedding)
@@ -171,18 +173,23 @@ class UNet(nn.Module):
         h = self.middle(h, embedding)
         for name, block in self.decoder.items():
             h = block(h if name.endswith("_up") else torch.cat([h, skips.pop()], dim=1), embedding)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        out = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
 
     def features(self, x: Tensor, c_noise: Tensor, condition: Tensor | None, taps: Sequence[str]) -> list[Tensor]:
         """Return what the named encoder blocks give, in the order asked for; the decoder does not run."""
         numbers = [tap_number(self.taps, tap) for tap in taps]
         embedding = self.embedding(c_noise, condition)
         found: list[Tensor] = []
-        h = self.conv_in(x.to(computing_in(self)))
+        h = self._first(x)
         for block in [*self.encoder.values(), self.middle][: max(numbers) + 1]:
             h = block(h, embedding)
             found.append(h)
         return [found[i] for i in numbers]
+
+    def _first(self, x: Tensor) -> Tensor:
+        x = x.to(computing_in(self))
+        return self.conv_in(F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x)
 
 
 def leave_out(net: nn.Module, name: str) -> ResidualBlock:

@@ -45,6 +45,24 @@ def test_64x64_rgb_of_the_papers_size_builds_without_memory() -> None:
     assert 2e8 < sum(p.numel() for p in net.parameters()) < 4e8
 
 
+def test_a_network_of_patches_is_one_of_more_channels_over_a_smaller_image() -> None:
+    keys: dict[str, object] = {"channels": 8, "multipliers": [1, 2], "attention": [2]}
+    patched = unet(patch=2, **keys).net
+    torch.manual_seed(0)
+    plain = nets.build(UNetSettings(**keys), shape=(4, 4, 4), num_classes=3, sigma_data=0.5).net  # type: ignore[arg-type]
+    for net in (patched, plain):
+        torch.manual_seed(1)
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.1)
+    x, noise, classes = torch.randn(2, 1, 8, 8), torch.zeros(2), torch.tensor([0, 2])
+    squares = x.reshape(2, 4, 2, 4, 2).permute(0, 2, 4, 1, 3).reshape(2, 4, 4, 4)
+    expected = plain(squares, noise, classes).reshape(2, 2, 2, 4, 4).permute(0, 3, 1, 4, 2).reshape(2, 1, 8, 8)
+    torch.testing.assert_close(patched(x, noise, classes), expected)
+    assert patched.taps == ["4x4_0", "2x2_down", "2x2_0", "middle"]
+    with pytest.raises(UserError, match="2 levels of patches of 3 need sides divisible by 6"):
+        unet(patch=3, multipliers=[1, 2])
+
+
 def test_taps_are_what_the_encoder_computes_and_the_decoder_does_not_run() -> None:
     net = unet(channels=8, multipliers=[1, 2])
     assert net.net.taps == ["8x8_0", "4x4_down", "4x4_0", "middle"]

@@ -48,6 +48,10 @@ class FidOptions:
     seed: int | None = None  # of which pictures of a file `samples` takes; a run's recipe has its own
     per_class: bool = False  # a line for every class, however many there are
 
+    def deciding(self) -> dict[str, str]:
+        """Return what of it decides the figures, but for last bits (how many images are drawn at once)."""
+        return {name: str(value) for name, value in vars(self).items() if name not in ("batch", "workers")}
+
 
 # How two sets of features are compared.
 

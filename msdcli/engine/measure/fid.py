@@ -191,13 +191,12 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None, *, a
 def _decided_by(context: EvaluationContext, students: sample.Students) -> str:
     """Name all that a run's figures depend on, but for last bits (how many images are drawn at once)."""
     run, recipe = context.run, context.recipe
-    options = {name: str(value) for name, value in vars(context.options).items() if name not in ("batch", "workers")}
     by = [context.metric.name, context.metric.network.record(), context.metric.record, _reference_hash(context)]
     teacher = [records.run(run.record_file).get("teacher"), recipe.teacher.solver.record(), recipe.pairs.seed]
     drawn = [fingerprint(context.data), context.count, recipe.evaluation.seed, recipe.evaluation.solver_error]
     made = [file_hash(run.partition), *(file_hash(folder / MODEL) for folder in students.folders)]
     with_ = [FORMAT, features.FORMAT, float32.record(context.device), versions("msdcli", "torch", "numpy")]
-    return key("measured", options, by, teacher, drawn, made, with_)
+    return key("measured", context.options.deciding(), by, teacher, drawn, made, with_)
 
 
 def _known(path: Path, decided_by: str) -> Measurement | None:

@@ -37,6 +37,7 @@ EDM: dict[str, Any] = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks"
 NCSN = {"embedding_type": "fourier", "channel_mult_noise": 2, "encoder_type": "residual"}
 NETWORKS = {
     "unet": UNetSettings(channels=8, attention=[4], embedding=16),
+    "unet of patches": UNetSettings(channels=8, attention=[4], embedding=16, patch=2),
     "mlp": MLPSettings(channels=16, blocks=1),
     "ddpmpp": EdmNetworkSettings(preconditioning="VP", arguments=EDM),
     "ncsnpp": EdmNetworkSettings(preconditioning="VE", arguments=EDM | NCSN | {"resample_filter": [1, 3, 3, 1]}),
