@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,  # pydantic needs these before Python 3.12, and brings them
-)
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # which pydantic needs before Python 3.12, and brings
 
 from msdcli.errors import UserError
 from msdcli.rundir import parsed_lines, read_json
@@ -231,6 +226,21 @@ class Searched(TypedDict):
     """student.json: the network that was found."""
 
     chosen: ChosenNetwork
+
+
+@with_config(_LOOSE)
+class CountedSize(TypedDict):
+    students: NotRequired[list[Whole]]
+    stages: list[Figure]
+
+
+@with_config(_LOOSE)
+class Counted(TypedDict):
+    """flops.json; `stages` are those of a run whose students had no sizes yet."""
+
+    teacher: Figure
+    sizes: NotRequired[Annotated[list[CountedSize], Field(min_length=1)]]
+    stages: NotRequired[list[Figure]]
 
 
 @with_config(_LOOSE)

@@ -66,6 +66,17 @@ def test_an_edited_record_is_named(copied: Path, msd: Msd, name: str, edit: str,
     assert (done.returncode, path.name in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.parametrize("counted", [{}, 3, {"teacher": 1.0, "sizes": [{"students": [0]}]}])
+def test_an_edited_count_of_operations_is_named(copied: Path, msd: Msd, counted: object) -> None:
+    path = copied / "flops.json"
+    path.write_text(json.dumps(counted))
+    done = msd("watch", str(copied))
+    path.write_text(json.dumps({"teacher": 1.0, "stages": [2.0]}))  # as it was before students had sizes
+    assert (done.returncode, "flops.json" in done.stderr) == (2, True), done.stderr
+    assert msd("watch", str(copied)).returncode == 0
+    path.unlink()
+
+
 def test_older_records_are_still_read(copied: Path, msd: Msd) -> None:
     """No intervals, no network, no warnings; a log of commands that is missing is begun anew."""
     path = copied / "metrics" / "l1_toy2d.json"

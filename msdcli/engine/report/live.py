@@ -10,7 +10,7 @@ from typing import Any
 from msdcli import records
 from msdcli.engine.report.status import OVER, last_change, status
 from msdcli.engine.tracking.history import METRICS, TrainingHistory, figures, history, teacher_folder
-from msdcli.rundir import RunDir, holder_of, read_json
+from msdcli.rundir import RunDir, holder_of
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def _weights(run: RunDir, trainings: list[TrainingHistory]) -> dict[tuple[str, s
     """Return the operations of a step of every part, by who and stage, as far as they were counted."""
     if not run.flops_file.is_file():
         return {}
-    counted = read_json(run.flops_file)
-    sizes = counted.get("sizes") or [{"stages": counted["stages"]}]  # as it was before students had sizes
+    counted = records.read(run.flops_file, records.Counted, "count of operations")
+    sizes = counted.get("sizes") or [{"stages": counted.get("stages", [])}]
     stages_of = {k: size["stages"] for size in sizes for k in size.get("students", ())}
     found = {}
     for training in trainings:
