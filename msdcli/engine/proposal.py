@@ -33,8 +33,12 @@ from msdcli.recipe.stages import DmSettings, EdmSettings
 LARGEST = 64  # pixels: what the U-Net here is made for
 NEARLY_ALL = 0.9  # of the pictures: the size of so many is that of the data
 MULTIPLE = 8  # of a side: three levels of a U-Net halve it twice, and four a fourth time where it is large
-# Channels of the first level and blocks of each, from the least that learns pictures to what fills a GPU.
-LADDER = ((8, 1), (12, 1), (16, 1), (24, 1), (32, 1), (32, 2), (48, 2), (64, 2), (96, 2), (128, 2))
+# Patch, channels of the first level and blocks of each, from the least that learns pictures to what fills a GPU. For
+# all but small pictures patches are the cheaper start (recipe `folder28`), and single pixels come with 32 channels.
+SMALL = ((1, 8, 1), (1, 12, 1), (1, 16, 1), (1, 24, 1))
+PATCHED = ((4, 16, 1), (4, 32, 1), (2, 16, 1), (2, 24, 1), (2, 32, 1))
+LADDER = ((1, 32, 1), (1, 32, 2), (1, 48, 2), (1, 64, 2), (1, 96, 2), (1, 128, 2))
+PATCHES_FROM = 24  # pixels of a side
 BATCH = 64
 ENOUGH = 2500  # the teacher's steps below which a larger network is no gain
 LEAST = 50  # a student's steps, below which fewer students are made
@@ -68,6 +72,10 @@ def propose(folder: str, *, minutes: float, students: int | None = None, on: str
         )
     where = device.resolve(on)
     plan = _Budget.of(data, seen, students, minutes, where)
+    if (patch := plan.network.patch) > 1:
+        assumed.append(
+            f"the network sees squares of {patch}x{patch} pixels at once, for the time that is given (patch)"
+        )
     assumed.append(plan.cost())
     return Proposal(_written(data, seen, plan, assumed), seen, assumed, plan.cautions(), plan.minutes())
 
@@ -175,9 +183,8 @@ class _Budget:
 
         measuring = timing.classifier_seconds(shape, classes, on) + timing.table_seconds(classes, students or 5)
         left = 60 * minutes - measuring
-        network = _network(LADDER[0], shape[1])
-        for rung in LADDER[1:]:
-            larger = _network(rung, shape[1])
+        network, *candidates = _networks(shape[1])
+        for larger in candidates:
             if TEACHER * left / _step_seconds(EdmSettings(steps=1, batch=BATCH), built(larger), on) < ENOUGH:
                 break
             network = larger
@@ -257,12 +264,16 @@ def _shared(left: float, shares: dict[str, float], least: dict[str, float]) -> d
     return given
 
 
-def _network(rung: tuple[int, int], side: int) -> UNetSettings:
-    channels, blocks = rung
-    multipliers = [1, 2] if side <= 8 else [1, 2, 2] if side < 48 else [1, 2, 2, 2]
-    lowest = side // 2 ** (len(multipliers) - 1)
-    attention = [lowest] if channels >= 32 and side > 8 else []
-    return UNetSettings(channels=channels, multipliers=multipliers, blocks=blocks, attention=attention)
+def _networks(side: int) -> Iterator[UNetSettings]:
+    """Yield networks for pictures of a side, from the cheapest on."""
+    for patch, channels, blocks in (*(SMALL if side < PATCHES_FROM else PATCHED), *LADDER):
+        seen = side // patch
+        multipliers = [1, 2] if seen <= 8 else [1, 2, 2] if seen < 48 else [1, 2, 2, 2]
+        while seen % 2 ** (len(multipliers) - 1):
+            multipliers.pop()
+        lowest = seen // 2 ** (len(multipliers) - 1)
+        attention = [lowest] if channels >= 32 and seen > 8 else []
+        yield UNetSettings(channels=channels, multipliers=multipliers, blocks=blocks, patch=patch, attention=attention)
 
 
 def rounded(number: float) -> int:
@@ -276,6 +287,7 @@ def rounded(number: float) -> int:
 
 def _written(data: FolderSettings, seen: Survey, plan: _Budget, assumed: list[str]) -> str:
     network = plan.network
+    patch = f", patch: {network.patch}" if network.patch > 1 else ""
     shard = max(1, min(1024, -(-plan.samples // 4)))
     return "\n".join(
         [
@@ -285,7 +297,7 @@ def _written(data: FolderSettings, seen: Survey, plan: _Budget, assumed: list[st
             *data_section(data),
             "teacher:  # the diffusion model that the students are made from, trained on these pictures",
             f"  network: {{kind: unet, channels: {network.channels}, multipliers: {network.multipliers}, "
-            f"blocks: {network.blocks}, attention: {network.attention}}}  # {plan.parameters:,} parameters",
+            f"blocks: {network.blocks}{patch}, attention: {network.attention}}}  # {plan.parameters:,} parameters",
             f"  sigma_data: {plan.sigma_data}  # the pictures' standard deviation",
             f"  training: {{steps: {plan.teacher_steps}, batch: {plan.batch}, lr: 1e-3, "
             f"ema: {_ema(plan.teacher_steps)}, warmup: {min(100, plan.teacher_steps // 10)}}}",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from msdcli import nets
 from msdcli.engine import proposal, timing
+from msdcli.engine.train.counting import forward_flops
+from msdcli.nets.meta import on_meta
 from msdcli.recipe import load
 from tests.conftest import Msd
 
@@ -53,6 +57,17 @@ def test_more_time_buys_a_larger_network_and_more_steps(tmp_path: Path) -> None:
     assert "is short" in short.cautions[-1] and not long.cautions
     assert "channels: 8," in short.text and "channels: 128," in long.text
     assert sum(long.minutes.values()) == pytest.approx(600, rel=0.2)
+
+
+@pytest.mark.parametrize("side", range(8, 65, 8))
+def test_every_network_takes_the_pictures_and_is_no_cheaper_than_the_one_before(side: int) -> None:
+    costs = []
+    with on_meta():
+        for settings in proposal._networks(side):
+            net = nets.build(settings, shape=(1, side, side), num_classes=2, sigma_data=0.5)
+            costs.append(forward_flops(net))
+            assert (settings.patch > 1) == (side >= 24 and len(costs) <= 5)
+    assert all(larger > 0.9 * smaller for smaller, larger in pairwise(costs))
 
 
 def test_pictures_of_all_sizes_and_without_classes(tmp_path: Path) -> None:
