@@ -54,10 +54,8 @@ def _unet(settings: UNetSettings, shape: tuple[int, ...], num_classes: int) -> U
     if len(shape) != 3:
         raise UserError(f"network kind 'unet' is for images, the data have shape {shape}", hint="kind: mlp")
     if shape[1] % divisor or shape[2] % divisor:
-        levels = f"{len(settings.multipliers)} levels" + (
-            f" of patches of {settings.patch}" if settings.patch > 1 else ""
-        )
-        raise UserError(f"{levels} need sides divisible by {divisor}, not {shape[1:]}")
+        of = f" of patches of {settings.patch}" if settings.patch > 1 else ""
+        raise UserError(f"{len(settings.multipliers)} levels{of} need sides divisible by {divisor}, not {shape[1:]}")
     return UNet(settings, shape=shape, num_classes=num_classes)
 
 

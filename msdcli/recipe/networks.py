@@ -19,11 +19,9 @@ class UNetSettings(Section):
         [1, 2], min_length=1, max_length=8, description="channels of each level, as multiples of `channels`"
     )
     blocks: int = Field(1, ge=1, le=64, description="residual blocks per level")
-    patch: int = Field(
-        1, ge=1, le=64, description="side of the squares of pixels that the first level sees as channels"
-    )
+    patch: int = Field(1, ge=1, le=64, description="side of the squares of pixels that are channels of a smaller image")
     attention: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
-        [], max_length=16, description="resolutions that get self-attention"
+        [], max_length=16, description="resolutions that get self-attention (with `patch`, those of the smaller image)"
     )
     embedding: int | None = Field(None, ge=1, le=65536, description="width of the embedding; 4 x channels if absent")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout inside residual blocks while training")
