@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RECORD = "frontier.json"
 FLOORS = {"teacher": "the teacher beside itself with other noise", "halves": "two halves of the data"}
 PANEL, COLUMNS = (2.25, 2.1), 3  # inches of a picture, and pictures beside each other
+MARKS = 6  # on an axis: more would overlap
 
 
 def load(root: Path) -> dict[str, Any]:
@@ -149,14 +150,15 @@ def draw(record: dict[str, Any]) -> Figure:
         ("MB of weights, all students", lambda line: float(line["memory"] / 1e6)),
     ]
     for i, (what, x) in enumerate(panels):
-        axes = figure.add_subplot(rows, COLUMNS, 1 + i, xlabel=what, title="each size at its largest common budget")
+        axes = figure.add_subplot(rows, COLUMNS, 1 + i, xlabel=what, title="sizes, largest common budget")
         for name in kinds:
             _curve(axes, kinds.index(name), name, [(x(line), line["distances"]) for line in _largest(record, name)])
         if i:
             _logarithmic(axes)
         _finish(axes, record, first=i == 0)
     for i, size in enumerate(described):
-        title = f"{size['label']}: {size['share']:.0%} of parameters, {latency[size['label']]:.2f} ms"
+        parameters = formatting.short(size["parameters"])
+        title = f"{size['label']}: {parameters} parameters, {latency[size['label']]:.2f} ms"
         axes = figure.add_subplot(rows, COLUMNS, 1 + COLUMNS + i, xlabel="TFLOP of training", title=title)
         for name in kinds:
             mine = [line for line in record["lines"] if (line["size"], kind(line)) == (size["label"], name)]
@@ -200,7 +202,8 @@ def _logarithmic(axes: Axes) -> None:
 
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    if marks := _ticks(low, high, (1, 2, 5)):
+    few = next((m for m in (_ticks(low, high, of_ten) for of_ten in ((1, 2, 5), (1, 3))) if len(m) <= MARKS), None)
+    if marks := few or _ticks(low, high, (1,)):
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
         axes.set_xlim(low, high)

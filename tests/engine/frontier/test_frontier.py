@@ -256,6 +256,15 @@ def test_the_table_and_the_picture_say_what_the_record_does(tmp_path: Path, msd:
     assert len(list(csv.reader(frontier.as_csv(found).splitlines()))) == 1 + 3 * len(found["lines"])
 
 
+@pytest.mark.parametrize("factor", [2, 30, 10_000])
+def test_marks_of_a_wide_axis_are_few(factor: int) -> None:
+    record = example.record()
+    record["lines"][0]["memory"] = factor * max(line["memory"] for line in record["lines"])
+    memory = frontier.draw(record).axes[1]
+    low, high = memory.get_xlim()
+    assert 1 <= sum(low <= mark <= high for mark in memory.get_xticks()) <= frontier.MARKS
+
+
 def test_a_damaged_frontier_is_refused(tmp_path: Path, msd: Msd) -> None:
     broken = example.record()
     broken["lines"][0]["size"] = "other"
