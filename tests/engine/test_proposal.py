@@ -59,7 +59,7 @@ def test_more_time_buys_a_larger_network_and_more_steps(tmp_path: Path) -> None:
     assert sum(long.minutes.values()) == pytest.approx(600, rel=0.2)
 
 
-@pytest.mark.parametrize("side", range(8, 65, 8))
+@pytest.mark.parametrize("side", [8, 24, 40, 64])
 def test_every_network_takes_the_pictures_and_is_no_cheaper_than_the_one_before(side: int) -> None:
     costs = []
     with on_meta():
