@@ -202,8 +202,11 @@ def _logarithmic(axes: Axes) -> None:
 
     axes.set_xscale("log")
     low, high = axes.get_xlim()
-    few = next((m for m in (_ticks(low, high, of_ten) for of_ten in ((1, 2, 5), (1, 3))) if len(m) <= MARKS), None)
-    if marks := few or _ticks(low, high, (1,)):
+    for of_ten in ((1, 2, 5), (1, 3), (1,)):
+        marks = _ticks(low, high, of_ten)
+        if len(marks) <= MARKS:
+            break
+    if marks:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
         axes.set_xlim(low, high)
