@@ -139,7 +139,8 @@ def _torchscript_inception(protocol: str, content: bytes, device: torch.device) 
     """Load NVlabs' file: `layers` (normalised 299 x 299 to features), `output`, and a forward that resizes."""
     base: Any
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, which the published file is
+        for kind in (FutureWarning, DeprecationWarning):  # torch deprecates TorchScript, which the published file is
+            warnings.simplefilter("ignore", kind)
         try:
             base = torch.jit.load(io.BytesIO(content), map_location=device).eval()
             # Frozen weights let torch fold batch norms; channels last makes it 1.5 times faster on a CPU, and 3e-7 off.

@@ -14,6 +14,7 @@ millionths at 2,048, which is what networks compute them to.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from msdcli.errors import UserError
-from msdcli.metrics.kernel import ROWS, Device, float64
+from msdcli.metrics.kernel import Device, float64, rows_at_once
 
 MANTISSA = 53  # bits of an integer that float64 holds exactly
 
@@ -45,28 +46,30 @@ def manifold(
     *,
     nearest: int = 3,
     nearest_density: int = 5,
-    rows: int = ROWS,
+    rows: int | None = None,
     device: Device = "cpu",
 ) -> Manifold:
-    """Compare features of samples [N, d] and reference [M, d]; k is each paper's: 3 for precision and recall, or 5."""
+    """Compare features of samples [N, d] and reference [M, d]; k is each paper's: 3 for precision and recall, or 5.
+
+    `rows` and four times as many columns of the distances are held at once, by default as the device likes best.
+    """
     for side in (samples, reference):
         if len(side) <= max(nearest, nearest_density):
             raise UserError(f"Neighbourhoods need more than {max(nearest, nearest_density)} images, got {len(side)}.")
     if samples.shape[1] != reference.shape[1]:
         raise UserError(f"Features of different dimensions: {samples.shape[1]} and {reference.shape[1]}.")
     x, y = (float64(side, device) for side in _on_grid(samples, reference))
+    rows = rows or rows_at_once(x.device)
     radii = _squared_radii(y, (nearest, nearest_density), rows)
     own = _squared_radii(x, (nearest,), rows)[0]
-    precision, density = list[Tensor](), list[Tensor]()
+    precision, density = torch.zeros_like(own, dtype=torch.bool), torch.zeros_like(own)
     recall, closest = torch.zeros_like(radii[0], dtype=torch.bool), torch.full_like(radii[0], math.inf)
-    for start in range(0, len(x), rows):
-        block = slice(start, start + rows)
-        distances = _squared_distances(x[block], y)
-        precision.append((distances <= radii[0]).any(dim=1))
-        density.append((distances <= radii[1]).sum(dim=1))
-        recall |= (distances <= own[block, None]).any(dim=0)
-        closest = torch.minimum(closest, distances.amin(dim=0))
-    found = torch.cat(precision), recall, torch.cat(density), closest <= radii[1]
+    for here, there, distances in _squared_distances(x, y, rows):
+        precision[here] |= (distances <= radii[0, there]).any(dim=1)
+        density[here] += (distances <= radii[1, there]).sum(dim=1)
+        recall[there] |= (distances <= own[here, None]).any(dim=0)
+        closest[there] = torch.minimum(closest[there], distances.amin(dim=0))
+    found = precision, recall, density, closest <= radii[1]
     in_reference, in_samples, balls, covered = (each.double().cpu().numpy() for each in found)
     return Manifold(in_reference, in_samples, balls / nearest_density, covered)
 
@@ -86,17 +89,22 @@ def _on_grid(samples: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np
     return x, y
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    squares = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)
-    return squares.sub_(a @ b.T, alpha=2).clamp_(min=0)
+def _squared_distances(a: Tensor, b: Tensor, rows: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield the distances block by block, each with its rows and columns; a row's blocks come one after the other."""
+    squares, columns = (a.square().sum(dim=1), b.square().sum(dim=1)), 4 * rows
+    for top in range(0, len(a), rows):
+        for left in range(0, len(b), columns):
+            here, there = slice(top, top + rows), slice(left, left + columns)
+            block = torch.addmm(squares[1][there], a[here], b[there].T, alpha=-2)
+            yield here, there, block.add_(squares[0][here, None]).clamp_(min=0)
 
 
 def _squared_radii(points: Tensor, nearest: tuple[int, ...], rows: int) -> Tensor:
     """Squared distance of every point to its k-th nearest other point, for each k: [len(nearest), N]."""
-    radii = points.new_empty(len(nearest), len(points))
-    for start in range(0, len(points), rows):
-        distances = _squared_distances(points[start : start + rows], points)
-        distances[:, start:].fill_diagonal_(-1)  # the point itself comes first, also among its own copies
-        closest = distances.topk(max(nearest) + 1, dim=1, largest=False).values
-        radii[:, start : start + rows] = torch.stack([closest[:, k] for k in nearest])  # a list would be copied there
-    return radii
+    most = max(nearest) + 1
+    closest = points.new_full((len(points), most), math.inf)
+    for here, there, distances in _squared_distances(points, points, rows):
+        distances.diagonal(here.start - there.start).fill_(-1)  # a point itself comes first, also among its own copies
+        found = torch.cat([closest[here], distances], dim=1)
+        closest[here] = found.topk(most, dim=1, largest=False).values
+    return torch.stack([closest[:, k] for k in nearest])

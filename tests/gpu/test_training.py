@@ -77,11 +77,13 @@ def tensors(state: TrainState) -> dict[str, Tensor]:
     return {name: tensor.cpu() for name, tensor in state.tensors()}
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", [name for name, stage in STAGES.items() if stage.optimizer != "radam"])
 def test_a_step_of_the_loop_does_not_wait_for_the_card(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The draws, the losses, the updates and the average of steps 4 to 9: torch fails where the host would wait."""
+    """The draws, the losses, the updates and the average of steps 4 to 9: torch fails where the host would wait, as it
+    does for RAdam (SkippingRAdam says why).
+    """
 
     def watch(step: int) -> None:
         if step in (3, 9):
@@ -127,7 +129,7 @@ def test_memory_stays_what_it_was_for_two_hundred_steps(tmp_path: Path, monkeypa
     stage = STAGE.model_copy(update={"steps": 200, "log_every": 20})
     run(tmp_path, stage, after_step=note, monkeypatch=monkeypatch)
     settled = [taken[step] for step in range(40, 200, 2)]  # each the last of two turns
-    assert max(a for a, _ in settled) - min(a for a, _ in settled) < 2**20
+    assert max(a for a, _ in settled) - min(a for a, _ in settled) < 2**20, [a for a, _ in settled]
     assert len({r for _, r in settled}) == 1
 
 
@@ -151,17 +153,19 @@ def test_counted_memory_is_what_the_card_gives(tmp_path: Path) -> None:
 
 def test_too_little_memory_halves_the_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A share of the card that half the batch fits in: the run goes on, says so once, and learns the same."""
-    stage, peaks = STAGE.model_copy(update={"steps": 2, "batch": 512}), dict[int, int]()
+    stage, peaks = STAGE.model_copy(update={"steps": 2, "batch": 512}), dict[int, tuple[int, int]]()
     for images in (512, 256):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         plenty = run(tmp_path / str(images), stage, channels=32, micro_batch=images)
-        peaks[images] = torch.cuda.max_memory_reserved()
+        peaks[images] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     wanted, said = tensors(plenty), list[object]()
     del plenty
     torch.cuda.empty_cache()
     whole = torch.cuda.get_device_properties(CARD).total_memory
-    torch.cuda.set_per_process_memory_fraction((peaks[256] + 0.6 * (peaks[512] - peaks[256])) / whole)
+    enough, needed = peaks[256][1], peaks[512][0]  # what the cache took of the card, and what tensors had of it
+    assert enough < needed, peaks
+    torch.cuda.set_per_process_memory_fraction((enough + needed) / 2 / whole)
     try:
         state = run(tmp_path / "little", stage, channels=32, told=said.append)
     finally:

@@ -22,7 +22,7 @@ from msdcli.engine.inputs import dataset, pairs
 from msdcli.engine.inputs import teacher as teachers
 from msdcli.engine.measure import features, groups
 from msdcli.engine.measure.feature_metric import FidOptions, Reference, metric_of
-from msdcli.engine.measure.rows import CHEAP, Measurement, MeasurementRows, halves, has_classes
+from msdcli.engine.measure.rows import CHEAP, Measurement, MeasurementRows, Row, halves, has_classes
 from msdcli.engine.measure.solver_error import solver_error
 from msdcli.engine.pictures import Drawn
 from msdcli.engine.tracking.events import Report
@@ -100,6 +100,20 @@ class EvaluationContext:
         depends = fingerprint(self.reference), len(numbers)  # which images these are follows from how many
         return self._cached(lambda: features.of_data(self.reference, numbers, self.extractor), "data", *depends)
 
+    def halves(self, real: Reference) -> list[Row]:
+        """The row of two halves of the real data: the same for every run with these data, so it is kept for others."""
+        if self.options.reference or self.options.lean:
+            return halves(self.metric, real)
+        depends = [FORMAT, self.metric.name, self.metric.record, fingerprint(self.reference), real.count]
+        path = self.run.shared / f"halves-{self.extractor.key(*depends, versions('msdcli', 'torch', 'numpy'))}.json"
+        with contextlib.suppress(UserError):
+            if path.is_file():
+                return Measurement.of_json(records.measurement(path)).rows
+        rows = halves(self.metric, real)
+        kept = Measurement(self.metric.name, self.metric.protocol, rows, {"samples": real.count})
+        write_json(path, kept.to_json())
+        return rows
+
     def teacher(self) -> FeatureSet:
         """The teacher's samples; they depend on the teacher, its solver, the pairs' seed, how many they are and, for
         their classes, on the data.
@@ -175,7 +189,7 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None, *, a
     of_teacher = [*lines.of("teacher", by_teacher, real)]
     of_teacher[0] = replace(of_teacher[0], values=of_teacher[0].values | context.solver_error())
     rows = [
-        *halves(context.metric, real),
+        *context.halves(real),
         *of_teacher,
         *lines.of("students", by_students, against),
     ]

@@ -12,7 +12,7 @@ import numpy as np
 from msdcli import records
 from msdcli.engine.measure.feature_metric import FidOptions, Reference
 from msdcli.engine.measure.fid import EvaluationContext
-from msdcli.engine.measure.rows import Measurement, MeasurementRows, Row, halves
+from msdcli.engine.measure.rows import Measurement, MeasurementRows, Row
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.tracking.formatting import figure
 from msdcli.errors import UserError
@@ -64,7 +64,7 @@ def measure(run: RunDir, report: Report, *, samples: int, brief: bool = False) -
     real, mine = context.real(), context.teacher()
     replicates = 0 if brief else context.replicates(mine.moments.dimension)
     lines = MeasurementRows(context.metric, Partition.load(run.partition), replicates, whole_only=brief)
-    rows = [*halves(context.metric, real), *lines.of("teacher", mine, real)]
+    rows = [*context.halves(real), *lines.of("teacher", mine, real)]
     found = verdict(context.metric.name, rows, _spread(real), guess=_guess(context))
     record = {
         "samples": context.count,

@@ -103,6 +103,7 @@ class TrainLog:
         self.report(Progress(self.what, self.state.step, self.stage.steps, "steps", shown, speed, self._left()))
         self._told = time.monotonic()
         self._turns, self._turns_before, self._seconds = [], 0, 0.0
+        self._single.clear()
 
     def _tell_between(self) -> None:
         """Say how far a slow stage is before its next line; this reads nothing from the device."""

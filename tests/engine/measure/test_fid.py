@@ -278,6 +278,21 @@ def test_a_run_has_companions_and_intervals(msd: Msd, digits: Path) -> None:
     assert "coverage" in shown.stdout and "95 % of students" in shown.stdout
 
 
+def test_halves_of_the_data_are_kept_for_other_runs(msd: Msd, digits: Path) -> None:
+    def measured() -> dict[str, float]:
+        (row,) = (row for row in figure(msd, digits)["rows"] if row["who"] == "real halves")
+        return row["values"]
+
+    before = measured()
+    files = [(file, json.loads(file.read_text())) for file in (digits.parent / ".shared").glob("halves-*.json")]
+    ((path, kept),) = ((file, told) for file, told in files if told["metric"] == "fd_digits")
+    kept["rows"][0]["values"] = before | {"kid": 7.0}
+    path.write_text(json.dumps(kept))
+    assert measured() == before | {"kid": 7.0}, "read and not made again"
+    path.write_text("{")
+    assert measured() == before
+
+
 def test_a_run_under_a_published_protocol(msd: Msd, digits: Path, weights: Path, tmp_path: Path) -> None:
     reference = folder_of(tmp_path / "reference", 8)
     words = ("--protocol", "clean", "--weights", weights, "--samples", 24)

@@ -168,5 +168,5 @@ def test_cuda_graphs_of_small_networks_agree_with_eager_ones(stage: str, kind: s
     for _ in range(4):  # eager, recorded, replayed
         fast = losses_and_gradients(objective, on=torch.device("cuda"))
     for key, (loss, gradient) in fast.items():
-        torch.testing.assert_close(loss, plain[key][0], rtol=1e-4 if kind == "float32" else 2e-2, atol=1e-6)
+        torch.testing.assert_close(loss, plain[key][0], rtol=1e-4 if kind == "float32" else 5e-2, atol=1e-6)
         assert cosine(gradient, plain[key][1]) > (0.9999 if kind == "float32" else 0.98)
