@@ -21,7 +21,7 @@ timed() { # SECONDS NAME COMMAND...: its output in FOLDER/NAME.json, what it say
 
 for part in $parts; do
     case $part in
-    a) timeout --signal=INT --kill-after=20 520 python3 -m pytest -q -m gpu -p no:cacheprovider -p no:benchmark --tb=short -n "${JOBS:-4}" \
+    a) timeout --signal=INT --kill-after=20 520 python3 -m pytest -v -m gpu -p no:cacheprovider -p no:benchmark --tb=short -n "${JOBS:-4}" \
         --durations=10 --junitxml="$out/tests.xml" tests | tee "$out/tests.log" ;;
     b) timed 240 bench-adm python3 -m msdcli bench imagenet64-msd4-dm stages.0.pairs=none compile=false \
         --batch 64 --repeats 3 --json
