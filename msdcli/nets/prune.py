@@ -21,10 +21,24 @@ def prune(teacher: Denoiser, student: Denoiser) -> int:
 
     Where a layer's channels are several groups side by side (a skip beside the main path, scale beside shift, queries
     beside keys), the leading channels of each group are taken. Layers that the teacher lacks keep their weights.
+    UserError where networks are of other kinds, or their channels mean other pixels.
     """
     if isinstance(teacher.net, TappedUNet):
         raise UserError(
             "student.init: pruned is not for networks of kind edm", hint="student.init=random, and stage tsm"
+        )
+    if type(teacher.net) is not type(student.net):
+        raise UserError(
+            f"student.init: pruned is for a smaller network of the teacher's kind, {teacher.settings.kind}, not for one "
+            f"of kind {student.settings.kind}",
+            hint="student.init=random",
+        )
+    patches = [getattr(net.settings, "patch", 1) for net in (teacher, student)]
+    if patches[0] != patches[1]:
+        raise UserError(
+            f"student.init: pruned takes the teacher's leading channels, and with `patch: {patches[1]}` (the teacher's "
+            f"is {patches[0]}) the student's first ones are other pixels",
+            hint=f"student.init=random, or patch: {patches[0]} in student.network",
         )
     theirs, mine = _parts(teacher), _parts(student)
     source, copied = teacher.state_dict(), 0

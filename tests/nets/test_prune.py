@@ -1,8 +1,10 @@
 """A pruned student is the teacher where they overlap."""
 
+import pytest
 import torch
 
 from msdcli import nets
+from msdcli.errors import UserError
 from msdcli.nets.prune import prune
 from msdcli.recipe.networks import MLPSettings, UNetSettings
 
@@ -46,3 +48,13 @@ def test_mlps_are_pruned_too() -> None:
         for c, b in ((16, 3), (8, 2))
     )
     assert prune(teacher, student) == sum(p.numel() for p in student.parameters())
+
+
+def test_channels_that_mean_other_pixels_and_other_kinds_of_networks_are_refused() -> None:
+    teacher = unet(channels=8, patch=2)
+    assert prune(teacher, unet(channels=4, patch=2))
+    with pytest.raises(UserError, match=r"patch: 1.*teacher's is 2"):
+        prune(teacher, unet(channels=4))
+    other = nets.build(MLPSettings(channels=8), shape=(2,), num_classes=3, sigma_data=0.5)
+    with pytest.raises(UserError, match=r"kind, unet.*kind mlp"):
+        prune(teacher, other)
