@@ -29,8 +29,8 @@ def prune(teacher: Denoiser, student: Denoiser) -> int:
         )
     if type(teacher.net) is not type(student.net):
         raise UserError(
-            f"student.init: pruned is for a smaller network of the teacher's kind, {teacher.settings.kind}, not for one "
-            f"of kind {student.settings.kind}",
+            "student.init: pruned is for a smaller network of the teacher's kind, "
+            f"{teacher.settings.kind}, not of kind {student.settings.kind}",
             hint="student.init=random",
         )
     patches = [getattr(net.settings, "patch", 1) for net in (teacher, student)]

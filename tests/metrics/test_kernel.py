@@ -24,7 +24,7 @@ def by_loops(x, y):
 
 @pytest.mark.parametrize("rows", [3, 7, 1000])
 def test_equals_the_definition_for_any_block(rng, monkeypatch, rows):
-    monkeypatch.setattr(kernel, "ROWS", rows)
+    monkeypatch.setattr(kernel, "CPU_ROWS", rows)
     x, y = rng.standard_normal((14, 6)), rng.standard_normal((11, 6)) + 0.3
     assert kernel_distance(x, y).value == pytest.approx(by_loops(x, y), rel=1e-12)
 
