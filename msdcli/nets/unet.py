@@ -156,7 +156,7 @@ class UNet(nn.Module):
     @property
     def taps(self) -> list[str]:
         """The names of the encoder's blocks, in order, and of the bottleneck."""
-        return [*self.encoder.keys(), "middle"]  # torch 2.11 compiles no loop over a ModuleDict itself
+        return [*self.encoder.keys(), "middle"]  # torch 2.11 cannot compile a ModuleDict unpacked by itself
 
     def forward(
         self, x: Tensor, c_noise: Tensor, condition: Tensor | None, taps: Sequence[str] | None = None

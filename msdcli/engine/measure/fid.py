@@ -105,13 +105,13 @@ class EvaluationContext:
         if self.options.reference or self.options.lean:
             return halves(self.metric, real)
         depends = [FORMAT, self.metric.name, self.metric.record, fingerprint(self.reference), real.count]
-        path = self.run.shared / f"halves-{self.extractor.key(*depends, versions('msdcli', 'torch', 'numpy'))}.json"
-        with contextlib.suppress(UserError):
-            if path.is_file():
-                return Measurement.of_json(records.measurement(path)).rows
+        decided_by = self.extractor.key(*depends, versions("msdcli", "torch", "numpy"))
+        path = self.run.shared / f"halves-{decided_by}.json"
+        if (known := _known(path, decided_by)) is not None:
+            return known.rows
         rows = halves(self.metric, real)
-        kept = Measurement(self.metric.name, self.metric.protocol, rows, {"samples": real.count})
-        write_json(path, kept.to_json())
+        record = {"samples": real.count, "decided_by": decided_by}
+        write_json(path, Measurement(self.metric.name, self.metric.protocol, rows, record).to_json())
         return rows
 
     def teacher(self) -> FeatureSet:
