@@ -199,7 +199,7 @@ def test_pages_are_found(asked: str, page: str) -> None:
 
 def test_recipes_are_a_line_each(msd: Msd) -> None:
     listed = msd("recipes").stdout.splitlines()
-    assert sum("│ digits" in line for line in listed) == 4 and len(listed) < 40
+    assert sum("│ digits" in line for line in listed) == 5 and len(listed) < 40
     assert any(line.split("│")[1:3] == [f" {'imagenet64-msd4-fdistill':<24} ", " 4  "] for line in listed), (
         "no column is lost"
     )

@@ -356,10 +356,10 @@ def test_a_recipe_is_printed_without_idle_keys_and_is_the_same(path: Path) -> No
 
 
 def test_an_idle_key_that_was_said_is_printed() -> None:
-    recipe = load("digits", ["stages.0.weight_decay=0.1", "stages.0.pairs=none"])
+    recipe = load("digits-dm", ["stages.0.weight_decay=0.1", "stages.0.pairs=none"])
     stage = applicable(recipe)["stages"][0]
     assert stage["weight_decay"] == 0.1 and "pair_weight" not in stage
-    assert "weight_decay" not in applicable(load("digits"))["stages"][0]
+    assert "weight_decay" not in applicable(load("digits-dm"))["stages"][0]
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_every_shipped_recipe_can_be_planned(msd: Msd, tmp_path: Path, path: Pat
 
 
 def test_a_student_that_is_searched_is_counted_as_what_its_target_implies(tmp_path: Path) -> None:
-    recipe = load("digits", [f"run={tmp_path / 'r'}", "student={parameters: 0.58, prune: layers}"])
+    recipe = load("digits-dm", [f"run={tmp_path / 'r'}", "student={parameters: 0.58, prune: layers}"])
     data = pipeline.check(recipe, planning=True)
     teacher, (student,) = plan._networks(recipe, data)
     share = num_parameters(student) / num_parameters(teacher)
@@ -145,7 +145,7 @@ def test_a_student_that_is_searched_is_counted_as_what_its_target_implies(tmp_pa
     assert "at most 58% of the teacher's parameters (87,743) each" in said
     chosen = search.Candidate(teacher.settings.scaled(0.5, 1.0), 0.3, 0.3)
     run = RunDir(tmp_path / "r")
-    run.adopt(load("digits", [f"run={run.root}", "student.parameters=0.3"]))
+    run.adopt(load("digits-dm", [f"run={run.root}", "student.parameters=0.3"]))
     write_json(run.searched(), {"target": {}, "chosen": chosen.record(), "tried": []})
     assert num_parameters(plan._networks(recipe, data)[1][0]) == num_parameters(student), "found for another target"
     run.adopt(recipe)

@@ -31,7 +31,7 @@ def test_digits_reach_what_the_readme_says(tmp_path: Path) -> None:
     assert same_size["students"]["accuracy"] >= 0.97
 
     with_tsm = distilled(tmp_path, "digits-small")["students"]["fd_digits"]
-    random = distilled(tmp_path, "digits", "name=random", "student.width=0.65")["students"]["fd_digits"]
+    random = distilled(tmp_path, "digits-dm", "name=random", "student.width=0.65")["students"]["fd_digits"]
     assert random >= 5 * with_tsm
 
     adversarial = distilled(tmp_path, "digits-adm")["students"]["fd_digits"]

@@ -15,7 +15,7 @@ from msdcli.engine.checkpoints.model import is_complete
 from msdcli.engine.distributed import cores, device, workers
 from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.distributed.interrupt import preemptible
-from msdcli.engine.measure import classifier
+from msdcli.engine.measure import classifier, fid
 from msdcli.engine.measure.feature_metric import FidOptions
 from msdcli.engine.measure.fid import EvaluationContext
 from msdcli.engine.tracking.events import Report
@@ -42,7 +42,7 @@ def of_teacher(run: RunDir, recipe: Recipe, left: int, report: Report) -> None:
     count = int(os.environ.get(PROCESSES, "1"))
     idle = 0 < left < count and recipe.partition.students % count > 0
     if idle and recipe.has_measure and device.resolve(recipe.device).type == "cpu":
-        EvaluationContext(run, FidOptions(), report).teacher()
+        fid.prepare_teacher(run, report)
 
 
 def beside_teacher(run: RunDir, recipe: Recipe, data: Dataset, on: torch.device, group: ProcessGroup) -> Meanwhile:

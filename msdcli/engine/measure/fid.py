@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from msdcli.metrics import reference
 from msdcli.metrics.evaluate import FeatureSet
 from msdcli.metrics.inception import open_network
 from msdcli.metrics.moments import Gaussian
+from msdcli.partition import Partition
 from msdcli.rundir import RunDir, file_hash, key, write_json
 from msdcli.seeds import derive
 
@@ -39,6 +41,7 @@ FORMAT = 1  # of measurements: another number where the code finds other figures
 MAX_REFERENCE = 50_000
 REPLICATES = 100  # of the bootstrap where no number is asked for and features have at most
 HELD_OUT = "held-out data"
+RowsAndWarnings = tuple[list[Row], list[str]]
 CHANGED = "The data have changed since the run was begun: the students were made from others."
 
 
@@ -102,43 +105,74 @@ class EvaluationContext:
 
     def halves(self, real: Reference) -> list[Row]:
         """The row of two halves of the real data: the same for every run with these data, so it is kept for others."""
-        if self.options.reference or self.options.lean:
-            return halves(self.metric, real)
-        depends = [FORMAT, self.metric.name, self.metric.record, fingerprint(self.reference), real.count]
-        decided_by = self.extractor.key(*depends, versions("msdcli", "torch", "numpy"))
-        path = self.run.shared / f"halves-{decided_by}.json"
-        if (known := _known(path, decided_by)) is not None:
-            return known.rows
-        rows = halves(self.metric, real)
-        record = {"samples": real.count, "decided_by": decided_by}
-        write_json(path, Measurement(self.metric.name, self.metric.protocol, rows, record).to_json())
+        return self._kept("halves", lambda: (halves(self.metric, real), []), real)[0]
+
+    def lines(self, partition: Partition, dimension: int) -> MeasurementRows:
+        """What makes the lines of teacher and students, whose features have so many numbers."""
+        prompts = self.recipe.has_prompts  # one has too few pictures, and those of a user's reference are no prompts
+        return MeasurementRows(
+            *(self.metric, partition, self.replicates(dimension), self.options.infinity, self.groups),
+            single=not prompts,
+            whole_only=prompts and self.options.reference is not None,
+            every_class=self.options.per_class,
+            report=self.report,
+        )
+
+    def of_teacher(self, lines: MeasurementRows, mine: FeatureSet, real: Reference) -> list[Row]:
+        """The teacher's rows, kept for other runs with this teacher, these data and this partition."""
+
+        def made() -> tuple[list[Row], list[str]]:
+            whole, *others = lines.of("teacher", mine, real)
+            values = whole.values | self._solver_error()
+            return [replace(whole, values=values), *others], lines.warnings
+
+        depends = lines.partition.parts, lines.replicates, self.options.deciding(), self.recipe.evaluation.solver_error
+        rows, warnings = self._kept("rows_of_teacher", made, real, *self._of_teacher, *depends)
+        lines.warnings = list(warnings)
         return rows
+
+    def _kept(self, name: str, make: Callable[[], RowsAndWarnings], real: Reference, *depends: Any) -> RowsAndWarnings:
+        """Read rows that were measured against these real images, or make them and keep them."""
+        if self.options.reference or self.options.lean:
+            return make()
+        by = [FORMAT, self.metric.name, self.metric.record, fingerprint(self.reference), real.count, *depends]
+        decided_by = self.extractor.key(*by, versions("msdcli", "torch", "numpy"))
+        path = self.run.shared / f"{name}-{decided_by}.json"
+        if (known := _known(path, decided_by)) is not None:
+            return known.rows, known.record.get("warnings", [])
+        rows, warnings = make()
+        record = {"samples": real.count, "warnings": warnings, "decided_by": decided_by}
+        write_json(path, Measurement(self.metric.name, self.metric.protocol, rows, record).to_json())
+        return rows, warnings
 
     def teacher(self) -> FeatureSet:
         """The teacher's samples; they depend on the teacher, its solver, the pairs' seed, how many they are and, for
         their classes, on the data.
         """
-        source, net, sha256 = self._source()
+        source, net = self._source()
         decode = autoencoders.decoder(self.run.teacher, self.device)
-        depends = (
-            *(sha256, self.recipe.teacher.solver.record(), self.recipe.pairs.seed),
-            *(fingerprint(self.data), self.count),
-        )
         return self._cached(
             lambda: features.of_teacher(source, net, self.count, self.extractor, self.report, decode),
-            *("teacher", *depends),
+            *("teacher", *self._of_teacher),
         )
 
-    def solver_error(self) -> dict[str, float]:
+    def _solver_error(self) -> dict[str, float]:
         """The error of the teacher's solver, where the recipe asks for it."""
         count = self.recipe.evaluation.solver_error
-        return {} if count is None else {"solver_rms": solver_error(*self._source()[:2], count)}
+        return {} if count is None else {"solver_rms": solver_error(*self._source(), count)}
 
-    def _source(self) -> tuple[pairs.Pairs, Denoiser, str]:
-        """What makes the teacher's samples, the teacher, and its hash."""
+    def _source(self) -> tuple[pairs.Pairs, Denoiser]:
+        """What makes the teacher's samples, and the teacher."""
         net, sha256 = teachers.load(self.run, self.recipe)
         seen = autoencoders.view(self.data, autoencoders.find(self.run.teacher))
-        return pairs.Pairs(self.run, self.recipe, seen, sha256), net.to(self.device), sha256
+        return pairs.Pairs(self.run, self.recipe, seen, sha256), net.to(self.device)
+
+    @functools.cached_property
+    def _of_teacher(self) -> tuple[object, ...]:
+        """All that the teacher's samples depend on."""
+        _, sha256 = teachers.load(self.run, self.recipe)
+        recipe = self.recipe
+        return sha256, recipe.teacher.solver.record(), recipe.pairs.seed, fingerprint(self.data), self.count
 
     def students(self, students: sample.Students, only: Sequence[int] | None = None) -> FeatureSet:
         """The students' samples, of all classes or of those in `only`; number i is the same sample either way."""
@@ -174,32 +208,27 @@ def measure(run: RunDir, report: Report, options: FidOptions | None = None, *, a
         raise UserError("groups: the reference does not tell classes apart", hint="leave it out: the data do")
     by_teacher = context.teacher()
     by_students = context.students(students)
-    replicates = context.replicates(by_students.moments.dimension)
     against = by_teacher if context.planar else real
-    prompts = (
-        context.recipe.has_prompts
-    )  # a prompt has too few pictures, and those of a user's reference are no prompts
-    lines = MeasurementRows(
-        *(context.metric, students.partition, replicates, context.options.infinity, context.groups),
-        single=not prompts,
-        whole_only=prompts and context.options.reference is not None,
-        every_class=context.options.per_class,
-        report=report,
-    )
-    of_teacher = [*lines.of("teacher", by_teacher, real)]
-    of_teacher[0] = replace(of_teacher[0], values=of_teacher[0].values | context.solver_error())
+    lines = context.lines(students.partition, by_students.moments.dimension)
     rows = [
         *context.halves(real),
-        *of_teacher,
+        *context.of_teacher(lines, by_teacher, real),
         *lines.of("students", by_students, against),
     ]
     said, more = _notes(context)
     warnings = context.warnings + lines.warnings + more
     record = _record(context, students, by_students, said)
-    record |= {"replicates": replicates, "warnings": warnings, "decided_by": decided_by}
+    record |= {"replicates": lines.replicates, "warnings": warnings, "decided_by": decided_by}
     result = Measurement(context.metric.name, context.metric.protocol, rows, record)
     write_json(path, result.to_json())
     return result
+
+
+def prepare_teacher(run: RunDir, report: Report) -> None:
+    """Draw and measure the teacher as `measure` would, before the students are finished: what it finds is kept."""
+    context = EvaluationContext(run, FidOptions(), report)
+    real, mine = context.real(), context.teacher()
+    context.of_teacher(context.lines(Partition.load(run.partition), mine.moments.dimension), mine, real)
 
 
 def _decided_by(context: EvaluationContext, students: sample.Students) -> str:

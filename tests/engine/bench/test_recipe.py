@@ -68,7 +68,7 @@ def test_sampling_is_told_beside_the_bare_network(figures: dict) -> None:
 def test_what_turns_share_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four updates of the fake network on the same samples: they are generated in the first turn alone."""
     words = ("fake_updates=4", "fake_batch=shared", "pairs=none")
-    recipe = load("digits", ["teacher.network.channels=4", *(f"stages.0.{word}" for word in words)])
+    recipe = load("digits-dm", ["teacher.network.channels=4", *(f"stages.0.{word}" for word in words)])
     clock = [0.0]
     monkeypatch.setattr(clocks, "synchronize", lambda on: None)
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: clock[0])

@@ -186,7 +186,7 @@ def test_cores_are_the_same_for_every_way() -> None:
 def test_a_process_that_fails_is_told(msd: Msd) -> None:
     from msdcli.recipe import load
 
-    one = bench_students.BenchJob(load("digits"), 1, 8, "float32", (0,), 1)  # there is one stage only
+    one = bench_students.BenchJob(load("digits-dm"), 1, 8, "float32", (0,), 1)  # there is one stage only
     with bench_students.WorkerPool([one]) as pool, pytest.raises(IndexError):
         pool.check()
     alone = msd("bench", "digits", "--students", "1")

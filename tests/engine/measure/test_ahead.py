@@ -20,9 +20,8 @@ from msdcli.data.base import Dataset
 from msdcli.diffusion.device_batch import PROCESSES
 from msdcli.engine.distributed import workers
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
-from msdcli.engine.measure import ahead
-from msdcli.engine.measure.feature_metric import FidOptions
-from msdcli.engine.tracking.events import Progress, Report, silent
+from msdcli.engine.measure import ahead, fid
+from msdcli.engine.tracking.events import Progress, silent
 from msdcli.recipe import load
 from msdcli.rundir import RunDir
 from tests.conftest import Msd
@@ -130,16 +129,12 @@ def test_where_it_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_worker_without_a_student_draws_the_teachers_samples(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, count: int, left: int, students: int, draws: bool
 ) -> None:
-    asked = list[FidOptions]()
-
-    def context(run: RunDir, options: FidOptions, report: Report) -> SimpleNamespace:
-        return SimpleNamespace(teacher=lambda: asked.append(options))
-
-    monkeypatch.setattr(ahead, "EvaluationContext", context)
+    asked = list[RunDir]()
+    monkeypatch.setattr(fid, "prepare_teacher", lambda run, _: asked.append(run))
     monkeypatch.setenv(PROCESSES, str(count))
     recipe = load("digits", [f"partition.students={students}", "device=cpu"])
     ahead.of_teacher(RunDir(tmp_path), recipe, left, silent)
-    assert asked == [FidOptions()] * draws, "all samples of the table, or none"
+    assert len(asked) == draws
 
 
 @pytest.mark.slow

@@ -278,17 +278,18 @@ def test_a_run_has_companions_and_intervals(msd: Msd, digits: Path) -> None:
     assert "coverage" in shown.stdout and "95 % of students" in shown.stdout
 
 
-def test_halves_of_the_data_are_kept_for_other_runs(msd: Msd, digits: Path) -> None:
-    def measured() -> dict[str, float]:
-        (row,) = (row for row in figure(msd, digits)["rows"] if row["who"] == "real halves")
-        return row["values"]
+@pytest.mark.parametrize(("kept_as", "who"), [("halves", "real halves"), ("rows_of_teacher", "teacher")])
+def test_what_no_student_changes_is_kept_for_other_runs(msd: Msd, digits: Path, kept_as: str, who: str) -> None:
+    def measured(*words: str) -> list[dict[str, Any]]:
+        return [row for row in figure(msd, digits, *words)["rows"] if row["who"] == who]
 
     before = measured()
-    files = [(file, json.loads(file.read_text())) for file in (digits.parent / ".shared").glob("halves-*.json")]
-    ((path, kept),) = ((file, told) for file, told in files if told["metric"] == "fd_digits")
-    kept["rows"][0]["values"] = before | {"kid": 7.0}
+    files = [(file, json.loads(file.read_text())) for file in (digits.parent / ".shared").glob(f"{kept_as}-*.json")]
+    ((path, kept),) = ((f, told) for f, told in files if told["metric"] == "fd_digits" and told["rows"] == before)
+    kept["rows"][0]["values"] |= {"kid": 7.0}
     path.write_text(json.dumps(kept))
-    assert measured() == before | {"kid": 7.0}, "read and not made again"
+    assert measured() == kept["rows"] != before, "read and not made again"
+    assert measured("--bootstrap", "3")[0]["values"] == before[0]["values"] or who == "real halves", "other intervals"
     path.write_text("{")
     assert measured() == before
 

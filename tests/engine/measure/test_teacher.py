@@ -63,7 +63,7 @@ def test_nothing_is_stopped_for_what_is_not_sure() -> None:
     [([], 2048), (["pairs.count=1999"], 5000), (["evaluation.samples=300"], 300), (["stages.0.pairs=none"], 5000)],
 )
 def test_pairs_that_students_need_are_enough_to_judge_by(changes: list[str], samples: int) -> None:
-    assert teacher.enough(load("digits", changes)) == samples
+    assert teacher.enough(load("digits-dm", changes)) == samples
 
 
 def test_a_teacher_alone(msd: Msd, tiny: Path) -> None:
