@@ -1,6 +1,6 @@
 """A recipe for a folder of pictures: what is in it, a network that takes it, and steps for the minutes that are given.
 
-The rules are those that made the shipped recipe of digits: half of the time for the teacher, for without a good one
+The rules are those that made the shipped recipe digits-dm: half of the time for the teacher, for without a good one
 nothing else matters; students at a learning rate that falls with their steps.
 """
 
