@@ -152,6 +152,22 @@ def test_a_student_that_is_searched_is_counted_as_what_its_target_implies(tmp_pa
     assert num_parameters(plan._networks(recipe, data)[1][0]) < num_parameters(student), "what a run found is counted"
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["stages.0.pairs=shared"], ["regress"]),
+        (["stages.0={objective: flow, steps: 5, lr: 1e-3}"], ["flow"]),
+        ([], []),
+        (["stages.0.pairs=shared", "partition.students=1"], []),
+        (["stages.0.pairs=shared", "pairs.count=2400"], []),  # 480 each
+    ],
+)
+def test_students_that_learn_the_pairs_of_all_classes_are_told_of(changes: list[str], told: list[str]) -> None:
+    said = plan.remarks(load("digits", changes), None)
+    assert [line.split()[1] for line in said] == told
+    assert all("some 819 each" in line for line in said)
+
+
 def test_one_of_a_thing_is_not_several() -> None:
     assert [formatting.counted(n, "class", "classes") for n in (1, 2, 1200)] == [
         "1 class",
