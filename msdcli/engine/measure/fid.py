@@ -168,11 +168,15 @@ class EvaluationContext:
         return pairs.Pairs(self.run, self.recipe, seen, sha256), net.to(self.device)
 
     @functools.cached_property
+    def _teacher_sha256(self) -> str:
+        return teachers.load(self.run, self.recipe)[1]
+
+    @property
     def _of_teacher(self) -> tuple[object, ...]:
         """All that the teacher's samples depend on."""
-        _, sha256 = teachers.load(self.run, self.recipe)
         recipe = self.recipe
-        return sha256, recipe.teacher.solver.record(), recipe.pairs.seed, fingerprint(self.data), self.count
+        by = recipe.teacher.solver.record(), recipe.pairs.seed, fingerprint(self.data), self.count
+        return self._teacher_sha256, *by
 
     def students(self, students: sample.Students, only: Sequence[int] | None = None) -> FeatureSet:
         """The students' samples, of all classes or of those in `only`; number i is the same sample either way."""

@@ -140,7 +140,9 @@ def draw(record: dict[str, Any]) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    described = record["sizes"]
+    begun = {line["size"] for line in record["lines"]}
+    described = [size for size in record["sizes"] if size["label"] in begun]
+    compared, title = _compared(record)
     rows = 1 + math.ceil(len(described) / COLUMNS)
     figure = Figure(figsize=(PANEL[0] * COLUMNS, PANEL[1] * rows + 0.4), layout="constrained")
     kinds = list(dict.fromkeys(kind(line) for line in record["lines"]))
@@ -150,9 +152,10 @@ def draw(record: dict[str, Any]) -> Figure:
         ("MB of weights, all students", lambda line: float(line["memory"] / 1e6)),
     ]
     for i, (what, x) in enumerate(panels):
-        axes = figure.add_subplot(rows, COLUMNS, 1 + i, xlabel=what, title="sizes, largest common budget")
+        axes = figure.add_subplot(rows, COLUMNS, 1 + i, xlabel=what, title=title)
         for name in kinds:
-            _curve(axes, kinds.index(name), name, [(x(line), line["distances"]) for line in _largest(record, name)])
+            mine = [line for line in compared if kind(line) == name]
+            _curve(axes, kinds.index(name), name, [(x(line), line["distances"]) for line in mine])
         if i:
             _logarithmic(axes)
         _finish(axes, record, first=i == 0)
@@ -172,17 +175,29 @@ def draw(record: dict[str, Any]) -> Figure:
     return figure
 
 
-def _largest(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return of every size the line of this kind at the largest budget that all kinds have there, small sizes first."""
-    found = []
-    for size in record["sizes"]:
-        mine = [line for line in record["lines"] if line["size"] == size["label"]]
-        of_kind: dict[str, set[int]] = {}
-        for line in mine:
-            of_kind.setdefault(kind(line), set()).add(line["doubling"])
-        if common := set.intersection(*of_kind.values()) if of_kind else set():
-            found += [line for line in mine if kind(line) == name and line["doubling"] == max(common)]
-    return found
+def _compared(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Return the lines by which sizes are compared, small sizes first, and what to call them: those of the largest
+    budget that all kinds have in all sizes; where there is none, those of the largest that all have in each size.
+    """
+    of_size = [
+        mine for s in record["sizes"] if (mine := [line for line in record["lines"] if line["size"] == s["label"]])
+    ]
+    shared = [set.intersection(*_doublings(mine)) for mine in of_size]
+    if everywhere := set.intersection(*shared) if shared else set():
+        found = [line for mine in of_size for line in mine if line["doubling"] == max(everywhere)]
+        return found, f"sizes, {found[0]['budget'] / 1e12:g} TFLOP"
+    known = zip(of_size, shared, strict=True)
+    return [
+        x for mine, common in known for x in mine if common and x["doubling"] == max(common)
+    ], "sizes, largest budget"
+
+
+def _doublings(lines: Sequence[dict[str, Any]]) -> list[set[int]]:
+    """Return how often the budget was doubled in the lines of each kind."""
+    found: dict[str, set[int]] = {}
+    for line in lines:
+        found.setdefault(kind(line), set()).add(line["doubling"])
+    return list(found.values())
 
 
 def _curve(axes: Axes, number: int, name: str, points: Sequence[tuple[float, Sequence[float]]]) -> None:

@@ -200,6 +200,7 @@ def test_a_frontier_from_the_command_line(mini: Sweep, msd: Msd, tiny: Path) -> 
     found = json.loads(done.stdout)["frontier"]
     assert found == records.frontier(Path("runs/mini/frontier.json"))
     assert found["open"] == [] and found["floor"].keys() == {"halves", "teacher"}
+    assert min(found["floor"].values()) > 0, "other noise gives other samples"
     for line in found["lines"]:
         assert line["flops"] == pytest.approx(line["budget"], rel=0.1)
         assert line["devices"] == line["students"] or line["reduced_bytes"] > 0
