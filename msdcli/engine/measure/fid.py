@@ -163,12 +163,13 @@ class EvaluationContext:
 
     def _source(self) -> tuple[pairs.Pairs, Denoiser]:
         """What makes the teacher's samples, and the teacher."""
-        net, sha256 = teachers.load(self.run, self.recipe)
+        net, self._teacher_sha256 = teachers.load(self.run, self.recipe)
         seen = autoencoders.view(self.data, autoencoders.find(self.run.teacher))
-        return pairs.Pairs(self.run, self.recipe, seen, sha256), net.to(self.device)
+        return pairs.Pairs(self.run, self.recipe, seen, self._teacher_sha256), net.to(self.device)
 
     @functools.cached_property
     def _teacher_sha256(self) -> str:
+        """The teacher's hash, which whoever has loaded it knows."""
         return teachers.load(self.run, self.recipe)[1]
 
     @property

@@ -183,13 +183,12 @@ def _compared(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
         mine for s in record["sizes"] if (mine := [line for line in record["lines"] if line["size"] == s["label"]])
     ]
     shared = [set.intersection(*_doublings(mine)) for mine in of_size]
-    if everywhere := set.intersection(*shared) if shared else set():
-        found = [line for mine in of_size for line in mine if line["doubling"] == max(everywhere)]
-        return found, f"sizes, {found[0]['budget'] / 1e12:g} TFLOP"
-    known = zip(of_size, shared, strict=True)
-    return [
-        x for mine, common in known for x in mine if common and x["doubling"] == max(common)
-    ], "sizes, largest budget"
+    everywhere = set.intersection(*shared) if shared else set()
+    chosen = [max(everywhere or common, default=None) for common in shared]
+    found = [
+        line for mine, doubling in zip(of_size, chosen, strict=True) for line in mine if line["doubling"] == doubling
+    ]
+    return found, f"sizes, {found[0]['budget'] / 1e12:g} TFLOP" if everywhere else "sizes, largest budget"
 
 
 def _doublings(lines: Sequence[dict[str, Any]]) -> list[set[int]]:

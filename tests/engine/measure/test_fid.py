@@ -294,6 +294,17 @@ def test_what_no_student_changes_is_kept_for_other_runs(msd: Msd, digits: Path, 
     assert measured() == before
 
 
+def test_the_teacher_is_prepared_as_it_is_measured(msd: Msd, digits: Path) -> None:
+    """All samples of the table, and every line: what the measurement reads is what was prepared."""
+    shared = digits.parent / ".shared"
+    for path in shared.glob("rows_of_teacher-*.json"):
+        path.unlink()
+    fid.prepare_teacher(RunDir(digits), silent)
+    (path,) = shared.glob("rows_of_teacher-*.json")
+    rows = [row for row in figure(msd, digits)["rows"] if row["who"] == "teacher"]
+    assert [*shared.glob("rows_of_teacher-*.json")] == [path] and json.loads(path.read_text())["rows"] == rows
+
+
 def test_a_run_under_a_published_protocol(msd: Msd, digits: Path, weights: Path, tmp_path: Path) -> None:
     reference = folder_of(tmp_path / "reference", 8)
     words = ("--protocol", "clean", "--weights", weights, "--samples", 24)
