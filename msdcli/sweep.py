@@ -32,10 +32,18 @@ class RowSettings(Section):
     )
 
 
+class SizeSettings(RowSettings):
+    """A size of students in a frontier: what it is called, which keys make it, and how far its budget is doubled."""
+
+    doublings: int | None = Field(
+        None, ge=1, le=20, description="most doublings of this size's budget, where it has its own"
+    )
+
+
 class FrontierSettings(Section):
     """Distance against latency, budget and memory: sizes of students times their number, K, at equal training FLOPs."""
 
-    sizes: list[RowSettings] = Field(
+    sizes: list[SizeSettings] = Field(
         min_length=1, max_length=50, description="the students' networks, each a label and the keys that make it"
     )
     students: list[Annotated[int, Field(ge=2, le=10_000)]] = Field(
@@ -64,6 +72,10 @@ class FrontierSettings(Section):
         description="numbers of devices that one student takes too, with as many times the batch: what they do in the "
         "same time as so many students",
     )
+
+    def doublings_of(self, size: SizeSettings) -> int:
+        """Return how often a size's budget is doubled at most."""
+        return size.doublings or self.doublings
 
     @model_validator(mode="after")
     def _each_once(self) -> FrontierSettings:

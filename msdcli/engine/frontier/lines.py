@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from msdcli.sweep import FrontierSettings, RowSettings
+from msdcli.sweep import FrontierSettings, SizeSettings
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def wanted(settings: FrontierSettings, distances: Distances) -> Wanted:
         return _all_budgets(settings, distances)
     lines, decided, undecided = list[Line](), dict[str, int | None](), list[str]()
     for size in settings.sizes:
-        alone, measured = list[Line](), list[Sequence[float]]()
-        for doubling in range(settings.doublings + 1):
+        alone, measured, most = list[Line](), list[Sequence[float]](), settings.doublings_of(size)
+        for doubling in range(most + 1):
             alone.append(alone_line(size, doubling))
             if (found := distances(alone[-1])) is None:
                 break
@@ -66,11 +66,11 @@ def wanted(settings: FrontierSettings, distances: Distances) -> Wanted:
                 break
         at = saturation(measured)
         lines += alone
-        if at is None and len(measured) <= settings.doublings:
+        if at is None and len(measured) <= most:
             undecided.append(size.label)
             continue
         decided[size.label] = at
-        first = max(0, settings.doublings - settings.beyond) if at is None else at
+        first = max(0, most - settings.beyond) if at is None else at
         budgets = range(first, first + settings.beyond + 1)
         lines += [line for d in budgets if (line := alone_line(size, d)) not in alone]
         lines += _together(settings, size, budgets)
@@ -79,8 +79,9 @@ def wanted(settings: FrontierSettings, distances: Distances) -> Wanted:
 
 def _all_budgets(settings: FrontierSettings, distances: Distances) -> Wanted:
     """Return the lines of all budgets; one student is saturated as far as it is measured."""
-    lines, decided, budgets = list[Line](), dict[str, int | None](), range(settings.doublings + 1)
+    lines, decided = list[Line](), dict[str, int | None]()
     for size in settings.sizes:
+        budgets = range(settings.doublings_of(size) + 1)
         alone = [alone_line(size, d) for d in budgets]
         found = itertools.takewhile(lambda distance: distance is not None, map(distances, alone))
         decided[size.label] = saturation([distance for distance in found if distance is not None])
@@ -88,20 +89,20 @@ def _all_budgets(settings: FrontierSettings, distances: Distances) -> Wanted:
     return Wanted(lines, decided, [])
 
 
-def own_students(size: RowSettings) -> int | None:
+def own_students(size: SizeSettings) -> int | None:
     """Return how many students a size is of, where it lists one network for each (`student.parts`)."""
     said = size.set.get("student")
     parts = size.set.get("student.parts", said.get("parts") if isinstance(said, dict) else None)
     return len(parts) if isinstance(parts, list) and parts else None
 
 
-def alone_line(size: RowSettings, doubling: int) -> Line:
+def alone_line(size: SizeSettings, doubling: int) -> Line:
     """Return a size's line of a single student, or of as many as it lists networks for."""
     count = own_students(size) or 1
     return Line(size.label, count, count, doubling)
 
 
-def _together(settings: FrontierSettings, size: RowSettings, budgets: range) -> list[Line]:
+def _together(settings: FrontierSettings, size: SizeSettings, budgets: range) -> list[Line]:
     """Return the lines of several devices: K students, and one with as many times the batch; none for a size that says
     itself how many students it has.
     """
@@ -113,13 +114,13 @@ def _together(settings: FrontierSettings, size: RowSettings, budgets: range) -> 
 
 def every(settings: FrontierSettings) -> Iterator[Line]:
     """Yield every line that could be wanted, in an order that no measurement changes: by it workers share them."""
-    budgets = range(settings.doublings + (0 if settings.all_budgets else settings.beyond) + 1)
     for size in settings.sizes:
+        budgets = range(settings.doublings_of(size) + (0 if settings.all_budgets else settings.beyond) + 1)
         yield from (alone_line(size, d) for d in budgets)
         yield from _together(settings, size, budgets)
 
 
-def size_of(settings: FrontierSettings, line: Line) -> RowSettings:
+def size_of(settings: FrontierSettings, line: Line) -> SizeSettings:
     """Return the section of a line's size."""
     return next(size for size in settings.sizes if size.label == line.size)
 

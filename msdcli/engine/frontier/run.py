@@ -15,7 +15,7 @@ from msdcli.engine.frontier.record import check
 from msdcli.engine.sweep import result_of
 from msdcli.engine.tracking.events import Report
 from msdcli.rundir import holder_of, lock
-from msdcli.sweep import Cell, FrontierSettings, Sweep
+from msdcli.sweep import Cell, FrontierSettings, SizeSettings, Sweep
 
 PATIENCE = 2.0  # seconds between two looks at what others have finished
 WORKING = ".working"  # in the sweep's folder: a lock per run
@@ -79,12 +79,15 @@ def known(sweep: Sweep, worker: tuple[int, int] = (0, 1)) -> Known:
 
 def _most(settings: FrontierSettings) -> int:
     """Return how many lines there can be."""
-    several = sum(own_students(size) is None for size in settings.sizes)  # sizes that are tried with several K
-    together = several * (len(settings.students) + len(settings.large_batch))
+    return sum(_most_of(settings, size) for size in settings.sizes)
+
+
+def _most_of(settings: FrontierSettings, size: SizeSettings) -> int:
+    budgets = settings.doublings_of(size) + 1
+    together = len(settings.students) + len(settings.large_batch) if own_students(size) is None else 0
     if settings.all_budgets:
-        return (settings.doublings + 1) * (len(settings.sizes) + together)
-    alone = settings.doublings + 1 + max(0, settings.beyond - 1)
-    return len(settings.sizes) * alone + (settings.beyond + 1) * together
+        return budgets * (1 + together)
+    return budgets + max(0, settings.beyond - 1) + (settings.beyond + 1) * together
 
 
 def unfinished(factory: CellFactory, found: Wanted) -> list[tuple[int, Line, Cell]]:

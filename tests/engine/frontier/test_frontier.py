@@ -20,7 +20,7 @@ from msdcli.engine.pipeline import check, networks_on_meta
 from msdcli.engine.report import frontier
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe
-from msdcli.sweep import FrontierSettings, RowSettings, Sweep
+from msdcli.sweep import FrontierSettings, SizeSettings, Sweep
 from tests.conftest import Msd
 from tests.engine.frontier import example
 
@@ -65,7 +65,7 @@ def test_saturation_is_where_a_doubling_gains_less_than_the_spread() -> None:
 @pytest.mark.parametrize(("spread", "expected"), [(0.41, 0), (0.11, 2), (0.001, None)])
 def test_the_lines_follow_saturation(spread: float, expected: int | None) -> None:
     settings = FrontierSettings(
-        sizes=[RowSettings(label="a"), RowSettings(label="b")],
+        sizes=[SizeSettings(label="a"), SizeSettings(label="b")],
         students=[5, 2],
         budget=1e9,
         doublings=4,
@@ -92,12 +92,24 @@ def test_the_lines_follow_saturation(spread: float, expected: int | None) -> Non
 
 def test_all_budgets_wait_for_nothing() -> None:
     settings = FrontierSettings(
-        sizes=[RowSettings(label="a")], students=[2], budget=1e9, doublings=2, large_batch=[2], all_budgets=True
+        sizes=[SizeSettings(label="a")], students=[2], budget=1e9, doublings=2, large_batch=[2], all_budgets=True
     )
     found = wanted(settings, lambda line: None)
     assert found.lines == list(lines.every(settings)) and len(found.lines) == 9 and found.open == []
     assert found.saturated == {"a": None}
     assert wanted(settings, lambda line: [2.0 ** -min(line.doubling, 1)]).saturated == {"a": 1}
+
+
+@pytest.mark.parametrize("all_budgets", [True, False])
+def test_a_size_has_as_many_doublings_as_it_says(all_budgets: bool) -> None:
+    sizes = [SizeSettings(label="a", doublings=3), SizeSettings(label="b")]
+    settings = FrontierSettings(sizes=sizes, students=[2], budget=1e9, doublings=1, all_budgets=all_budgets)
+    found = wanted(settings, lambda line: [2.0**-line.doubling])
+    for size, most in (("a", 3), ("b", 1)):
+        assert [x.doubling for x in found.lines if (x.size, x.students) == (size, 1)] == list(range(most + 1))
+        assert max(x.doubling for x in found.lines if (x.size, x.students) == (size, 2)) == most
+    assert set(found.lines) <= set(lines.every(settings))
+    assert run._most(settings) == len(found.lines)
 
 
 # Equal budgets.
