@@ -13,6 +13,7 @@ from torch import Tensor
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import pipeline
 from msdcli.engine.bench import recipe as bench_recipe
+from msdcli.engine.bench import sampling as bench_sampling
 from msdcli.engine.bench.recipe import half_batch
 from msdcli.engine.inputs import dataset
 from msdcli.engine.train import clock as clocks
@@ -31,7 +32,9 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
     from msdcli.cli import app
 
-    done = CliRunner().invoke(app, ["bench", "digits-adm", *SMALL, "--json"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_sampling, "ENOUGH", 0.02)
+        done = CliRunner().invoke(app, ["bench", "digits-adm", *SMALL, "--json"])
     assert done.exit_code == 0, done.stderr
     return json.loads(done.stdout)
 
