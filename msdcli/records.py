@@ -256,7 +256,7 @@ class FrontierSize(TypedDict):
     """A size of network in a frontier."""
 
     label: str
-    parameters: Size
+    parameters: Whole
     share: Annotated[float, Field(gt=0)]
     latency: Latency
     saturated: Whole | None
@@ -273,7 +273,7 @@ class FrontierLine(TypedDict):
     devices: Size
     doubling: Whole
     budget: Annotated[float, Field(gt=0)]
-    memory: Size
+    memory: Whole
     seconds: Annotated[list[Figure], Field(min_length=1)]
     reduced_bytes: Figure
     seeds: Annotated[list[Whole], Field(min_length=1)]

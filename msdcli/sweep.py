@@ -19,12 +19,17 @@ from msdcli.recipe.section import Positive, Section, Seed
 MAX_ROWS = 1000  # times the seeds: runs
 
 
-class RowSettings(Section):
-    """One line of the table: what it is called and which keys it sets."""
+class LineSettings(Section):
+    """What a line of a table is called, and which keys it sets."""
 
     label: str = Field(min_length=1, max_length=100, description="name of the line in tables and pictures")
     recipe: str | None = Field(None, description="another recipe than the sweep's, for this line")
     set: dict[str, Any] = Field({}, description="dotted recipe keys and their values")
+
+
+class RowSettings(LineSettings):
+    """One line of the table; it can build on the runs of earlier ones."""
+
     runs: dict[str, str] = Field(
         {},
         description="dotted recipe keys that take the run of an earlier line, by its label, with the same seed; that "
@@ -32,8 +37,8 @@ class RowSettings(Section):
     )
 
 
-class SizeSettings(RowSettings):
-    """A size of students in a frontier: what it is called, which keys make it, and how far its budget is doubled."""
+class SizeSettings(LineSettings):
+    """A size of students in a frontier, and how far its budget is doubled."""
 
     doublings: int | None = Field(
         None, ge=1, le=20, description="most doublings of this size's budget, where it has its own"

@@ -12,11 +12,15 @@ from typing import Any
 
 from msdcli import records
 from msdcli.engine import pipeline
+from msdcli.engine.checkpoints.model import MODEL
+from msdcli.engine.report.facts import own_result
 from msdcli.engine.tracking.accounting import costs
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.tracking.formatting import markdown_table
+from msdcli.engine.train.student import is_finished
 from msdcli.errors import UserError
 from msdcli.outputs import MARK, check_drawn_table, check_table
+from msdcli.recipe import Recipe
 from msdcli.rundir import RunDir, write_text, writing
 from msdcli.sweep import Cell, Sweep
 
@@ -53,11 +57,26 @@ def run(sweep: Sweep, report: Report, *, worker: tuple[int, int] = (0, 1)) -> No
 
 
 def result_of(cell: Cell) -> dict[str, Any] | None:
-    """Return the measurement of a finished cell. UserError if its directory belongs to another recipe."""
-    run_dir = RunDir(cell.recipe.run_dir)
-    run_dir.check(cell.recipe)
-    found = run_dir.results()
-    return records.measurement(found[0]) if found else None
+    """Return the measurement that a cell's run ended with. UserError if its directory belongs to another recipe.
+
+    None where there is none of the recipe as it is now: of students that took all of its steps, by its samples.
+    """
+    run_dir, recipe = RunDir(cell.recipe.run_dir), cell.recipe
+    run_dir.check(recipe)
+    found = own_result([records.measurement(path) for path in run_dir.results()], recipe)
+    if found is None or (found["samples"], found.get("seed")) != (recipe.evaluation.samples, recipe.evaluation.seed):
+        return None
+    return found if found.get("students_sha256") == _finished(run_dir, recipe) else None
+
+
+def _finished(run_dir: RunDir, recipe: Recipe) -> list[str] | None:
+    """Return the hashes of a run's students; None while one is not finished."""
+    last = recipe.stages[-1]
+    students = range(recipe.partition.students)
+    folders = [run_dir.stage(k, len(recipe.stages) - 1, last.objective) for k in students]
+    if not all(is_finished(folder, last) for folder in folders):
+        return None
+    return [records.trained(folder / MODEL)["sha256"] for folder in folders]
 
 
 def lines(sweep: Sweep) -> list[TableRow]:

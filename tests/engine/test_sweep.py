@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from msdcli import sweep
 from msdcli.engine import sweep as engine
 from msdcli.errors import UserError
+from msdcli.recipe import Recipe, load
 from tests.conftest import Msd
 
 SWEEP = """
@@ -74,6 +76,31 @@ def test_a_line_may_take_the_run_of_an_earlier_one(tiny: Path, monkeypatch: pyte
     file.write_text(json.dumps({"recipe": "tiny.yaml", "rows": rows[::-1]}))
     with pytest.raises(UserError, match="K = 2, difficulty: runs names 'K = 1', and no line before it"):
         sweep.load(file)
+
+
+def test_a_result_is_the_runs_own_and_of_the_recipe_as_it_is(finished: Path, tmp_path: Path) -> None:
+    """A run may be given more steps or other samples: then what was measured before is no result of it."""
+    shutil.copytree(finished.parent, tmp_path / "runs")
+    root = tmp_path / "runs/tiny"
+    recipe = load(root / "recipe.yaml", [f"run={root}"])
+
+    def found(**changed: Any) -> dict[str, Any] | None:
+        dump = recipe.model_dump(mode="json")
+        for name, value in changed.items():
+            section, _, key = name.partition("__")
+            (dump["stages"][-1] if section == "last" else dump[section])[key] = value
+        return engine.result_of(sweep.Cell("a", 0, Recipe.model_validate(dump)))
+
+    own = found()
+    assert own is not None and own["metric"] == "l1_toy2d"
+    (root / "metrics/fd_clip.json").write_text(json.dumps(own | {"metric": "sliced_wasserstein"}))
+    assert found() == own, "not the first by alphabet"
+    assert found(last__steps=recipe.stages[-1].steps + 1) is None
+    assert found(evaluation__samples=recipe.evaluation.samples + 1) is None
+    assert found(evaluation__seed=7) is None
+    other = own | {"students_sha256": [*own["students_sha256"][:-1], "0" * 64]}
+    (root / "metrics/l1_toy2d.json").write_text(json.dumps(other))
+    assert found() is None, "of other students"
 
 
 def test_teachers_have_a_line_for_every_solver(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,8 +95,8 @@ def _check_same(record: dict[str, Any], recipe: Recipe) -> None:
             f"no frontier of these data was measured: {record['sweep']} is of others",
             hint="a sweep file with `frontier` measures one (msd docs cluster)",
         )
-    network = recipe.teacher.network
-    if network is not None and network.model_dump(mode="json") != record["teacher"]["network"]:
+    trained = recipe.teacher.path is None  # else `network` says nothing of it
+    if trained and recipe.teacher.network.model_dump(mode="json") != record["teacher"]["network"]:
         raise UserError(f"the frontier {record['sweep']} is of another teacher's network")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine import estimate
-from msdcli.engine.frontier.lines import Line, alone_line, own_students, size_of
+from msdcli.engine.frontier.lines import Line, alone_line, own_students, size_of, together
 from msdcli.engine.pipeline import check, networks_on_meta
 from msdcli.engine.search import searched
 from msdcli.engine.tracking.formatting import flop
@@ -103,9 +104,11 @@ class CellFactory:
                     f"frontier: {size.label} is a target, and every run would find a network of its own for it",
                     hint="name the network: student.width and student.depth, or student.network",
                 )
-        free = [size.label for size in self.settings.sizes if own_students(size) is None]
-        for students in self.settings.students if free else ():
-            check(self.cells(Line(free[0], students, students, 0))[0].recipe, planning=True)
+        several = [together(self.settings, size, range(1)) for size in self.settings.sizes]
+        for line in itertools.chain(*several):
+            self.keys(line)  # does the first budget buy steps?
+        for line in next(filter(None, several), []):  # the data can be divided so in every size, or in none
+            check(self.cells(line)[0].recipe, planning=True)
 
     def cells(self, line: Line) -> list[Cell]:
         """Return a line's runs, one per seed."""

@@ -70,10 +70,9 @@ def wanted(settings: FrontierSettings, distances: Distances) -> Wanted:
             undecided.append(size.label)
             continue
         decided[size.label] = at
-        first = max(0, most - settings.beyond) if at is None else at
-        budgets = range(first, first + settings.beyond + 1)
+        budgets = range(max(0, most - settings.beyond), most + 1) if at is None else range(at, at + settings.beyond + 1)
         lines += [line for d in budgets if (line := alone_line(size, d)) not in alone]
-        lines += _together(settings, size, budgets)
+        lines += together(settings, size, budgets)
     return Wanted(lines, decided, undecided)
 
 
@@ -85,7 +84,7 @@ def _all_budgets(settings: FrontierSettings, distances: Distances) -> Wanted:
         alone = [alone_line(size, d) for d in budgets]
         found = itertools.takewhile(lambda distance: distance is not None, map(distances, alone))
         decided[size.label] = saturation([distance for distance in found if distance is not None])
-        lines += [*alone, *_together(settings, size, budgets)]
+        lines += [*alone, *together(settings, size, budgets)]
     return Wanted(lines, decided, [])
 
 
@@ -102,7 +101,7 @@ def alone_line(size: SizeSettings, doubling: int) -> Line:
     return Line(size.label, count, count, doubling)
 
 
-def _together(settings: FrontierSettings, size: SizeSettings, budgets: range) -> list[Line]:
+def together(settings: FrontierSettings, size: SizeSettings, budgets: range) -> list[Line]:
     """Return the lines of several devices: K students, and one with as many times the batch; none for a size that says
     itself how many students it has.
     """
@@ -117,7 +116,7 @@ def every(settings: FrontierSettings) -> Iterator[Line]:
     for size in settings.sizes:
         budgets = range(settings.doublings_of(size) + (0 if settings.all_budgets else settings.beyond) + 1)
         yield from (alone_line(size, d) for d in budgets)
-        yield from _together(settings, size, budgets)
+        yield from together(settings, size, budgets)
 
 
 def size_of(settings: FrontierSettings, line: Line) -> SizeSettings:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msdcli.diffusion.denoiser import Denoiser
 from msdcli.engine.distributed import device
 from msdcli.engine.estimate import share_of
 from msdcli.engine.frontier import latency
 from msdcli.engine.frontier.fitting import CellFactory
 from msdcli.engine.frontier.floor import floor
 from msdcli.engine.frontier.lines import Line, Wanted, alone_line, size_of
-from msdcli.engine.frontier.measured import plan
+from msdcli.engine.frontier.measured import plan, unfinished
 from msdcli.engine.inputs import teacher as teachers
 from msdcli.engine.report import frontier
 from msdcli.engine.report.frontier import RECORD
@@ -47,6 +48,8 @@ def write(sweep: Sweep, report: Report) -> tuple[dict[str, Any], list[Path]]:
         raise UserError(f"{sweep.folder}: no run of this sweep is finished", hint=f"msd sweep {sweep.name}")
     cell, result = _first(factory, known)
     run, recipe = RunDir(cell.recipe.run_dir), cell.recipe
+    frozen, sha256 = teachers.load(run, recipe)
+    left = {line.size: None for _, line, _ in unfinished(factory, known)}
     record = {
         "sweep": sweep.name,
         "data": recipe.data.model_dump(mode="json"),
@@ -54,10 +57,10 @@ def write(sweep: Sweep, report: Report) -> tuple[dict[str, Any], list[Path]]:
         "samples": result["samples"],
         "students_against": result.get("students_against"),
         "versions": result.get("versions", {}),
-        **_measured_here(sweep, factory, known, recipe, run, report),
-        "floor": _kept(sweep, "floor", _of_result(result), lambda: floor(run, result, report)),
+        **_measured_here(sweep, factory, known, recipe, frozen),
+        "floor": _kept(sweep, "floor", _floor_depends(result, recipe, sha256), lambda: floor(run, result, report)),
         "lines": lines,
-        "open": known.open,
+        "open": [*left],
     }
     record["teacher"] |= {"distance": whole(result, "teacher")[result["metric"]]}
     return record, _written(sweep, record)
@@ -86,9 +89,10 @@ def _first(factory: CellFactory, known: Wanted) -> tuple[Cell, dict[str, Any]]:
     return next((cell, found) for cell in cells if (found := result_of(cell)))
 
 
-def _of_result(result: dict[str, Any]) -> list[Any]:
-    """What a floor depends on."""
-    return [result.get(name) for name in ("metric", "samples", "teacher_sha256", "reference_sha256", "versions")]
+def _floor_depends(result: dict[str, Any], recipe: Recipe, teacher_sha256: str) -> list[Any]:
+    """Return what a floor depends on: what is measured with, and what makes the teacher's samples."""
+    measured = [result.get(name) for name in ("metric", "samples", "classifier_sha256", "reference_sha256", "versions")]
+    return [*measured, teacher_sha256, recipe.teacher.solver.record(), recipe.pairs.seed]
 
 
 def _line(factory: CellFactory, line: Line) -> dict[str, Any] | None:
@@ -134,10 +138,10 @@ def _reduced(gradient_bytes: list[int], steps: list[int], devices: int) -> float
 
 
 def _measured_here(
-    sweep: Sweep, factory: CellFactory, known: Wanted, recipe: Recipe, run: RunDir, report: Report
+    sweep: Sweep, factory: CellFactory, known: Wanted, recipe: Recipe, frozen: Denoiser
 ) -> dict[str, Any]:
     """Describe machine, teacher and sizes, each with its latency: of all evaluations that make an image."""
-    on, (frozen, _) = device.prepare(recipe), teachers.load(run, recipe)
+    on = device.prepare(recipe)
     recipes = {size.label: factory.cells(alone_line(size, 0))[0].recipe for size in factory.settings.sizes}
     networks = {
         _named(label, one, numbers): one.student.of(numbers[0]).network_for(frozen.settings)
@@ -149,7 +153,7 @@ def _measured_here(
     timed = _kept(
         sweep,
         "latency",
-        [here, dumps, frozen.settings.model_dump(mode="json")],
+        [here, dumps, frozen.settings.model_dump(mode="json"), frozen.shape, frozen.num_classes],
         lambda: latency.measure({**networks, "": frozen.settings}, frozen, on),  # no size has an empty label
     )
     count = num_parameters(frozen)

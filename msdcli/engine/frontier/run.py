@@ -9,8 +9,8 @@ from pathlib import Path
 
 from msdcli.engine import pipeline
 from msdcli.engine.frontier.fitting import CellFactory
-from msdcli.engine.frontier.lines import Line, Wanted, every, own_students
-from msdcli.engine.frontier.measured import plan
+from msdcli.engine.frontier.lines import Line, own_students
+from msdcli.engine.frontier.measured import plan, unfinished
 from msdcli.engine.frontier.record import check
 from msdcli.engine.sweep import result_of
 from msdcli.engine.tracking.events import Report
@@ -88,14 +88,6 @@ def _most_of(settings: FrontierSettings, size: SizeSettings) -> int:
     if settings.all_budgets:
         return budgets * (1 + together)
     return budgets + max(0, settings.beyond - 1) + (settings.beyond + 1) * together
-
-
-def unfinished(factory: CellFactory, found: Wanted) -> list[tuple[int, Line, Cell]]:
-    """Return the runs that are left to do, each with its number, which no measurement changes."""
-    seeds = len(factory.sweep.settings.seeds)
-    number = {line: seeds * n for n, line in enumerate(every(factory.settings))}
-    cells = [(number[line] + s, line, cell) for line in found.lines for s, cell in enumerate(factory.cells(line))]
-    return [(n, line, cell) for n, line, cell in cells if result_of(cell) is None]
 
 
 def _finish(sweep: Sweep, cell: Cell, report: Report, left: str) -> None:

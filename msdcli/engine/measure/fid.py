@@ -126,7 +126,7 @@ class EvaluationContext:
             values = whole.values | self._solver_error()
             return [replace(whole, values=values), *others], lines.warnings
 
-        depends = lines.partition.parts, lines.replicates, self.options.deciding(), self.recipe.evaluation.solver_error
+        depends = *lines.deciding(), self.recipe.evaluation.solver_error
         rows, warnings = self._kept("rows_of_teacher", made, real, *self._of_teacher, *depends)
         lines.warnings = list(warnings)
         return rows

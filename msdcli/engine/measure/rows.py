@@ -114,6 +114,10 @@ class MeasurementRows:
         self.replicates, self.extrapolate = replicates, extrapolate
         self.warnings: list[str] = []
 
+    def deciding(self) -> list[Any]:
+        """Return what decides which rows there are, and how they are made."""
+        return [self.partition.parts, self.asked, self.single, self.whole_only, self.replicates, self.extrapolate]
+
     def of(self, who: str, mine: FeatureSet, against: Reference) -> Iterator[Row]:
         """Yield the rows; a reference that does not know the classes is compared with as a whole only."""
         whole = self.whole_only or isinstance(against, Gaussian) or not has_classes(against)

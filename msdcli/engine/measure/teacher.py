@@ -58,13 +58,17 @@ def measure(run: RunDir, report: Report, *, samples: int, brief: bool = False) -
     """Measure a run's teacher alone by so many `samples` and write metrics/teacher/NAME.json; `brief`: as a whole, and
     without intervals.
 
-    What it costs to sample is kept for the run's end.
+    What it costs to sample and to measure is kept for the run's end.
     """
     context = EvaluationContext(run, FidOptions(samples=samples), report)
     real, mine = context.real(), context.teacher()
-    replicates = 0 if brief else context.replicates(mine.moments.dimension)
-    lines = MeasurementRows(context.metric, Partition.load(run.partition), replicates, whole_only=brief)
-    rows = [*context.halves(real), *lines.of("teacher", mine, real)]
+    partition = Partition.load(run.partition)
+    if brief:
+        lines = MeasurementRows(context.metric, partition, replicates=0, whole_only=True)
+        rows = [*context.halves(real), *lines.of("teacher", mine, real)]
+    else:
+        lines = context.lines(partition, mine.moments.dimension)
+        rows = [*context.halves(real), *context.of_teacher(lines, mine, real)]
     found = verdict(context.metric.name, rows, _spread(real), guess=_guess(context))
     record = {
         "samples": context.count,

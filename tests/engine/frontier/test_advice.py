@@ -73,6 +73,12 @@ def test_other_data_and_other_teachers_get_no_advice(tiny: Path) -> None:
             advise(example.record(), other, Limits())
 
 
+def test_nothing_is_said_of_the_network_of_a_given_teacher(tiny: Path) -> None:
+    """`teacher.network` is what msd would train: of a teacher from elsewhere it says nothing."""
+    given = load(str(tiny), [f"teacher.path={tiny.parent}", "teacher.network.channels=8"])
+    assert advise(example.record(), given, Limits()).line["size"] == "large"
+
+
 def test_advice_ends_with_the_command(tiny: Path, msd: Msd) -> None:
     (tiny.parent / "frontier.json").write_text(json.dumps(example.record()))
     done = msd("advise", "tiny.yaml", ".", "--latency", "0.3")

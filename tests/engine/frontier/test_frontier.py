@@ -13,7 +13,7 @@ import pytest
 
 from msdcli import records, sweep
 from msdcli.engine import estimate
-from msdcli.engine.frontier import latency, lines, record, run
+from msdcli.engine.frontier import latency, lines, measured, record, run
 from msdcli.engine.frontier.fitting import CellFactory, Costs, fitted
 from msdcli.engine.frontier.lines import Line, saturation, wanted
 from msdcli.engine.pipeline import check, networks_on_meta
@@ -37,6 +37,8 @@ frontier:
   doublings: 2
   large_batch: [2]
 """
+OWN, SMALL = SWEEP.splitlines(keepends=True)[6:8]
+OWN_LAST = SWEEP.replace(OWN + SMALL, SMALL + OWN)
 
 
 @pytest.fixture
@@ -176,6 +178,19 @@ class Finished:
         return {"metric": "l1", "samples": 9, "rows": [{"who": "students", "group": "whole", "values": values}]}
 
 
+def test_a_frontier_that_lacks_runs_says_so(mini: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sizes are saturated, and of the small one K students are still to come."""
+    finished = Finished(monkeypatch)
+    run.run(mini, lambda event: None)
+    finished.order = [name for name in finished.order if not name.startswith("small-k-2-")]
+    known = measured.plan(CellFactory(mini))
+    assert known.open == [] and known.saturated == {"own": 0, "small": 0}
+    assert {line.label for _, line, _ in measured.unfinished(CellFactory(mini), known)} == {
+        "small, K = 2, budget x 1",
+        "small, K = 2, budget x 2",
+    }
+
+
 def test_workers_share_a_frontier_and_nothing_is_done_twice(mini: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = Finished(monkeypatch)
     first = run.known(mini, (0, 2))
@@ -233,6 +248,11 @@ def test_a_frontier_from_the_command_line(mini: Sweep, msd: Msd, tiny: Path) -> 
         (SWEEP.replace("label: small", "label: Own"), "the same label"),
         (SWEEP.replace("seeds: [0, 1]", "seeds: [1, 1]"), "names a seed twice"),
         (SWEEP.replace("budget: 2e7", "budget: 1e3"), "no step of every stage"),
+        (
+            OWN_LAST.replace("budget: 2e7", "budget: 4e6").replace("students: [2]", "students: [8]"),
+            "buys 8 students no step",
+        ),
+        (SWEEP.replace("label: own", "label: own, runs: {partition.run: small}"), "sizes.0.runs"),
         (SWEEP.replace("student.network: {kind: mlp, channels: 8, blocks: 1}", "student.latency: 0.5"), "is a target"),
         (SWEEP.replace("students: [2]", "students: [9]"), "students"),
     ],

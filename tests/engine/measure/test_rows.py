@@ -34,6 +34,17 @@ def test_more_than_a_hundred_classes_get_a_line_each_only_if_asked(num_classes: 
         assert isinstance(told[-1], Progress) and (told[-1].done, told[-1].total) == (num_classes, num_classes)
 
 
+def test_rows_of_other_groups_are_others() -> None:
+    """What is kept of a teacher is found by the classes of a group, not by what the group is called."""
+    partition, metric = Partition([[0, 1, 2]], 3, "explicit"), FeatureMetric(FeatureNetwork("p", abs), "fd", "", None)  # type: ignore[arg-type]
+    of = [MeasurementRows(metric, partition, 0, False, {"group": part}).deciding() for part in ([0, 1], [0, 1], [0, 2])]
+    assert of[0] == of[1] != of[2]
+    assert (
+        MeasurementRows(metric, partition, 0, single=False).deciding()
+        != MeasurementRows(metric, partition, 0).deciding()
+    )
+
+
 def test_rows_side_by_side_are_those_of_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """All figures and intervals to the bit, in order, the warnings too; large sets are measured one by one."""
     network = FeatureNetwork("points", lambda x: x, floats=True)
