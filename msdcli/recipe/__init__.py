@@ -251,6 +251,11 @@ class Recipe(Section):
         return not self.has_prompts and not isinstance(self.data, NoDataSettings)
 
     @property
+    def own_metrics(self) -> tuple[str, str]:
+        """What the first figure of the measurement that a run ends with may be called: of images, or of points."""
+        return f"fd_{self.data.label}", f"l1_{self.data.label}"
+
+    @property
     def run_dir(self) -> Path:
         """Where the run lives."""
         return Path(self.run or f"runs/{self.name}")

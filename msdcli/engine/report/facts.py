@@ -165,12 +165,8 @@ def metrics(result: dict[str, Any]) -> list[str]:
 
 def main_result(facts: RunFacts) -> dict[str, Any] | None:
     """Return the measurement that the run itself ends with, or else the first."""
-    return own_result(facts.results, facts.recipe) or next(iter(facts.results), None)
-
-
-def own_result(results: Sequence[dict[str, Any]], recipe: Recipe) -> dict[str, Any] | None:
-    """Return the measurement that a run itself ends with: by what knows its own data."""
-    return next((result for result in results if result["metric"].endswith(f"_{recipe.data.label}")), None)
+    own = [r for r in facts.results if r["metric"] in facts.recipe.own_metrics]
+    return next(iter(own or facts.results), None)
 
 
 def group_name(group: str, class_names: Sequence[str]) -> str:
