@@ -88,7 +88,7 @@ class RunDir:
         """Whether anything has been made of the run that another recipe could not make again for nothing: students, or
         results. A teacher, and what else runs share, is kept beside them.
         """
-        return any(file.is_file() for file in self.students.glob("*/*/[!.]*")) or bool(self.results())
+        return any(self.students.glob("*/*/[!.]*")) or bool(self.results())
 
     def is_of(self, recipe: Recipe) -> bool:
         """Whether there is a run of this very recipe, which goes on; another's that made nothing yet is taken over."""
@@ -109,6 +109,16 @@ class RunDir:
             raise UserError(
                 f"{self.root} exists and is not a run directory", hint="give the run another name (name=...)"
             )
+
+
+def begun_otherwise(run: RunDir, what: str) -> UserError:
+    """The refusal of a run whose `data` or `teacher` are others than when it was begun."""
+    return UserError(
+        f"{run.root} was begun with other weights of the teacher"
+        if what == "teacher"
+        else f"{run.root} was begun with other data: their content has changed",
+        hint=f"bring the {what} back, or give the run another name (name=...)",
+    )
 
 
 def _brief(tree: dict[str, Any], key: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +214,10 @@ class Prompts:
 def with_pictures(captions: Captions, pictures: Dataset, names: Sequence[str], *, skip: bool, where: str) -> Prompts:
     """Join rows and pictures by name. UserError listing pictures that are not there, unless their rows are skipped."""
     number = {name: i for i, name in enumerate(names)}
-    number |= {Path(name).name: i for i, name in enumerate(names) if Path(name).name not in number}
+    alone = Counter(Path(name).name for name in names)
+    number |= {last: i for i, name in enumerate(names) if (last := Path(name).name) not in number and alone[last] == 1}
+    if several := sorted({file for file in captions.files if file and file not in number and alone[file] > 1}):
+        raise UserError(f"{where}: {several[0]} is the name of several pictures", hint="its folder, too: a/001.png")
     at = [number.get(file or "") for file in captions.files]
     missing = sorted({str(file) for file, n in zip(captions.files, at, strict=True) if n is None})
     if missing and (not skip or len(missing) == len(set(captions.files))):

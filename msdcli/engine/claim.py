@@ -12,11 +12,11 @@ from msdcli import records
 from msdcli.data.base import Dataset
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.tracking.presence import Presence, attending
-from msdcli.errors import LockedError, UserError
+from msdcli.errors import LockedError
 from msdcli.foreign import versions
 from msdcli.recipe import Recipe
 from msdcli.recipe.changes import differences
-from msdcli.rundir import RunDir, discard, holder_of, lock, sweep_temporaries, write_json
+from msdcli.rundir import RunDir, begun_otherwise, discard, holder_of, lock, sweep_temporaries, write_json
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,17 @@ class Claim:
                 f"{run.root} is being worked on by {run.who_is_at_work()}, by another recipe: nothing was changed",
                 hint="wait for it, or give the run another name (name=...)",
             )
-        found = run.searched(), *run.root.glob("student-*.json")  # of all students, or of those of each size
-        decided = run.partition, run.record_file, *found, run.flops_file
-        told = run.metrics / "teacher", run.samples / "teacher.png"
-        for made in (run.teacher, run.classifier, run.prompts, *decided, *told):
+        for made in (run.teacher, run.classifier, run.prompts, run.record_file):
             discard(made)
+        self._forget_what_was_decided()
         return True
+
+    def _forget_what_was_decided(self) -> None:
+        """Remove what was divided, searched, counted and told of a teacher before students began."""
+        run = self.run
+        found = run.searched(), *run.root.glob("student-*.json")  # of all students, or of those of each size
+        for made in (run.partition, *found, run.flops_file, run.metrics / "teacher", run.samples / "teacher.png"):
+            discard(made)
 
     def may_change(self) -> bool:
         """Whether the run's recipe is to be written anew. UserError where others are at work by the one that is there.
@@ -110,8 +115,11 @@ class Claim:
         with lock(self.run.root, "the run directory", wait=lambda _: None):
             known = records.run(self.run.record_file) if self.run.record_file.exists() else {}
             for what, sha256 in made_from.items():
-                if known.get(what, sha256) != sha256:
+                if known.get(what, sha256) == sha256:
+                    continue
+                if what == "data" or self.run.begun() or not self.presence.alone():
                     raise begun_otherwise(self.run, what)
+                self._forget_what_was_decided()  # by a teacher in whose place a better one was put
             if self.may_change():
                 self.run.adopt(self.recipe)
             self.note(made_from | {"fingerprints": version})
@@ -122,13 +130,3 @@ class Claim:
         if self.command:
             known["commands"].append({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "line": sys.argv})
         write_json(self.run.record_file, known | self.command | made_from)
-
-
-def begun_otherwise(run: RunDir, what: str) -> UserError:
-    """The refusal of a run whose `data` or `teacher` are others than when it was begun."""
-    return UserError(
-        f"{run.root} was begun with other weights of the teacher"
-        if what == "teacher"
-        else f"{run.root} was begun with other data: their content has changed",
-        hint=f"bring the {what} back, or give the run another name (name=...)",
-    )

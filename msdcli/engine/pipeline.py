@@ -20,7 +20,7 @@ from msdcli.diffusion.device_batch import release
 from msdcli.diffusion.draws import Source
 from msdcli.engine import pictures, sample, search
 from msdcli.engine.checkpoints import disk
-from msdcli.engine.claim import Claim, begun_otherwise
+from msdcli.engine.claim import Claim
 from msdcli.engine.distributed import device, workers
 from msdcli.engine.distributed import group as distributed
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
@@ -40,12 +40,12 @@ from msdcli.engine.tracking.formatting import evaluations
 from msdcli.engine.tracking.loggers import logged
 from msdcli.engine.train import compiling, precision
 from msdcli.engine.train.student import Student, check_stages, distill_student, is_finished, new_network
-from msdcli.errors import CONTINUES, WHOLE, ElsewhereUnfinishedError, UserError, WrongValueError, resumable
+from msdcli.errors import CONTINUES, WHOLE, ElsewhereUnfinishedError, LockedError, UserError, WrongValueError, resumable
 from msdcli.nets.meta import on_meta
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
 from msdcli.recipe.stages import GeneratorSettings
-from msdcli.rundir import RunDir, holder_of, lock
+from msdcli.rundir import RunDir, begun_otherwise, holder_of, lock
 
 
 def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGLE_PROCESS) -> Dataset:
@@ -65,6 +65,12 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
             hint="data.images names a folder of pictures, data.image_column where the rows name theirs"
             if recipe.has_prompts
             else "data: {name: folder, path: ...}",
+        )
+    if none and any(recipe.student.of(numbers[0]).prune for numbers in recipe.sizes):
+        raise UserError("student.prune weighs every block by real images, and there are none", hint="leave it out")
+    if decayed := [s.objective for s in recipe.stages if s.weight_decay and s.optimizer == "adam"]:
+        raise UserError(
+            f"stage {decayed[0]}: weight_decay is decoupled, which `optimizer: adam` is not", hint="optimizer: adamw"
         )
     examine.check(recipe, data, group, planning=planning)
     frozen, students = networks_on_meta(recipe, data, planning=planning)
@@ -273,11 +279,23 @@ class TrainingRun:
         A student that another process holds is left to it, or, without `skip_held`, refused with UserError.
         """
         for number in self.group.broadcast(self.unfinished(numbers)):
-            if self.group.broadcast(skip_held and holder_of(self.run.student(number)) is not None):
-                continue
-            with self.group.while_leader_holds(lambda: lock(self.run.student(number), f"student {number}")):  # noqa: B023
-                if self.group.broadcast(self.unfinished([number])):
+            with contextlib.ExitStack() as held:
+                mine = self._hold(number, held, skip_held=skip_held) if self.group.is_leader else None
+                if self.group.broadcast(mine) and self.group.broadcast(self.unfinished([number])):
                     distill_student(self._student(number, report), report)
+
+    def _hold(self, number: int, held: contextlib.ExitStack, *, skip_held: bool) -> bool:
+        """Hold a student until the stack is closed; False where another process does and that is fine."""
+        folder = self.run.student(number)
+        if skip_held and holder_of(folder) is not None:
+            return False
+        try:
+            held.enter_context(lock(folder, f"student {number}"))
+        except LockedError:  # both have found it free, and the other was there first
+            if not skip_held:
+                raise
+            return False
+        return True
 
     def leave_device(self) -> None:
         """Hold no network on the device, for others are about to train there."""

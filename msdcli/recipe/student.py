@@ -91,6 +91,8 @@ class StudentSettings(Section):
             raise ValueError("give one of `width` and `depth`, `network`, `parameters`, `latency`, `adapter`")
         if self.adapter is not None and self.init not in ("auto", "teacher"):
             raise ValueError(f"`adapter` begins with the teacher's weights, not with `init: {self.init}`")
+        if self.init == "teacher" and (self.parameters, self.latency) != (None, None):
+            raise ValueError("`init: teacher` is for the teacher's network, and a target finds another: `init: pruned`")
         if self.prune is not None and (self.parameters is None) == (self.latency is None):
             raise ValueError("`prune` needs a target: `parameters` or `latency`")
         if self.prune is not None and self.init != "auto":

@@ -91,6 +91,9 @@ def test_rows_find_their_pictures_by_name() -> None:
     data = prompts.with_pictures(captions, Pixels(), names, skip=True, where="x")
     assert data.prompts == ["b", "a", "again"]
     assert data.images(range(3))[:, 0, 0, 0].tolist() == [1, 0, 1]
+    twice = [*names, "val/b.png"]
+    with pytest.raises(UserError, match=r"b\.png is the name of several pictures"):
+        prompts.with_pictures(captions, Pixels(), twice, skip=True, where="x")
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 
-from msdcli import nets
+from msdcli import nets, records
 from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.diffusion.guidance import Guided
-from msdcli.engine.checkpoints.model import MODEL, load_model, predicts
+from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, predicts
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.inputs import autoencoder as autoencoders
 from msdcli.engine.inputs import hub, importing, prompts, stitches, teacher_stages
@@ -33,7 +34,7 @@ from msdcli.recipe.data import FolderSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings, EdmNetworkSettings
 from msdcli.recipe.stages import DmSettings, teacher_stage
 from msdcli.recipe.teacher import LatentShapeSettings, TeacherSettings
-from msdcli.rundir import RunDir, key, link, lock, read_json
+from msdcli.rundir import RunDir, begun_otherwise, discard, key, link, lock, read_json
 from msdcli.seeds import generator
 
 FORMAT = 2  # of trained teachers: another number where the code trains another one from the same recipe
@@ -69,11 +70,35 @@ def provide(
     _check_fit(load_model(folder)[0], recipe, data, autoencoders.find(folder))
     folder = teacher_stages.refine(folder, run, recipe, data, device, report, group)
     if folder != run.teacher:
-        group.leader_first(lambda: link(folder, run.teacher))
+        group.leader_first(lambda: _take(folder, run, recipe, report))
     if recipe.has_prompts:
         group.leader_first(lambda: prompts.provide(run, recipe, data, device, report))
     teacher, sha256 = load(run, recipe)
     return teacher.to(device), sha256
+
+
+def _take(folder: Path, run: RunDir, recipe: Recipe, report: Report) -> None:
+    """Link the teacher in a folder into the run. A run that has made something keeps the one that it has: UserError
+    where another was given to it; what another process trained meanwhile, or on another machine, is as good.
+    """
+    with lock(run.root, "the run directory", wait=report):
+        if (known := _identity(run.teacher)) is not None and known != _identity(folder):
+            if recipe.teacher.path is None:
+                return
+            if run.begun():
+                raise begun_otherwise(run, "teacher")
+            discard(run.teacher)
+        link(folder, run.teacher)
+
+
+def _identity(folder: Path) -> list[Any] | None:
+    """Return what the predictions of the model in a folder depend on; None where there is none, or a damaged one."""
+    if not is_complete(folder):
+        return None
+    with contextlib.suppress(UserError):
+        description = records.model(folder / MODEL)
+        return [predicts(description), _autoencoder(folder, description), description.get("text_sha256")]
+    return None
 
 
 def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
@@ -92,7 +117,7 @@ def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
         prompts.attach_prompts(guide, store)
     said = [
         predicts(description),
-        _autoencoder(run, description),
+        _autoencoder(run.teacher, description),
         [description["text_sha256"], getattr(recipe.data, "embeddings", None)] if teacher.reads_text else None,
         None if guidance is None else guidance.record(),
         None if weaker is None else predicts(weaker),
@@ -103,8 +128,8 @@ def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
     return teacher if guidance is None else _guided(teacher, recipe, guide), sha256
 
 
-def _autoencoder(run: RunDir, description: dict[str, Any]) -> str | None:
-    folder = autoencoders.find(run.teacher)
+def _autoencoder(model: Path, description: dict[str, Any]) -> str | None:
+    folder = autoencoders.find(model)
     return None if folder is None else description.get("autoencoder") or autoencoders.identity(folder)
 
 
@@ -112,7 +137,7 @@ def hash_of_version_1(run: RunDir, recipe: Recipe) -> str:
     """Return what msd 0.1.0 wrote into run.json. For resuming its runs, and for nothing new."""
     description, guidance = read_json(run.teacher / MODEL), recipe.teacher.guidance
     sha256: str = description["sha256"]
-    if autoencoder := _autoencoder(run, description):
+    if autoencoder := _autoencoder(run.teacher, description):
         sha256 = key(sha256, autoencoder)
     if "text_sha256" in description:
         sha256 = key(sha256, description["text_sha256"])

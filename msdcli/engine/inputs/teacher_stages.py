@@ -26,7 +26,7 @@ from msdcli.recipe import Recipe
 from msdcli.recipe.stages import DdoSettings
 from msdcli.rundir import RunDir, key, lock
 
-FORMAT = 1  # another number where the code makes another teacher from the same recipe
+FORMAT = 2  # another number where the code makes another teacher from the same recipe
 DONE = "stages"  # in model.json: the stages that the teacher has been through, as they were asked for
 
 
@@ -56,8 +56,8 @@ def refine(
     mirrored, its own keys, how the reference is sampled, and seed and threads.
     """
     stages = recipe.teacher.stages
-    if group.broadcast(has_been_through(folder, stages)):
-        return folder
+    if group.broadcast(folder == run.teacher and has_been_through(folder, stages)):
+        return folder  # another folder's may have been through such stages before, and goes through them again
     for number in range(len(stages)):
         folder = _after(folder, number, run, recipe, data, device, report, group)
     return folder
@@ -91,7 +91,8 @@ def _after(
             report(f"{what}: reused from {folder}")
             return folder
         reference = reference.to(device)
-        samples = Pairs(run, recipe, data, key("plain", said)).provide(reference, report)
+        alone = recipe.model_copy(update={"teacher": settings.model_copy(update={"stitch": None})})
+        samples = Pairs(run, alone, data, key("alone", said)).provide(reference, report)
         everyone, mirror = range(len(data.class_names)), recipe.data.mirrors
         source = Source(data, everyone, pairs=samples, mirror=mirror, device=device)
         network = copy.deepcopy(reference).requires_grad_(True).train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -
     settings, names = recipe.partition, data.class_names
     labels = data.labels(range(len(data)))
     empty = empty_classes(labels.numpy(), len(names))
+    if settings.method == "kmeans" and settings.features == "images" and not has_images(data):
+        raise UserError(
+            "partition: k-means by images needs real ones, and the recipe names no data",
+            hint="partition.features=embedding looks at no pictures",
+        )
     if empty and settings.method == "kmeans" and settings.features == "images":
         raise _no_mean(empty, names)
     if parts is None and _goes_on(recipe, names):
@@ -90,10 +95,8 @@ def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -
         of = getattr(stage, "classes", None)
         if of is not None:
             _check_left_out(recipe, number, parts, of)
-        if (needed := _needed(stage, recipe, data, labels)) is None:
-            continue
-        what, found = needed
-        _check_filled(parts, settings.students, found, f"stage {stage.objective} needs {what}", names, of)
+        for what, found in _needed(stage, recipe, data, labels):
+            _check_filled(parts, settings.students, found, f"stage {stage.objective} needs {what}", names, of)
 
 
 def _goes_on(recipe: Recipe, class_names: Sequence[str]) -> bool:
@@ -132,16 +135,22 @@ def _check_left_out(recipe: Recipe, number: int, parts: Partition | None, of: Se
         )
 
 
-def _needed(stage: StageSettings, recipe: Recipe, data: Dataset, labels: Tensor) -> tuple[str, set[int]] | None:
-    """What a stage needs of every student's part, and the classes that have it; None: nothing."""
+def _needed(stage: StageSettings, recipe: Recipe, data: Dataset, labels: Tensor) -> Iterator[tuple[str, set[int]]]:
+    """Yield what a stage needs of every student's part, and the classes that have it."""
     if stage.needs_images:
-        return "pictures", set(labels.unique().tolist())
+        yield "pictures", set(labels.unique().tolist())
     if getattr(stage, "labels", None) == "data":
-        return "pictures (labels: data)", set(labels.unique().tolist())
+        yield "pictures (labels: data)", set(labels.unique().tolist())
+    if stage.pairs_used == "none":
+        return
+    drawn = set(data.labels(in_turn(data, range(recipe.pairs.count))).tolist())
     if stage.pairs_used == "filtered":
-        drawn = data.labels(in_turn(data, range(recipe.pairs.count)))
-        return f"pairs of its own (pairs: filtered; pairs.count {recipe.pairs.count:,})", set(drawn.unique().tolist())
-    return None
+        yield f"pairs of its own (pairs: filtered; pairs.count {recipe.pairs.count:,})", drawn
+    elif (of := getattr(stage, "classes", None)) is not None and not drawn & {*of}:
+        raise UserError(
+            f"stage {stage.objective} needs pairs of its classes, and none of {recipe.pairs.count:,} is of one",
+            hint="a larger pairs.count",
+        )
 
 
 def check_forgetting(recipe: Recipe, data: Dataset) -> None:
@@ -276,9 +285,9 @@ def _embeddings(teacher: Denoiser | None) -> np.ndarray:
     found = (m for m in teacher.modules() if isinstance(m, TappedUNet | nn.Embedding))
     table = next(found, None)
     vectors = table.class_vectors() if isinstance(table, TappedUNet) else getattr(table, "weight", None)
-    if vectors is None:
+    if vectors is None or len(vectors) < teacher.num_classes:
         raise UserError("partition: this teacher has no class embeddings", hint="partition.features=images")
-    return vectors.detach().double().cpu().numpy()
+    return vectors[: teacher.num_classes].detach().double().cpu().numpy()  # a last one may stand for no class
 
 
 def _mean_images(data: Dataset) -> np.ndarray:

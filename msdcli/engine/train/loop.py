@@ -94,6 +94,7 @@ def train(
     selection.begin(state.step)
     computing = fast_float32(deterministic=options.deterministic and source.device.type == "cuda")
     with resumable(WHOLE), interruptible() as stop, seeded_apart(source.device), checkpoints, computing:
+        asked = False
         while state.step < stage.steps:
             torch.manual_seed(layers_seed(key, state.step, group))
             set_learning_rates(state, stage)
@@ -109,8 +110,10 @@ def train(
             state.step += 1
             passes.agreeing &= state.step <= first + objective.cycle  # by now optimizers have their memory too
             log.tick([] if counter is None else [counter.total], objective, selection.after_step(state))
-            wish = STOP if stop.requested else SAVE if checkpoints.due(options.checkpoint_seconds) else GO_ON
+            due = not asked and checkpoints.due(options.checkpoint_seconds)
+            wish = STOP if stop.requested else SAVE if due else GO_ON
             agreed = group.vote(wish, last=state.step == stage.steps)
+            asked = wish == SAVE != agreed and options.checkpoint_seconds > 0  # several processes agree a step later
             if (agreed == STOP or (agreed == SAVE and state.step < stage.steps)) and log.sound():
                 checkpoints.save()
                 selection.saved(state.step)

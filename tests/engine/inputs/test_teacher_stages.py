@@ -7,8 +7,11 @@ from pathlib import Path
 
 import torch
 
+from msdcli import records
 from msdcli.data import open_data
+from msdcli.engine.checkpoints.model import MODEL
 from msdcli.engine.inputs import teacher, teacher_stages
+from msdcli.engine.tracking.events import silent
 from msdcli.recipe import load
 from msdcli.rundir import RunDir
 from tests.conftest import Msd
@@ -46,3 +49,27 @@ def test_they_are_refused_where_they_cannot_be(tiny: Path, msd: Msd) -> None:
     done = msd("distill", str(tiny), "stages.0.fake_guidance=zero")
     assert done.returncode == 2 and "never trained without a class" in done.stderr
     assert not Path("runs").exists()
+
+
+def test_a_given_teacher_goes_through_its_stages_again(tiny: Path, tmp_path: Path) -> None:
+    """What went through equal stages in another run is the teacher of another round."""
+    first, second = RunDir(tmp_path / "runs/first"), RunDir(tmp_path / "runs/second")
+    data, on = open_data(load(tiny).data), torch.device("cpu")
+    _, before = teacher.provide(first, load(tiny, [ONE, "pairs.count=16"]), data, on, silent)
+    again = load(tiny, [ONE, "pairs.count=16", f"teacher.path={first.teacher}"])
+    _, after = teacher.provide(second, again, data, on, silent)
+    assert before != after
+    assert teacher.provide(second, again, data, on, silent)[1] == after
+
+
+def test_what_is_stitched_later_is_no_part_of_the_reference(tiny: Path, tmp_path: Path) -> None:
+    """The samples that the reference is known by are its own, also where the recipe stitches a small network to it."""
+    data, on = open_data(load(tiny).data), torch.device("cpu")
+    small = RunDir(tmp_path / "runs/small")
+    teacher.provide(small, load(tiny, ["teacher.network.channels=8"]), data, on, silent)
+    hashes = list[str]()
+    for name, words in (("a", []), ("b", [f"teacher.stitch={{path: {small.teacher}, above: 1.0}}"])):
+        run = RunDir(tmp_path / name / "runs/x")  # which share nothing
+        teacher.provide(run, load(tiny, [ONE, "pairs.count=16", *words]), data, on, silent)
+        hashes.append(records.model(run.teacher / MODEL)["sha256"])
+    assert hashes[0] == hashes[1]

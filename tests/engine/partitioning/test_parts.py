@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from msdcli.engine import pipeline
+from msdcli.engine.checkpoints.model import save_model
+from msdcli.engine.inputs import teacher
 from msdcli.engine.partitioning import making as partition
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe, load
@@ -75,3 +77,49 @@ def test_a_partition_that_is_known_later_is_checked_then(tmp_path: Path) -> None
     data = pipeline.check(known)
     with pytest.raises(UserError, match="student 1 has none: class 0 has none"):
         partition.check_parts(known, data, partition.Partition([[1, 2], [0]], 3, "kmeans"))
+
+
+@pytest.mark.parametrize("stage", [{"objective": "adm"}, {"objective": "dm", "labels": "data"}])
+def test_pairs_are_looked_for_beside_pictures(tmp_path: Path, stage: dict[str, Any]) -> None:
+    """Every class has pictures, and the two pairs are of class 0."""
+    labels = [0] * 30 + [1] * 30 + [2]
+    with pytest.raises(UserError, match=r"pairs\.count 2\), and student"):
+        pipeline.check(recipe(tmp_path, labels, stage | {"pairs": "filtered"}, pairs={"count": 2, "shard": 2}))
+
+
+def test_a_stage_of_classes_without_pairs_is_refused(tmp_path: Path) -> None:
+    labels, stage = [0] * 30 + [1] * 30 + [2], {"objective": "dm", "classes": [2], "pairs": "shared"}
+    known = recipe(tmp_path, labels, {"objective": "dm"}, pairs={"count": 2, "shard": 2})
+    first = known.stages[0]
+    of = known.model_copy(update={"stages": [first, first.model_copy(update=stage)]})
+    with pytest.raises(UserError, match="needs pairs of its classes, and none of 2 is of one"):
+        partition.check_parts(of, pipeline.check(known))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["partition.method=kmeans", "partition.features=images"], "k-means by images needs real ones"),
+        (["student.parameters=0.5", "student.prune=layers"], "weighs every block by real images"),
+    ],
+)
+def test_what_looks_at_images_needs_data(tmp_path: Path, words: list[str], said: str) -> None:
+    """A given teacher needs no data, and what is asked for here does."""
+    given = recipe(tmp_path, [0, 1, 2, 0], {"objective": "dm"})
+    teacher.new_network(given.teacher, pipeline.check(given))
+    save_model(tmp_path / "t", teacher.new_network(given.teacher, pipeline.check(given)), {})
+    alone = load(tmp_path / "r.yaml", ["data={name: none}", f"teacher.path={tmp_path / 't'}", *words])
+    with pytest.raises(UserError, match=said):
+        pipeline.check(alone)
+
+
+def test_decay_that_adam_does_not_decouple_is_refused(tmp_path: Path) -> None:
+    stage = {"objective": "dm", "weight_decay": 0.01}
+    with pytest.raises(UserError, match="stage dm: weight_decay is decoupled, which `optimizer: adam` is not"):
+        pipeline.check(recipe(tmp_path, [0, 1, 2, 0], stage))
+    pipeline.check(recipe(tmp_path, [0, 1, 2, 0], stage | {"optimizer": "adamw"}))
+
+
+def test_a_target_finds_another_network_than_the_teachers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="`init: teacher` is for the teacher's network"):
+        recipe(tmp_path, [0, 1, 2, 0], {"objective": "dm"}, student={"parameters": 0.5, "init": "teacher"})

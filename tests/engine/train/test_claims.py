@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from msdcli.engine import pipeline
+from msdcli.engine.checkpoints.model import load_model, save_model
+from msdcli.engine.distributed.group import SINGLE_PROCESS
+from msdcli.engine.tracking.events import silent
 from msdcli.engine.tracking.presence import attending
 from msdcli.engine.train.log import TrainLog
-from msdcli.errors import CONTINUES, WHOLE, WorkerError, explain, resumable
+from msdcli.errors import CONTINUES, WHOLE, LockedError, WorkerError, explain, resumable
 from msdcli.rundir import RunDir, lock
 from tests.conftest import TINY, Msd
 
@@ -127,3 +132,47 @@ def test_a_place_that_cannot_be_written_is_the_users_to_change(number: int) -> N
 
 def test_a_worker_that_failed_is_gone_on_from() -> None:
     assert ended(WorkerError("x"), WHOLE) == (1, "x", WHOLE)
+
+
+def test_another_teacher_at_the_same_path_never_takes_the_runs_place(finished: Path, msd: Msd, tiny: Path) -> None:
+    """A run that has students keeps the teacher that they were made from; one that has none takes the better one."""
+    given, run = tiny.parent / "given", RunDir(tiny.parent / "runs/tiny")
+    shutil.copytree(finished / "teacher", given)
+    words = ("distill", "tiny.yaml", f"teacher.path={given}")
+    assert msd(*words, "--teacher").returncode == 0
+    model = given / "model.safetensors"
+    net, described = load_model(given)
+    with torch.no_grad():
+        for weights in net.parameters():
+            weights.mul_(1.001)
+    save_model(given, net, {k: v for k, v in described.items() if k == "steps"})
+    assert not run.begun()
+    done = msd(*words)
+    assert done.returncode == 0, done.stderr
+    mine = (run.teacher / "model.safetensors").read_bytes()
+    assert mine == model.read_bytes() != (finished / "teacher/model.safetensors").read_bytes()
+    model.unlink()  # it may be the same file as the run's
+    (given / "model.json").unlink()
+    shutil.copytree(finished / "teacher", given, dirs_exist_ok=True)
+    refused = msd(*words)
+    assert (refused.returncode, "other weights of the teacher" in refused.stderr) == (2, True), refused.stderr
+    assert (run.teacher / "model.safetensors").read_bytes() == mine
+    assert msd("sample", "runs/tiny", "--classes", "0", "--out", "s.npz").returncode == 0
+
+
+def test_a_checkpoint_in_pieces_is_a_beginning(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert not run.begun()
+    (run.student(0) / "0-dm" / "state").mkdir(parents=True)
+    assert run.begun()
+
+
+def test_a_student_that_two_reach_at_once_is_left_to_the_first(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen it free: the second finds it locked, and goes on."""
+    shutil.rmtree(run.student(0) / "0-dm")
+    monkeypatch.setattr(pipeline, "holder_of", lambda folder: None)
+    training = pipeline.TrainingRun(run, run.recipe(), *[None] * 5, SINGLE_PROCESS)  # type: ignore[arg-type]
+    with lock(run.student(0), "student 0"):
+        training.train([0], silent, skip_held=True)
+        with pytest.raises(LockedError, match="student 0 is being worked on"):
+            training.train([0], silent, skip_held=False)

@@ -11,8 +11,10 @@ import torch
 from msdcli import nets
 from msdcli.data import open_data
 from msdcli.diffusion.draws import Source
+from msdcli.engine.checkpoints.manager import CheckpointManager
 from msdcli.engine.checkpoints.tensors import load_tensors
 from msdcli.engine.checkpoints.train_state import TrainState
+from msdcli.engine.distributed.group import ProcessGroup
 from msdcli.engine.train.loop import TrainOptions, set_learning_rates, train
 from msdcli.engine.train.selection import LAST_AVERAGE, AverageSelection
 from msdcli.errors import UserError
@@ -97,3 +99,18 @@ def test_lines_after_the_checkpoint_are_forgotten(tmp_path: Path) -> None:
         file.write('{"step": 6, "losses": {}}\n{"step": 8, "lo')
     run(tmp_path, EdmSettings(steps=6, batch=8, log_every=2))
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2, 4, 6]
+
+
+def test_processes_that_agree_a_step_later_save_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that was asked for in a step is written in the next, and no second one after it."""
+    saved, before = list[int](), [0]
+
+    def vote(group: ProcessGroup, wish: int, *, last: bool = False) -> int:
+        found, before[0] = before[0], wish
+        return max(found, wish) if last else found
+
+    monkeypatch.setattr(ProcessGroup, "vote", vote)
+    monkeypatch.setattr(CheckpointManager, "due", lambda self, seconds: seconds > 0 and not saved)
+    monkeypatch.setattr(CheckpointManager, "save", lambda self: saved.append(self.state.step))
+    run(tmp_path, EdmSettings(steps=6, batch=8), options=TrainOptions(checkpoint_seconds=30.0))
+    assert saved == [2, 6], "the last is the end's"

@@ -14,13 +14,16 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     diffusers = pytest.importorskip("diffusers")
 
+from msdcli.data import open_data
 from msdcli.diffusion.guidance import NO_CLASS
 from msdcli.engine.checkpoints.model import load_model
 from msdcli.engine.inputs import importing
+from msdcli.engine.partitioning import making
 from msdcli.engine.train import precision
 from msdcli.errors import UserError
 from msdcli.nets.diffusers.building import build_diffusers
-from msdcli.recipe import StudentSettings
+from msdcli.recipe import PartitionSettings, StudentSettings
+from msdcli.recipe.data import DigitsSettings
 from msdcli.recipe.networks import DiffusersNetworkSettings
 from tests.conftest import Msd
 from tests.tiny_unet import TINY_UNET
@@ -174,3 +177,11 @@ def test_computes_in_bfloat16_with_float32_weights_also_after_a_call_without_gra
     assert sum(p.grad is None for p in net.parameters()) <= 1, "cast weights lost their gradients"
     held = precision.held(net.requires_grad_(False), torch.bfloat16)
     torch.testing.assert_close(held(x, sigma, c), low, rtol=0, atol=0.05)
+
+
+def test_k_means_divides_the_classes_and_not_the_one_that_stands_for_none(tmp_path: Path) -> None:
+    pipeline(tmp_path, "transformer", diffusers.DDPMScheduler(clip_sample=False))
+    teacher = importing.read(tmp_path).denoiser
+    data = open_data(DigitsSettings())
+    parts = making.make(PartitionSettings(method="kmeans", students=2), data, teacher).parts
+    assert sorted(c for part in parts for c in part) == list(range(10))
