@@ -39,6 +39,7 @@ FIGURES = (
 )  # as `plot` and `report` call them by themselves
 NEAR = 65536  # bytes at either end that are looked at
 RECORDS = ("bundle.json", "export.json")
+PROGRAMS = "programs"  # the folder of a run or of a bundle that students' ONNX programs are kept in
 FILES, CHECK = "files", "check"  # of a folder's record: its files by hash, and the hash of the rest of itself
 
 

@@ -296,7 +296,8 @@ def _classes(source: ImageFiles | ImageArray, settings: FolderSettings) -> tuple
     if not settings.labels:
         return np.zeros(len(source), np.int64), ["all"]
     if source.labels is not None:
-        found = checked(source.labels, functools.partial(_name, source), settings.path)
+        known = source.labels.clip(min=0) if isinstance(source, TarFiles) else source.labels  # -1: `fitted` says why
+        found = checked(known, functools.partial(_name, source), settings.path)
         return found, list(map(str, range(int(found.max()) + 1)))
     # EDM's unlabelled sets have folders too, which mean nothing; their dataset.json says so.
     folders = source.classes if isinstance(source, ImageFiles) and not source.described else [""]

@@ -109,6 +109,7 @@ class TarFiles(ImageFiles):
             self.labels = np.array([label for i in indices for label in i.labels], np.int64)
             found = ((s + n, why) for s, i in zip(starts, indices, strict=False) for n, why in i.unlabelled.items())
             self.unlabelled = dict(found)
+            self.labels[[*self.unlabelled]] = -1
 
     def close(self) -> None:
         """Nothing stays open."""

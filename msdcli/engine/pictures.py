@@ -259,8 +259,8 @@ def prompts_file(prompts: Sequence[str], owners: Sequence[int]) -> dict[str, str
 
 
 def save_npz(path: Path, images: Tensor, classes: Sequence[int] | Sequence[str], *, pixels: bool = True) -> None:
-    """Write `images` (uint8 NHWC; points, and latents as `latents` NCHW, float32) and `labels` or prompts as .npz."""
-    arrays: dict[str, Any] = {"labels": np.asarray(classes)}
+    """Write `images` (uint8 NHWC; points, and latents as `latents` NCHW, float32) and `labels` or `prompts` as .npz."""
+    arrays: dict[str, Any] = {"prompts" if classes and isinstance(classes[0], str) else "labels": np.asarray(classes)}
     if pixels:
         arrays["images"] = to_uint8(images).permute(0, 2, 3, 1).numpy() if is_picture(images) else images.numpy()
     else:

@@ -90,9 +90,7 @@ def lines(sweep: Sweep) -> list[TableRow]:
             continue
         metric = done[0][1]["metric"]
         figures = [whole(result, "students") | _cost(RunDir(cell.recipe.run_dir)) for cell, result in done]
-        names = figures[0].keys()
-        by_name = {name: [f[name] for f in figures] for name in names}
-        table.append(TableRow(label, [cell.seed for cell, _ in done], done[0][1]["samples"], by_name))
+        table.append(TableRow(label, [cell.seed for cell, _ in done], done[0][1]["samples"], common(figures)))
     if metric is None:
         raise UserError(f"{sweep.folder}: no run of this sweep is finished", hint=f"msd sweep {sweep.name}")
     return [*_teachers(sweep), *table]
@@ -112,13 +110,17 @@ def _teachers(sweep: Sweep) -> list[TableRow]:
     lines = []
     for how, teachers in found.items():
         seeds, figures, samples = zip(*teachers.values(), strict=True)
-        by_name = {name: [f[name] for f in figures] for name in figures[0]}
-        lines.append(TableRow(f"teacher{how and ', '}{how}", [*seeds], samples[0], by_name, is_teacher=True))
+        lines.append(TableRow(f"teacher{how and ', '}{how}", [*seeds], samples[0], common(figures), is_teacher=True))
     return lines
 
 
 def _solvers(sweep: Sweep) -> set[str]:
     return {str(cell.recipe.teacher.solver.record()) for cell in sweep.cells}
+
+
+def common(figures: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """Return the figures that all of some runs have, by name: one that was measured with more has more of them."""
+    return {name: [f[name] for f in figures] for name in figures[0] if all(name in f for f in figures)}
 
 
 def whole(result: dict[str, Any], who: str) -> dict[str, float]:

@@ -45,6 +45,18 @@ def sample(number: int, label: int | None, suffix: str = "png") -> dict[str, byt
     return files
 
 
+def test_a_picture_without_a_class_is_of_none(tmp_path: Path) -> None:
+    """What is only measured may lack classes: it is no picture of class 0."""
+    files: dict[str, bytes] = {}
+    for i, label in enumerate((0, 0, 1, 1, None, None)):
+        files |= sample(i, label)
+    files["000004.cls"] = b"cat"
+    make_shard(tmp_path / "s.tar", files)
+    assert open_images(tmp_path / "s.tar").labels.tolist() == [0, 0, 1, 1, -1, -1]
+    with pytest.raises(UserError, match="no class number"):
+        provided(tmp_path, [], path=str(tmp_path / "s.tar"))
+
+
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     """Two shards of three pictures each: png, webp and jpg, classes 0, 1, 2."""

@@ -166,3 +166,8 @@ def test_a_grid_without_end_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(f"recipe: digits\ngrid:\n{keys}")
     with pytest.raises(UserError, match="a sweep has at most 1,000"):
         load(tmp_path / "s.yaml")
+
+
+def test_a_line_has_the_figures_that_all_of_its_runs_have() -> None:
+    """One of them may have been measured with more (`--infinity`), or with less (`--lean`)."""
+    assert engine.common([{"fd": 1.0, "fd_infinity": 0.9, "kid": 0.1}, {"fd": 2.0}]) == {"fd": [1.0, 2.0]}

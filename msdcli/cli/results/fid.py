@@ -176,7 +176,11 @@ def _files(path: Path, chosen: FidOptions, shown: Shown, *, watch: bool, dry_run
 def _show_files(result: dict[str, Any]) -> None:
     record, spans = result["record"], result["intervals"]
     rows = [[name, f"{v:.6g}", _span(spans.get(name))] for name, v in result.items() if isinstance(v, float)]
-    rows += [[f"fid of {name}", f"{group['fid']:.6g}", ""] for name, group in result["groups"].items() if group["fid"]]
+    rows += [
+        [f"fid of {name}", f"{group['fid']:.6g}", ""]
+        for name, group in result["groups"].items()
+        if group["fid"] is not None
+    ]
     console.table(f"protocol {result['protocol']}", ["", "value", "95 % interval"], rows)
     count = record["reference_count"]
     console.say(

@@ -70,6 +70,8 @@ def sample(
     number = number or 64
     if (classes is None) == (not all_):
         raise UserError("say which classes: --classes 3,7 or --all; or which prompts: --prompt or --prompts FILE")
+    if students.prompt_router is not None and not students.class_names:
+        raise UserError("these students are asked with texts: --prompt, or --prompts FILE")
     wanted = list(range(len(students.class_names))) if classes is None else parse_classes(classes, students.class_names)
     asked = [wanted[i % len(wanted)] for i in range(number)]
     target = out or engine.default_target(run, format_, wanted, seed, everything=all_)

@@ -42,6 +42,11 @@ def check(students: sample.Students) -> None:
             "these students are anchored (stage cd, `anchor`), which a pipeline of the library does not know",
             hint="any network goes with --format bundle or --format onnx",
         )
+    if len({students.levels(k, records.model(f / MODEL)) for k, f in enumerate(students.folders)}) > 1:
+        raise UserError(
+            "these students begin at different noise levels, which a pipeline of the library has once for all",
+            hint="any network goes with --format bundle or --format onnx",
+        )
     try:
         import diffusers  # noqa: F401
     except ImportError as error:
@@ -70,7 +75,10 @@ def write(source: ExportSource) -> ExportResult:
     )
     pipeline.save_pretrained(source.folder)
     last = len(source.students.class_names) - 1
-    usage = USAGE + f"images = pipe(class_labels=[0, {last}]).images\nprint(images)\n"
+    latent = source.students.autoencoder is not None  # which is in a bundle, and not here
+    how = ', output_type="pt"' if latent else ""
+    what = "latents" if latent else "images"
+    usage = USAGE + f"{what} = pipe(class_labels=[0, {last}]{how}).images\nprint({what})\n"
     files = [source.folder / name / WEIGHTS for name in names]
     record = {"students": described(source, files)}
     return ExportResult(

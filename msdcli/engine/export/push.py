@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msdcli.errors import UserError
-from msdcli.outputs import RECORDS, check_folder, files_in, relist, replacing
+from msdcli.outputs import PROGRAMS, RECORDS, check_folder, files_in, relist, replacing
 from msdcli.rundir import file_hash, write_text
 
 HUB = "hub:"
@@ -56,8 +56,8 @@ def plan(source: Path, target: str | None) -> PushPlan:
 
 
 def _is_published(name: str) -> bool:
-    """Whether a file of an export goes along: not what Python, git or a killed process left there."""
-    return not {"__pycache__", ".git"} & set(Path(name).parts) and not name.endswith(".tmp")
+    """Whether a file of an export goes along: not what Python, git, `--runtime onnx` or a killed process left there."""
+    return not {"__pycache__", ".git", ".lock", PROGRAMS} & set(Path(name).parts) and not name.endswith(".tmp")
 
 
 def _may_replace(folder: Path) -> dict[str, str]:

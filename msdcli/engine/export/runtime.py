@@ -28,14 +28,13 @@ from msdcli.errors import MismatchError, UserError, WrongValueError
 from msdcli.foreign import versions
 from msdcli.nets.adapters import merged
 from msdcli.noise import image_noise, step_noise
-from msdcli.outputs import check_folder, check_unchanged, files_in, listed, replacing, with_files
+from msdcli.outputs import PROGRAMS, check_folder, check_unchanged, files_in, listed, replacing, with_files
 from msdcli.rundir import discard, file_hash, key, lock, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Runtime = Literal["torch", "onnx"]
-PROGRAMS = "programs"  # the folder of a run or of a bundle that they are kept in
 PROGRAM = "model.onnx"
 FORMAT = 1  # goes up where the same student becomes another program
 COMPARED = 16  # samples of a program and of its network

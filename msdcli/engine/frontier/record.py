@@ -19,7 +19,7 @@ from msdcli.engine.inputs import teacher as teachers
 from msdcli.engine.report import frontier
 from msdcli.engine.report.frontier import RECORD
 from msdcli.engine.report.plot import plot
-from msdcli.engine.sweep import result_of, whole
+from msdcli.engine.sweep import common, result_of, whole
 from msdcli.engine.tracking.accounting import costs
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.tracking.formatting import named_students
@@ -113,7 +113,7 @@ def _line(factory: CellFactory, line: Line) -> dict[str, Any] | None:
         "reduced_bytes": _reduced(known.gradient_bytes, steps, line.batch_factor),
         "seeds": [cell.seed for cell, _ in done],
         "distances": [values[result["metric"]] for values, (_, result) in zip(figures, done, strict=True)],
-        "figures": {name: [values[name] for values in figures] for name in figures[0]},
+        "figures": common(figures),
         "keys": keys,
     }
 

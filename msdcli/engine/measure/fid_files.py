@@ -162,7 +162,7 @@ def measurement(request: Request, report: Report) -> Measurement:
 
 
 def _classes(source: Images) -> set[int]:
-    return set() if source.labels is None else {int(c) for c in source.labels}
+    return set() if source.labels is None else {int(c) for c in source.labels} - {-1}
 
 
 def _single(mine: FeatureSet, theirs: Any) -> groups.Groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -19,6 +20,8 @@ def parse(said: Sequence[str], classes: Collection[int], class_names: Sequence[s
     groups: Groups = {}
     for text in said:
         name, found, members = text.partition("=")
+        if found and re.fullmatch(r"whole|(student|class) [0-9]+", name):
+            raise UserError(f"group: {name!r} is the name of a line that is there without it", hint="another name")
         new = {name: _members(name, members, class_names)} if found and name else _parts(Path(text))
         for name, members_ in new.items():
             if name in groups:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from msdcli import records
-from msdcli.diffusion.generator import Generator
+from msdcli.diffusion.generator import Generator, levels_of
 from msdcli.engine import sample, search
 from msdcli.engine.checkpoints import files as checkpoint_files
 from msdcli.engine.checkpoints import storage
@@ -89,15 +89,15 @@ def load_snapshot(
     stage = recipe.stages[snapshot.stage]
     folder = run.stage(number, snapshot.stage, stage.objective)
     assert isinstance(stage, GeneratorSettings), "only these have snapshots"
-    sigmas = tuple(stage.sigmas)
     if is_finished(folder, stage):
         net, description = load_model(folder, base=lambda: load_model(run.teacher)[0])
+        sigmas = levels_of(description["stage"])  # a kept student may have been made by another stage
         return Generator(net, sigmas), replace(snapshot, step=description["steps"])
     teacher, _ = load_model(run.teacher)
     net = new_network(search.resolve(run, recipe, teacher, silent), teacher, number)
     net.anchor = getattr(stage, "anchor", 0.0)
     step = storage.read_average(folder, net.requires_grad_(False).eval())
-    return Generator(net, sigmas), replace(snapshot, step=step)
+    return Generator(net, tuple(stage.sigmas)), replace(snapshot, step=step)
 
 
 def _wait_for_teacher(run: RunDir, report: Report, poll: float) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from msdcli.engine.report.facts import RunFacts, group_name, lower_is_better, metrics, row
+from msdcli.engine.report.facts import RunFacts, group_name, lower_is_better, metrics, numbered, row
 from msdcli.engine.tracking.formatting import hue
 
 POINTS, TABLE_ROWS = 240, 24  # a curve, and its table: means over the lines between
@@ -131,12 +131,12 @@ def _id(name: str) -> str:
 def distance_chart(facts: RunFacts, result: dict[str, Any], kind: str) -> dict[str, Any]:
     """Return the rows of one measurement whose group is `parts` (whole, students) or `classes`."""
     owner = facts.partition.owner if facts.partition else []
-    groups = [
-        g for g in dict.fromkeys(r["group"] for r in result["rows"]) if g.startswith("class ") == (kind == "classes")
-    ]
+    found = {group: numbered(group) for group in (r["group"] for r in result["rows"])}
     rows = []
-    for group in groups:
-        member = int(group.split()[1]) if group != "whole" else None
+    for group, of in found.items():
+        if (of is not None and of[0] == "class") != (kind == "classes"):
+            continue
+        member = None if of is None else of[1]
         student = owner[member] if kind == "classes" and member is not None and member < len(owner) else member
         marks = [
             _mark(facts.label, who, line, student)

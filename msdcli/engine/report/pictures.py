@@ -177,8 +177,8 @@ class SampleRenderer:
         found = {}
         for i, c in enumerate(classes):
             strips = []
-            if self.data is not None and has_images(self.data):
-                strips.append(draw_strip("data", self._real(c, count)))
+            if self.data is not None and has_images(self.data) and len(real := self._real(c, count)):
+                strips.append(draw_strip("data", real))
             if theirs is not None and len(theirs[i]):
                 with self._noting("No samples of the teacher"):
                     strips.append(draw_strip("teacher", self.students.decode(theirs[i])))

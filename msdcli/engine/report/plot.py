@@ -113,18 +113,18 @@ def _rows_of_points(runs: Sequence[RunFacts]) -> list[tuple[str, list[Any], str]
     classes = list(range(len(data.class_names)))
     labels = data.labels(range(len(data)))
     rows = [("data", [data.images((labels == c).nonzero().flatten()[:POINTS].tolist()) for c in classes], "#777777")]
-    drawn: set[str] = set()
+    drawn: set[tuple[str, str]] = set()
     for facts in runs:
         net, sha256 = teachers.load(facts.run, facts.recipe)
-        if sha256 in drawn:
+        if (as_solved := (sha256, str(facts.recipe.teacher.solver.record()))) in drawn:
             continue
         source = pairs.Pairs(facts.run, facts.recipe, data, sha256)
         theirs = source.examples(net, classes, POINTS) or []
         rows.append((f"teacher, {facts.evaluations} NFE" + (f" {len(drawn) + 1}" if drawn else ""), theirs, "#222222"))
-        drawn.add(sha256)
+        drawn.add(as_solved)
     for i, facts in enumerate(runs):
         mine = sample.load(facts.run.root).sample([c for c in classes for _ in range(POINTS)]).split(POINTS)
-        label = "students, 1 NFE" if len(runs) == 1 else facts.label
+        label = f"students, {facts.steps} NFE" if len(runs) == 1 else facts.label
         rows.append((label, list(mine), f"C{i}"))
     return rows
 
@@ -177,12 +177,13 @@ def table(runs: Sequence[RunFacts]) -> Figure:
         raise UserError("these runs were measured by different figures, which do not belong in one table")
     names = metrics(measured[0][1])
     header = ["", "K", *(f"{name} {'↓' if lower_is_better(name) else '↑'}" for name in names)]
-    cells, teachers = list[list[str]](), set[str]()
+    cells, teachers = list[list[str]](), set[str]()  # each with its solver and guidance
     for facts, result in measured:
-        sha256 = str(result.get("teacher_sha256"))
-        if sha256 not in teachers and (line := row(result, "teacher")):
+        of = facts.recipe.teacher
+        teacher = str([result.get("teacher_sha256"), of.solver.record(), of.guidance and of.guidance.record()])
+        if teacher not in teachers and (line := row(result, "teacher")):
             cells.append([f"teacher, {facts.evaluations} NFE", "", *(_cell(line, name) for name in names)])
-        teachers.add(sha256)
+        teachers.add(teacher)
         if line := row(result, "students"):
             students = str(facts.recipe.partition.students)
             cells.append([facts.label, students, *(_cell(line, name) for name in names)])

@@ -12,7 +12,16 @@ from markupsafe import Markup
 
 from msdcli import records
 from msdcli.engine.report import charts, words
-from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, metrics, row
+from msdcli.engine.report.facts import (
+    RunFacts,
+    group_name,
+    load_runs,
+    lower_is_better,
+    main_result,
+    metrics,
+    numbered,
+    row,
+)
 from msdcli.engine.tracking import formatting
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.tracking.formatting import counted
@@ -135,7 +144,7 @@ def _result(facts: RunFacts, result: dict[str, Any]) -> dict[str, Any]:
         {
             "who": r["who"],
             "group": group_name(r["group"], facts.class_names),
-            "single": r["group"].startswith("class "),
+            "single": (numbered(r["group"]) or ("",))[0] == "class",
             "samples": r["samples"],
             "reference": r["reference"],
             "cells": [(r["values"].get(name), r["intervals"].get(name)) for name in names],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, row
+from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, numbered, row
 from msdcli.engine.tracking.formatting import (
     counted,
     describe_kept,
@@ -181,7 +181,7 @@ def collapse(result: dict[str, Any]) -> list[str]:
             lost.append(f"{name} {mine:.3f} against {theirs:.3f}")
     if not lost:
         return []
-    parts = [r for r in result["rows"] if r["who"] == "students" and r["group"].startswith("student ")]
+    parts = [r for r in result["rows"] if r["who"] == "students" and (numbered(r["group"]) or ("",))[0] == "student"]
     worst = [
         r["group"]
         for r in parts
@@ -211,11 +211,11 @@ def _companions(result: dict[str, Any]) -> list[str]:
 def _worst(facts: RunFacts, result: dict[str, Any]) -> list[str]:
     """Name the part and the class with the largest distance, against the teacher's on the same."""
     metric, found, told = result["metric"], list[str](), list[dict[str, Any]]()
-    for kind in ("student ", "class "):
+    for kind in ("student", "class"):
         rows = [
             r
             for r in result["rows"]
-            if r["who"] == "students" and r["group"].startswith(kind) and metric in r["values"]
+            if r["who"] == "students" and (numbered(r["group"]) or ("",))[0] == kind and metric in r["values"]
         ]
         if len(rows) < 3:  # of two, the table says the same
             continue
@@ -226,7 +226,7 @@ def _worst(facts: RunFacts, result: dict[str, Any]) -> list[str]:
         usual = sorted(r["values"][metric] for r in rows)[len(rows) // 2]
         teacher = row(result, "teacher", worst["group"])
         text = f"Farthest: {group_name(worst['group'], facts.class_names)}, {figure(worst['values'][metric])}"
-        text += f" (the median {kind.strip()} is {figure(usual)}"
+        text += f" (the median {kind} is {figure(usual)}"
         if teacher is not None and metric in teacher["values"] and result.get("students_against") != "teacher":
             text += f", the teacher there {figure(teacher['values'][metric])}"
         found.append(text + ").")

@@ -20,6 +20,7 @@ import torch
 from msdcli.diffusion.generator import Generator
 from msdcli.engine.export import onnx as export_onnx
 from msdcli.engine.export import torch as export_torch
+from msdcli.engine.export.diffusers import TEMPLATE, pipeline_class
 from msdcli.recipe.networks import DiffusersNetworkSettings
 from tests.conftest import Msd, environment
 from tests.engine.export.test_export import SIGMA, network, of_run, one_step, requests, trained
@@ -85,3 +86,14 @@ def test_the_librarys_networks_as_program_and_graph(tmp_path: Path, kind: str) -
         torch.testing.assert_close(traced.module()(z, c), wanted, rtol=1e-5, atol=1e-5)
         (images,) = session.run(None, {"z": z.numpy(), "labels": c.numpy()})
         assert np.abs(images - wanted.numpy()).max() < 1e-4 * max(1.0, wanted.abs().max().item())
+
+
+def test_latents_are_no_pictures(tmp_path: Path) -> None:
+    """A pipeline without the autoencoder gives them as they are, and never as noise in colours."""
+    (tmp_path / "pipeline.py").write_text(TEMPLATE.read_text())
+    finish = pipeline_class(tmp_path).finish
+    latents = torch.zeros(2, 4, 8, 8)
+    assert finish(None, latents, "pt") is latents
+    for output_type in ("pil", "np"):
+        with pytest.raises(ValueError, match="4 channels are latents and no pictures"):
+            finish(None, latents, output_type)

@@ -183,7 +183,10 @@ def test_the_router_keeps_within_its_memory(small: Path) -> None:
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_weights_in_fewer_bits_and_what_they_cost(finished: Path, msd: Msd, tmp_path: Path, precision: str) -> None:
     pytest.importorskip("onnxscript")
-    words = ["export", str(finished), "--format", "onnx", "--precision", precision, "--no-bench", "--json"]
+    shutil.copytree(finished.parent, tmp_path / "runs")
+    other = read_json(finished / "metrics/l1_toy2d.json") | {"metric": "sliced_wasserstein", "samples": 50}
+    (tmp_path / "runs/tiny/metrics/fd_clip.json").write_text(json.dumps(other))  # no figure of the run's own end
+    words = ["export", "runs/tiny", "--format", "onnx", "--precision", precision, "--no-bench", "--json"]
     done = msd(*words, "--out", "given")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
@@ -397,6 +400,8 @@ def test_figures_of_other_weights_are_not_on_the_card(msd: Msd, tmp_path: Path) 
 
 def test_push_lays_out_a_repository(finished: Path, msd: Msd, tmp_path: Path) -> None:
     assert msd("export", str(finished), "--out", "given", "--no-bench").returncode == 0
+    (tmp_path / "given/programs").mkdir()  # as `msd sample --runtime onnx` leaves it
+    (tmp_path / "given/programs/.lock").write_text("host")
     before = sorted(tmp_path.rglob("*"))
     for words in ((), ("--to", "repository", "--dry-run")):
         listed = msd("push", "given", *words)
@@ -409,6 +414,7 @@ def test_push_lays_out_a_repository(finished: Path, msd: Msd, tmp_path: Path) ->
     assert "*.safetensors filter=lfs" in (repository / ".gitattributes").read_text()
     assert torch.equal(msdcli.load(repository).sample([0, 7]), msdcli.load(finished).sample([0, 7]))
     named = {f["name"] for f in json.loads(done.stdout)["files"]}
+    assert not any("programs" in name for name in named)
     assert named == {str(p.relative_to(repository)) for p in repository.rglob("*") if p.is_file()} - {".gitattributes"}
 
 

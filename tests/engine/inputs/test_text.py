@@ -96,7 +96,7 @@ def test_distilled_sampled_and_exported(place: Path, msd: Msd) -> None:
     assert told["students"][1] == told["students"][3] == made.owner[0], "a prompt goes where it was trained"
     assert told["routing_seconds"] > 0
     with np.load(told["file"]) as file:
-        assert file["labels"].tolist() == ["a blue house", trained] * 2
+        assert file["prompts"].tolist() == ["a blue house", trained] * 2
         first = file["images"]
 
     students = msdcli.load(place / "runs/text")
@@ -119,6 +119,9 @@ def test_distilled_sampled_and_exported(place: Path, msd: Msd) -> None:
     code = card.split("```python")[1].split("```")[0]
     exec(code, scope := {})
     assert scope["images"].shape == (2, 3, 8, 8)
+    for words in (("--all",), ("--classes", "0")):
+        refused = msd("sample", "given", *words)
+        assert (refused.returncode, "asked with texts" in refused.stderr) == (2, True), refused.stderr
     done = msd("sample", "given", "--prompt", "the sea")
     assert done.returncode == 0 and "routing is" in done.stdout, done.stderr
 

@@ -341,6 +341,9 @@ def test_groups_of_classes(msd: Msd, digits: Path, weights: Path, tmp_path: Path
         ("even=x", "class 'x' does not exist"),
         ("even=4-2", "class '4-2' does not exist"),
         ("nowhere", "neither NAME=CLASSES nor a partition"),
+        ("whole=0,1", "is the name of a line"),
+        ("student 0=3", "is the name of a line"),
+        ("class 2=0", "is the name of a line"),
     ):
         assert said in refusal(msd, digits, "--group", group)
     assert "twice" in refusal(msd, digits, "--group", "a=1", "--group", "a=2")

@@ -15,6 +15,7 @@ from msdcli import recipe as recipes
 from msdcli.engine import estimate, pipeline, plan, sample, timing
 from msdcli.engine.export.export import export
 from msdcli.engine.export.format import ExportOptions
+from msdcli.engine.measure import watch
 from msdcli.engine.partitioning import making
 from msdcli.engine.report import pictures, words
 from msdcli.engine.report.facts import load_runs
@@ -111,6 +112,7 @@ def test_kept_students_may_be_of_another_size(two: Path, monkeypatch: pytest.Mon
     before = RunDir(two / "runs/two")
     said = tree(two, 3, "wider", method="extend", run=str(before.root), students=3)
     said |= {"student": {"width": 0.5, "parts": [{}, {}, {"width": 2.0}]}}
+    said["stages"][1]["sigmas"] = [1.5]
     monkeypatch.setattr(timing, "SECONDS", 0.0)
     told = "\n".join(plan.plan(recipes.load_any(said, {})).lines())
     assert f"students 0 to 1: as in {before.root}" in told and "each of" not in told, told
@@ -118,6 +120,12 @@ def test_kept_students_may_be_of_another_size(two: Path, monkeypatch: pytest.Mon
     assert hashes(after)[:2] == hashes(before)
     networks = [sample.load(after.root).student(k).net.settings.channels for k in range(3)]
     assert networks == [8, 8, 16], "what is kept is as it was, whatever the recipe says of new ones"
+    recipe, seen = after.recipe(), list[float]()
+    for k in range(3):
+        snapshot = watch.newest(after, recipe, k)
+        assert snapshot is not None
+        seen += watch.load_snapshot(after, recipe, k, snapshot)[0].sigmas
+    assert seen == [2.5, 2.5, 1.5], "reports draw it from its own noise level, too"
     assert export(after, two / "sizes", options=ExportOptions(bench=False))["max_difference"] == 0
 
 

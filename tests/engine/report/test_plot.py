@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from tests.conftest import Msd
@@ -25,6 +26,21 @@ def test_the_table_has_the_figures(finished: Path, msd: Msd) -> None:
         row = next(r for r in stored if (r["who"], r["group"]) == (who, "whole"))
         assert f"{row['values']['l1_toy2d']:.3f}" in "\n".join(texts(Path("t.svg")))
     assert {"tiny", "l1_toy2d ↓", "teacher, 7 NFE"} <= set(texts(Path("t.svg")))
+
+
+def test_each_way_to_sample_a_teacher_has_its_line(finished: Path, msd: Msd, tmp_path: Path) -> None:
+    """Equal weights by another solver are another teacher in a table, and students of several steps are called so."""
+    shutil.copytree(finished, tmp_path / "other")
+    file = tmp_path / "other/recipe.yaml"
+    recipe = yaml.safe_load(file.read_text())
+    recipe["teacher"]["solver"]["steps"] += 1
+    recipe["stages"][-1]["sigmas"] = [2.5, 0.5]
+    file.write_text(yaml.safe_dump(recipe))
+    assert msd("plot", "table", str(finished), "other", "--out", "t.svg").returncode == 0
+    assert {"teacher, 7 NFE", "teacher, 9 NFE"} <= set(texts(Path("t.svg")))
+    done = msd("plot", "toy", "other", "--out", "toy.svg")
+    assert done.returncode == 0, done.stderr
+    assert "students, 2 NFE" in texts(Path("toy.svg"))
 
 
 def test_curves_of_several_runs_share_a_figure(finished: Path, msd: Msd, tmp_path: Path) -> None:

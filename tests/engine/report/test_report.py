@@ -19,7 +19,7 @@ from msdcli.data.digits import Digits
 from msdcli.engine.report import charts as report_charts
 from msdcli.engine.report import words as report_words
 from msdcli.engine.report.facts import load_runs
-from msdcli.engine.report.pictures import images, layout, spread
+from msdcli.engine.report.pictures import SampleRenderer, images, layout, spread
 from msdcli.engine.report.report import differences, render
 from msdcli.engine.tracking.formatting import short, three_digits
 from msdcli.partition import Partition
@@ -188,6 +188,19 @@ def test_a_lost_file_is_a_note(copy: Path, msd: Msd) -> None:
     assert "No samples of student 1" in (copy / "report.html").read_text()
 
 
+def test_groups_that_a_user_named_are_lines_of_their_own(copy: Path, msd: Msd) -> None:
+    path = copy / "metrics/l1_toy2d.json"
+    told = json.loads(path.read_text())
+    whole = next(r for r in told["rows"] if (r["who"], r["group"]) == ("students", "whole"))
+    told["rows"] += [whole | {"group": name} for name in ("even", "class clowns", "student 0 of runs/other")]
+    path.write_text(json.dumps(told))
+    assert msd("report", str(copy)).returncode == 0
+    (facts,) = load_runs([copy])
+    charts = {kind: report_charts.distance_chart(facts, facts.results[0], kind) for kind in ("parts", "classes")}
+    assert {"even", "class clowns", "student 0 of runs/other"} <= {row["label"] for row in charts["parts"]["rows"]}
+    assert len(charts["classes"]["rows"]) == len(facts.class_names)
+
+
 def test_runs_side_by_side(copy: Path, msd: Msd) -> None:
     other = copy.parent / "other"
     shutil.copytree(copy, other)
@@ -312,5 +325,10 @@ def test_pictures_of_a_run_of_images(msd: Msd, tmp_path: Path) -> None:
     with Image.open(io.BytesIO(base64.b64decode(shown))) as picture:
         pixels = np.asarray(picture)[:, :8, 0]
     data = Digits(DigitsSettings())
+    renderer = SampleRenderer(load_runs([Path("runs/pictures")])[0], [])
+    renderer.labels = torch.where(data.labels(range(len(data))) == 3, 4, data.labels(range(len(data))))
+    drawn = renderer.rows([3, 4], 2)
+    assert "data" not in [strip.what for strip in drawn[3].strips] != []
+    assert drawn[4].strips[0].what == "data", "a class without pictures has no line of them"
     first = data.images([int((data.labels(range(50)) == 0).nonzero()[0])])
     assert np.abs(pixels.astype(float) - (first[0, 0].numpy() + 1) * 127.5).max() <= 1

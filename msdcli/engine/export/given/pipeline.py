@@ -101,5 +101,9 @@ class StudentsPipeline(DiffusionPipeline):
         """Turn images in [-1, 1] into what was asked for; `pt` leaves them as they are."""
         if output_type == "pt":
             return images
+        if images.shape[1] not in (1, 3):
+            raise ValueError(
+                f"{images.shape[1]} channels are latents and no pictures: output_type='pt', and decode them"
+            )
         array = (images / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
