@@ -16,6 +16,7 @@ import msdcli
 from msdcli.data.images import ImageFiles, to_uint8
 from msdcli.engine import pictures, sample
 from msdcli.errors import UserError
+from msdcli.recipe import load
 from tests.conftest import Msd, command, environment
 
 
@@ -188,6 +189,7 @@ def test_recipes_are_listed_copied_and_checked(msd: Msd, tmp_path: Path) -> None
     assert "digits" in msd("recipes").stdout
     assert msd("recipes", "cp", "digits", "my.yaml").returncode == 0
     assert msd("recipes", "validate", "my.yaml").returncode == 0
+    assert load("my.yaml").run_dir == Path("runs/my"), "a run of its own, and no other of runs/digits"
     again = msd("recipes", "cp", "digits", "my.yaml")
     assert (again.returncode, "exists" in again.stderr) == (2, True)
     assert json.loads(msd("recipes", "schema").stdout)["properties"]["stages"]["description"]

@@ -74,7 +74,7 @@ def copy(
     target: Annotated[Path, typer.Argument(help="The file to make.")],
     json_: options.Json = False,
 ) -> None:
-    """Copy a shipped recipe, or a script for Slurm, to a file of your own."""
+    """Copy a shipped recipe, or a script for Slurm, to a file of your own, whose name its runs have."""
     from msdcli.errors import UserError
     from msdcli.recipe import find, recipes_folder
     from msdcli.rundir import write_text
@@ -87,6 +87,7 @@ def copy(
         console.outcome(f"{target}: its first lines say how it is used", {"file": str(target)}, json_=json_)
         return
     text = find(name).read_text(encoding="utf-8")
+    text = re.sub(r"(?m)^name: .*\n", "", text, count=1)  # the copy's runs are no runs of the recipe that ships
     # The first line tells editors where the schema is: from the copy's place, in the installed package.
     write_text(target, text.replace("$schema=schema.json", f"$schema={(recipes_folder() / 'schema.json').as_uri()}", 1))
     console.outcome(f"{target}: edit it, then msd distill {target}", {"file": str(target)}, json_=json_)

@@ -21,7 +21,9 @@ def register(app: typer.Typer) -> None:
 
 def sample(
     run: Annotated[Path, typer.Argument(help="A run directory or an exported bundle.")],
-    classes: Annotated[str | None, typer.Option(help="Classes by number, e.g. 3,7 (drawn in turn).")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Classes by name, number or span, e.g. 3,7 or cat,dog or 0-4 (drawn in turn).")
+    ] = None,
     all_: Annotated[bool, typer.Option("--all", help="All classes in turn.")] = False,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; several by repeating the option.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of prompts: one a line, or JSONL.")] = None,

@@ -198,7 +198,7 @@ def show(
     file: Annotated[Path, typer.Argument(help="What tests/gpu/run.sh wrote on a machine with a card.")],
     json_: options.Json = False,
 ) -> None:
-    """Print what was measured on a card, as the README's table: in Markdown, with the card's name."""
+    """Print what was measured on a card as a table in Markdown, as `msd docs measured` has it, with the card's name."""
     from msdcli.engine.bench import card
 
     found = card.read(file)

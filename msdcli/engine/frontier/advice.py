@@ -80,7 +80,7 @@ def advise(record: dict[str, Any], recipe: Recipe, limits: Limits) -> Advice:
     if limits.budget is not None and limits.budget > largest:
         said.append(f"no budget above {flop(largest)} was measured, so nothing is said of {flop(limits.budget)}")
     if record["open"]:
-        said.append(f"the sweep is not finished: {', '.join(record['open'])}")
+        said.append(f"the sweep is not finished, runs are left of: {'; '.join(record['open'])}")
     return Advice(chosen, [line for line, _ in close], _keys(record, chosen), said)
 
 

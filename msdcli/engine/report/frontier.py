@@ -100,7 +100,7 @@ def notes(record: dict[str, Any]) -> list[str]:
     """Return what must be known to read the tables."""
     teacher, floor, machine = record["teacher"], record["floor"], record["machine"]
     floors = [f"{what} {formatting.figure(floor[name])}" for name, what in FLOORS.items() if name in floor]
-    open_ = f"not decided yet, more runs follow: {', '.join(record['open'])}"
+    open_ = f"not finished, runs are left of: {'; '.join(record['open'])}"
     return [
         f"{record['metric']} of {record['samples']:,} samples; the teacher, {teacher['evaluations']} evaluations of "
         f"{1e3 * teacher['latency']['request']:.2f} ms: {formatting.figure(teacher['distance'])}; {'; '.join(floors)}",
