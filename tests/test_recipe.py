@@ -390,3 +390,21 @@ def test_a_run_goes_on_with_lines_as_often_as_one_likes() -> None:
     more = new | {"stages": [*new["stages"], new["stages"][0]]}
     assert differences(old, new) == differences(old, more) == []
     assert differences(old, read(TINY, "stages.0.lr=0.5").dump()) == ["stages.0.lr"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("[{objective: ect}, {objective: tcm}, {objective: tcm}]", "a tcm learns nothing below its own"),
+        ("[{objective: ect, sigmas: [0.5]}, {objective: tcm}]", "learns nothing above 0.5"),
+        ("[{objective: adm, taps: [a]}, {objective: adm, taps: [a, b]}]", "`taps` differs"),
+        ("[{objective: adm, head_norm: dmd2}, {objective: adm}]", "`head_norm` differs"),
+        (
+            "[{objective: adm, divergence: kl, ratio_bins: 5}, {objective: adm, divergence: js, ratio_bins: 9}]",
+            "`ratio_bins` differs",
+        ),
+    ],
+)
+def test_what_a_stage_inherits_has_to_fit(stages: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load("digits", [f"stages={stages}"])

@@ -68,7 +68,9 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
         )
     if none and any(recipe.student.of(numbers[0]).prune for numbers in recipe.sizes):
         raise UserError("student.prune weighs every block by real images, and there are none", hint="leave it out")
-    if decayed := [s.objective for s in recipe.stages if s.weight_decay and s.optimizer == "adam"]:
+    of_teacher = [*([] if recipe.teacher.path else [recipe.teacher.training]), *recipe.teacher.stages]
+    every = [*of_teacher, *recipe.stages]
+    if decayed := [s.objective for s in every if s.weight_decay and s.optimizer == "adam"]:
         raise UserError(
             f"stage {decayed[0]}: weight_decay is decoupled, which `optimizer: adam` is not", hint="optimizer: adamw"
         )
@@ -85,8 +87,7 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
     teacher_stages.check(recipe, data, frozen.shape)
     with on_meta():
         objectives = [check_stages(recipe.stages, net, frozen) for net in students]
-    of_teacher = [*([] if recipe.teacher.path else [recipe.teacher.training]), *recipe.teacher.stages]
-    for stage in [*of_teacher, *recipe.stages]:
+    for stage in every:
         distributed.slices(stage.batch, getattr(stage, "pair_batch", None), group, recipe.micro_batch)
     if not isinstance(recipe.stages[-1], GeneratorSettings):
         raise UserError(

@@ -66,7 +66,7 @@ class AdversarialDistributionMatching(DistributionMatching):
     def matching_loss(self, y: Tensor, c: Tensor, draws: Draws) -> Tensor:
         weight = self.settings.dm_weight
         if weight == 0:
-            return self.with_pairs(d.image_mean(y) * 0, draws)
+            return d.image_mean(y) * 0
         loss = super().matching_loss(y, c, draws)
         return loss if weight == 1 else weight * loss
 
@@ -97,7 +97,7 @@ class AdversarialDistributionMatching(DistributionMatching):
     def student_loss(self, draws: Draws) -> Tensor:
         """DM's loss of the student, and softplus(-logit) of its samples (the non-saturating GAN loss)."""
         y, c = self.generate(self.shared(draws))
-        loss = self.matching_loss(y, c, draws)
+        loss = self.with_pairs(self.matching_loss(y, c, draws), draws)
         x, sigma = self.see(y, draws, "generated") if self.settings.gan_noise == "own" else self.diffuse(y, draws)
         return loss + self.settings.gan_weight * softplus(-self.decisions(x, sigma, c)).mean(0)
 

@@ -89,10 +89,10 @@ class DistributionMatching(Objective):
 
     def student_loss(self, draws: Draws) -> Tensor:
         y, c = self.generate(self.shared(draws))
-        return self.matching_loss(y, c, draws)
+        return self.with_pairs(self.matching_loss(y, c, draws), draws)
 
     def matching_loss(self, y: Tensor, c: Tensor, draws: Draws) -> Tensor:
-        """A loss with the gradient of KL(student || teacher), averaged over noise levels, plus DMD's regression."""
+        """A loss with the gradient of KL(student || teacher), averaged over noise levels."""
         with torch.no_grad():
             x, sigma = self.diffuse(y, draws)
             teacher = drawn(self.teacher, draws.uniform)
@@ -100,7 +100,7 @@ class DistributionMatching(Objective):
             gradient = d.matching_gradient(fake, target, y) if self.settings.weight == "dmd" else fake - target
             if (weight := self.divergence_weight(x, sigma, c, draws)) is not None:
                 gradient = gradient * d.per_image(weight, gradient)
-        return self.with_pairs(self.weighed(d.surrogate(y, gradient), c), draws)
+        return self.weighed(d.surrogate(y, gradient), c)
 
     def taught(self, c: Tensor, draws: Draws) -> Tensor:
         """Return what the teacher is asked for where the student is asked for c: other classes than those to forget

@@ -57,14 +57,19 @@ class ScoreIdentity(DistributionMatching):
         logit = self.logits(x, sigma, c) if self.settings.gan_weight > 0 else None
         loss = identity_loss(y, D_t, D_f, self.settings, logit)
         if logit is not None:
-            w = d.distance_to_teacher(y, D_t)
-            loss = loss + self.settings.gan_weight * d.image_mean(softplus(-logit)) / w
-        return self.with_pairs(self.weighed(loss, c), draws)
+            gan = d.image_mean(softplus(-logit)) / scale(y, D_t, self.settings)
+            loss = loss + self.settings.gan_weight * gan
+        return self.weighed(loss, c)
 
     def logits(self, x: Tensor, sigma: Tensor, c: Tensor) -> Tensor:
         """Return the discriminator's logits [batch, places]: the channels' mean of the fake network's features."""
         (features,) = self.fake.features(x, sigma, c, self.taps)
         return features.float().mean(1, keepdim=True).flatten(1)
+
+
+def scale(y: Tensor, D_t: Tensor, settings: SidSettings) -> Tensor:
+    """Return what an image's loss is divided by: mean|y - D_t|, or 1 without that weight."""
+    return d.distance_to_teacher(y, D_t) if settings.weight == "dmd" else torch.ones(len(y), device=y.device)
 
 
 def identity_loss(y: Tensor, D_t: Tensor, D_f: Tensor, settings: SidSettings, logit: Tensor | None = None) -> Tensor:
@@ -75,7 +80,7 @@ def identity_loss(y: Tensor, D_t: Tensor, D_f: Tensor, settings: SidSettings, lo
         norm = (e.square().flatten(1).sum(1) + settings.huber_c**2).sqrt()
         loss = first * y[0].numel() / norm
     else:
-        loss = (first + (1 - settings.alpha) * d.image_mean(e.square())) / d.distance_to_teacher(y, D_t)
+        loss = (first + (1 - settings.alpha) * d.image_mean(e.square())) / scale(y, D_t, settings)
     if settings.divergence == "rkl" and not settings.through_ratio:
         return loss
     assert logit is not None, "a divergence looks at the discriminator"
@@ -85,4 +90,4 @@ def identity_loss(y: Tensor, D_t: Tensor, D_f: Tensor, settings: SidSettings, lo
         return loss * WEIGHTS[settings.divergence](ratio.detach())
     # Half the gradient of E_q[h |e|^2]: h e.(D_f - y) + A |e|^2 / 2, everything differentiated through x.
     second = SECOND[settings.divergence](ratio) * d.image_mean(e.square()) / 2
-    return (WEIGHTS[settings.divergence](ratio) * first + second) / d.distance_to_teacher(y, D_t)
+    return (WEIGHTS[settings.divergence](ratio) * first + second) / scale(y, D_t, settings)

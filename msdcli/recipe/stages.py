@@ -186,6 +186,12 @@ class DmSettings(GeneratorSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_span_is_drawn_from(self) -> Self:
+        if self.fake_span is not None and self.fake_sigma == "lognormal":
+            raise ValueError("`fake_span` is of `fake_sigma: span`: lognormal levels have none")
+        return self
+
     def _check_forgetting(self, before: StageSettings | None) -> None:
         if self.classes is not None:
             raise ValueError("`forget` names the classes that it is about: leave `classes` out")
@@ -262,6 +268,16 @@ class AdmSettings(DmSettings):
         0.0, description="what stays of those means from batch to batch (f-distill: 0 on CIFAR-10, 0.5 on ImageNet)"
     )
 
+    def check_after(self, before: StageSettings | None) -> None:
+        super().check_after(before)
+        if not isinstance(before, AdmSettings):
+            return
+        inherited = ["features", "taps", "head_norm"]  # of the heads
+        inherited += ["ratio_bins"] if "rkl" not in (self.divergence, before.divergence) else []
+        for name in inherited:
+            if getattr(before, name) != getattr(self, name):
+                raise ValueError(f"`{name}` differs from that of the stage before, whose heads it inherits")
+
     @model_validator(mode="after")
     def _a_divergence_has_something_to_weigh(self) -> Self:
         if self.divergence != "rkl" and (self.gan_weight == 0 or self.dm_weight == 0):
@@ -333,6 +349,8 @@ class SidSettings(DmSettings):
         if (huber or self.through_ratio) and self.alpha != 1:
             form = "`distance: huber` is SiM's loss" if huber else "`through_ratio` is the exact gradient"
             raise ValueError(f"{form}, which has no `alpha`: leave {self.alpha:g} out")
+        if huber and self.weight == "none":
+            raise ValueError("`distance: huber` is divided by its own norm, and not by `weight`: leave none out")
         return self
 
 

@@ -129,3 +129,17 @@ def test_unknown_taps_are_refused_before_training() -> None:
 
 def test_turns_train_fake_and_heads_together() -> None:
     assert [names for names, _ in unet_goal(fake_updates=2).turns(0)] == [("fake", "head")] * 2 + [("student",)]
+
+
+def test_the_weight_of_dm_is_not_that_of_the_pairs() -> None:
+    """What is left of the loss as dm's weight goes to 0 is what 0 leaves: the regression with its own weight."""
+    pairs = tuple(torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(k)) for k in (1, 2))
+    source = Source(Pictures(), range(10), pairs=(*pairs, torch.arange(50) % 10))
+    found = []
+    for weight in (0.0, 1e-9, 0.5, 1.0):
+        objective = unet_goal(dm_weight=weight)
+        objective.settings = objective.settings.model_copy(update={"pairs": "shared", "gan_weight": 0.0})
+        found.append(objective.student_loss(Draws(source, 8, ("test",), 0)).mean().item())
+    none, least, half, whole = found
+    assert none > 0 and least == pytest.approx(none, rel=1e-4)
+    assert half - none == pytest.approx((whole - none) / 2, rel=1e-4)

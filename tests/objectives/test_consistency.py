@@ -25,7 +25,7 @@ from msdcli.objectives.consistency.scd import ContinuousConsistencyDistillation
 from msdcli.objectives.consistency.tcm import TruncatedConsistency, inverse_of_t
 from msdcli.recipe import Recipe, load_any
 from msdcli.recipe.networks import MLPSettings, UNetSettings
-from msdcli.recipe.stages import EctSettings, ScdSettings, TcmSettings
+from msdcli.recipe.stages import CdSettings, EctSettings, ScdSettings, TcmSettings
 from tests.gaussians import GaussianDenoiser
 from tests.objectives.test_adm import REAL, VAR, Cloud
 from tests.objectives.test_cd import Consistency
@@ -317,7 +317,9 @@ class Masks(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "settings", [EctSettings(), ScdSettings(), ScdSettings(derivative="central")], ids=["ect", "forward", "central"]
+    "settings",
+    [EctSettings(), ScdSettings(), ScdSettings(derivative="central"), CdSettings()],
+    ids=["ect", "forward", "central", "cd"],
 )
 def test_all_evaluations_of_a_loss_have_one_dropout_mask(settings: Any) -> None:
     student = Masks()

@@ -173,3 +173,22 @@ def test_an_alpha_that_is_not_read_is_refused(keys: dict[str, Any]) -> None:
         SidSettings(alpha=0.5, **keys)
     with pytest.raises(ValueError, match="leave `distance` at l2"):
         SidSettings(distance="huber", through_ratio=True, gan_weight=1.0)
+
+
+def test_the_loss_is_divided_by_the_distance_or_by_nothing() -> None:
+    """Without the weight (`none`) the loss is that with it times mean|y - D_t|."""
+    y, D_t, D_f = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logit = y[:, :1]
+    for settings in (
+        SidSettings(),
+        SidSettings(alpha=0.5),
+        SidSettings(divergence="kl", gan_weight=1.0),
+        SidSettings(divergence="kl", gan_weight=1.0, through_ratio=True),
+    ):
+        plain = settings.model_copy(update={"weight": "none"})
+        by, alone = (identity_loss(y, D_t, D_f, s, logit) for s in (settings, plain))
+        torch.testing.assert_close(alone, by * (y - D_t).abs().mean(1))
+    with pytest.raises(ValueError, match="its own norm"):
+        SidSettings(distance="huber", weight="none")
+    with pytest.raises(ValueError, match="`fake_span` is of"):
+        SidSettings(fake_span=[0.0, 1.0])

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
 def sample(
     run: Annotated[Path, typer.Argument(help="A run directory or an exported bundle.")],
     classes: Annotated[
-        str | None, typer.Option(help="Classes by name, number or span, e.g. 3,7 or cat,dog or 0-4 (drawn in turn).")
+        str | None, typer.Option(help="Classes by name, number or span: 3,7 or cat,dog or 0-4 (drawn in turn).")
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="All classes in turn.")] = False,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; several by repeating the option.")] = None,

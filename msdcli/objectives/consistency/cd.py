@@ -10,6 +10,7 @@ from torch import Tensor
 from msdcli.diffusion import denoiser as d
 from msdcli.diffusion.draws import Draws
 from msdcli.diffusion.guidance import DenoiserCall, drawn
+from msdcli.diffusion.paths import layers_draws
 from msdcli.objectives.base import Objective, Turn
 from msdcli.recipe.stages import CdSettings
 
@@ -44,7 +45,9 @@ class ConsistencyDistillation(Objective):
         with torch.no_grad():
             teacher = drawn(self.teacher, draws.uniform)
             x_next = self.heun_step(teacher, x, sigma, sigma_next, c)
+            repeat = layers_draws(x)
             target = d.consistency(self.student, x_next, sigma_next, c)
+        repeat()
         error = d.consistency(self.student, x, sigma, c) - target
         return d.pseudo_huber(error, 0.00054 * y[0].numel() ** 0.5) / (sigma - sigma_next)
 
