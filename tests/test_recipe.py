@@ -406,5 +406,6 @@ def test_a_run_goes_on_with_lines_as_often_as_one_likes() -> None:
     ],
 )
 def test_what_a_stage_inherits_has_to_fit(stages: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        load("digits", [f"stages={stages}"])
+    *_, before, last = load("digits", [f"stages={stages}"]).stages
+    with pytest.raises(ValueError, match=said):
+        last.check_anew(before)

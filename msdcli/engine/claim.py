@@ -12,6 +12,7 @@ from msdcli import records
 from msdcli.data.base import Dataset
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.tracking.presence import Presence, attending
+from msdcli.engine.train import precision
 from msdcli.errors import LockedError
 from msdcli.foreign import versions
 from msdcli.recipe import Recipe
@@ -120,6 +121,7 @@ class Claim:
                 if what == "data" or self.run.begun() or not self.presence.alone():
                     raise begun_otherwise(self.run, what)
                 self._forget_what_was_decided()  # by a teacher in whose place a better one was put
+                write_json(self.run.record_file, {k: v for k, v in known.items() if k != precision.KEY})
             if self.may_change():
                 self.run.adopt(self.recipe)
             self.note(made_from | {"fingerprints": version})

@@ -44,7 +44,7 @@ from msdcli.errors import CONTINUES, WHOLE, ElsewhereUnfinishedError, LockedErro
 from msdcli.nets.meta import on_meta
 from msdcli.partition import Partition
 from msdcli.recipe import Recipe
-from msdcli.recipe.stages import GeneratorSettings
+from msdcli.recipe.stages import GeneratorSettings, StageSettings
 from msdcli.rundir import RunDir, begun_otherwise, holder_of, lock
 
 
@@ -70,10 +70,8 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
         raise UserError("student.prune weighs every block by real images, and there are none", hint="leave it out")
     of_teacher = [*([] if recipe.teacher.path else [recipe.teacher.training]), *recipe.teacher.stages]
     every = [*of_teacher, *recipe.stages]
-    if decayed := [s.objective for s in every if s.weight_decay and s.optimizer == "adam"]:
-        raise UserError(
-            f"stage {decayed[0]}: weight_decay is decoupled, which `optimizer: adam` is not", hint="optimizer: adamw"
-        )
+    if not RunDir(recipe.run_dir).begun():
+        _check_anew([of_teacher, recipe.stages])
     examine.check(recipe, data, group, planning=planning)
     frozen, students = networks_on_meta(recipe, data, planning=planning)
     stitches.on_meta(recipe, frozen)
@@ -97,6 +95,16 @@ def check(recipe: Recipe, *, planning: bool = False, group: ProcessGroup = SINGL
         run, on = RunDir(recipe.run_dir), device.resolve(recipe.device)
         disk.check(run, disk.needed(run, recipe, objectives, device.num_workers(recipe, on)))
     return data
+
+
+def _check_anew(trainings: Sequence[Sequence[StageSettings]]) -> None:
+    """Raise UserError for what no run is to begin with, though some were."""
+    for stages in trainings:
+        for before, stage in zip([None, *stages], stages, strict=False):
+            try:
+                stage.check_anew(before)
+            except ValueError as error:
+                raise UserError(f"stage {stage.objective}: {error}") from None
 
 
 def networks_on_meta(recipe: Recipe, data: Dataset, *, planning: bool = False) -> tuple[Denoiser, list[Denoiser]]:
@@ -220,7 +228,9 @@ def prepare(
         raise begun_otherwise(run, "data")
     on = device.prepare(recipe, shared=group.size > 1)
     meanwhile = ahead.beside_teacher(run, recipe, data, on, group)
-    frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group, meanwhile=meanwhile)
+    alone = (lambda: False) if claim is None else claim.presence.alone
+    where = run, recipe, data, on, told
+    frozen, teacher_hash = teacher.provide(*where, group=group, meanwhile=meanwhile, alone=alone)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
     if claim is not None:
         version = dataset.version_of(run)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from msdcli.data.images import WHOLE, Share
-from msdcli.data.opening import content_hash
+from msdcli.data.opening import content_hash, is_shards
 from msdcli.diffusion.device_batch import DeviceBatch
 from msdcli.diffusion.float32 import exact_float32
 from msdcli.errors import UserError
@@ -41,6 +41,7 @@ from msdcli.metrics.reference import notes, read_statistics, takes_statistics
 EXACT_PAIRS = 10_000**2  # up to here all pairs cost no more than clean-fid's 100 subsets of 1,000
 KEPT = ("features", "probabilities", "labels")
 FORMAT = 2  # of features of files: another number where the code reads or resizes otherwise
+UNLABELLED = 2  # likewise of shards, whose pictures without a class counted as class 0 at first
 PACKAGES = ("msdcli", "torch", "torchvision", "numpy", "scipy", "pillow")
 
 # uint8, [N, H, W, 3] as numpy or [N, 3, H, W] as torch (one channel is repeated), or the floats that a network wants;
@@ -296,7 +297,9 @@ def cache_key(path: str | Path, network: FeatureNetwork) -> str:
     weights; on Pillow, whose versions decode a JPEG differently; and on the code here (FORMAT). Batch, device and the
     version of torch move their last bits alone.
     """
-    parts = json.dumps([FORMAT, versions(*PACKAGES)["pillow"], content_hash(path), network.record()], sort_keys=True)
+    by = [FORMAT, versions(*PACKAGES)["pillow"], content_hash(path), network.record()]
+    by += [UNLABELLED] if is_shards(Path(path)) else []
+    parts = json.dumps(by, sort_keys=True)
     return hashlib.sha256(parts.encode()).hexdigest()
 
 

@@ -112,16 +112,19 @@ class TcmSettings(EctSettings):
     def check_after(self, before: StageSettings | None) -> None:
         if not isinstance(before, CdSettings | EctSettings | ScdSettings):
             raise ValueError("what is below `boundary` is asked of the stage before: put cd, ect or scd before it")
-        if isinstance(before, TcmSettings):
-            raise ValueError("a tcm learns nothing below its own `boundary`: put cd, ect or scd before it, and one tcm")
-        if before.sigmas[0] < self.boundary:
-            raise ValueError(
-                f"the stage before learns nothing above {before.sigmas[0]}, the first of its `sigmas`, and is asked up "
-                f"to `boundary` {self.boundary}"
-            )
         if isinstance(before, CdSettings) and before.anchor:
             raise ValueError(
                 "the stage before must have no `anchor`: a tcm gives back what it is given at noise level 0"
+            )
+
+    def check_anew(self, before: StageSettings | None) -> None:
+        super().check_anew(before)
+        if isinstance(before, TcmSettings):
+            raise ValueError("a tcm learns nothing below its own `boundary`: put cd, ect or scd before it, and one tcm")
+        if isinstance(before, GeneratorSettings) and before.sigmas[0] < self.boundary:
+            raise ValueError(
+                f"the stage before learns nothing above {before.sigmas[0]}, the first of its `sigmas`, and is asked up "
+                f"to `boundary` {self.boundary}"
             )
 
 

@@ -71,6 +71,11 @@ class StageSettings(Section):
     def check_after(self, before: StageSettings | None) -> None:
         """Raise ValueError where the stage cannot come after `before` (None: it is the first)."""
 
+    def check_anew(self, before: StageSettings | None) -> None:
+        """Raise ValueError for what earlier versions took and did not heed: a run that was begun so may go on."""
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError("`weight_decay` is decoupled, which `optimizer: adam` is not: adamw")
+
     def check_sharded(self) -> None:
         """Raise ValueError where the stage's networks cannot be sharded (`fsdp`)."""
 

@@ -186,12 +186,6 @@ class DmSettings(GeneratorSettings):
             )
         return self
 
-    @model_validator(mode="after")
-    def _a_span_is_drawn_from(self) -> Self:
-        if self.fake_span is not None and self.fake_sigma == "lognormal":
-            raise ValueError("`fake_span` is of `fake_sigma: span`: lognormal levels have none")
-        return self
-
     def _check_forgetting(self, before: StageSettings | None) -> None:
         if self.classes is not None:
             raise ValueError("`forget` names the classes that it is about: leave `classes` out")
@@ -206,6 +200,11 @@ class DmSettings(GeneratorSettings):
             self._check_forgetting(before)
         if isinstance(before, DmSettings) and before.fake != self.fake:
             raise ValueError("`fake` differs from that of the stage before, whose fake network it inherits")
+
+    def check_anew(self, before: StageSettings | None) -> None:
+        super().check_anew(before)
+        if self.fake_span is not None and self.fake_sigma == "lognormal":
+            raise ValueError("`fake_span` is of `fake_sigma: span`: lognormal levels have none")
 
     def check_sharded(self) -> None:
         if self.fake.kind == "lora":
@@ -268,8 +267,8 @@ class AdmSettings(DmSettings):
         0.0, description="what stays of those means from batch to batch (f-distill: 0 on CIFAR-10, 0.5 on ImageNet)"
     )
 
-    def check_after(self, before: StageSettings | None) -> None:
-        super().check_after(before)
+    def check_anew(self, before: StageSettings | None) -> None:
+        super().check_anew(before)
         if not isinstance(before, AdmSettings):
             return
         inherited = ["features", "taps", "head_norm"]  # of the heads
@@ -349,9 +348,12 @@ class SidSettings(DmSettings):
         if (huber or self.through_ratio) and self.alpha != 1:
             form = "`distance: huber` is SiM's loss" if huber else "`through_ratio` is the exact gradient"
             raise ValueError(f"{form}, which has no `alpha`: leave {self.alpha:g} out")
-        if huber and self.weight == "none":
-            raise ValueError("`distance: huber` is divided by its own norm, and not by `weight`: leave none out")
         return self
+
+    def check_anew(self, before: StageSettings | None) -> None:
+        super().check_anew(before)
+        if self.distance == "huber" and self.weight == "none":
+            raise ValueError("`distance: huber` is divided by its own norm, and not by `weight`: leave none out")
 
 
 Stage = Annotated[

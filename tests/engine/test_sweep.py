@@ -95,6 +95,8 @@ def test_a_result_is_the_runs_own_and_of_the_recipe_as_it_is(finished: Path, tmp
     assert own is not None and own["metric"] == "l1_toy2d"
     (root / "metrics/fd_clip.json").write_text(json.dumps(own | {"metric": "sliced_wasserstein"}))
     assert found() == own, "not the first by alphabet"
+    (root / "metrics/fd_clip.json").write_text(json.dumps(own | {"students_sha256": []}))
+    assert found() == own, "not the first of other students"
     assert found(last__steps=recipe.stages[-1].steps + 1) is None
     assert found(evaluation__samples=recipe.evaluation.samples + 1) is None
     assert found(evaluation__seed=7) is None

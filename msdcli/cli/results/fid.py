@@ -196,8 +196,9 @@ def _show_files(result: dict[str, Any]) -> None:
 def show(result: Measurement, *, brief: bool) -> None:
     """Print the table; `brief` leaves out the single classes and what stands beside distance and accuracy."""
     from msdcli.engine.report.facts import group_name
+    from msdcli.engine.tracking.formatting import numbered
 
-    rows = [row for row in result.rows if not (brief and row.group.startswith("class "))]
+    rows = [row for row in result.rows if not (brief and (numbered(row.group) or ("",))[0] == "class")]
     names = list(dict.fromkeys(name for row in rows for name in row.values))[: 2 if brief else None]
     called: list[str] = result.record.get("class_names", [])
     cells = [

@@ -14,6 +14,7 @@ from msdcli.engine.frontier.measured import plan, unfinished
 from msdcli.engine.frontier.record import check
 from msdcli.engine.sweep import result_of
 from msdcli.engine.tracking.events import Report
+from msdcli.errors import UserError
 from msdcli.rundir import holder_of, lock
 from msdcli.sweep import Cell, FrontierSettings, SizeSettings, Sweep
 
@@ -95,6 +96,11 @@ def _finish(sweep: Sweep, cell: Cell, report: Report, left: str) -> None:
         if result_of(cell) is None:
             report(f"{cell.label}, seed {cell.seed} ({left})")
             pipeline.distill(cell.recipe, report)
+        if result_of(cell) is None:
+            raise UserError(
+                f"{cell.recipe.run_dir} is finished and has no measurement of its own: a frontier is of distances",
+                hint=f"msd fid {cell.recipe.run_dir} PICTURES --protocol clean",
+            )
 
 
 def _lock_of(sweep: Sweep, cell: Cell) -> Path:

@@ -20,7 +20,7 @@ from msdcli.diffusion.guidance import Guided
 from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, predicts
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.inputs import autoencoder as autoencoders
-from msdcli.engine.inputs import hub, importing, prompts, stitches, teacher_stages
+from msdcli.engine.inputs import dataset, hub, importing, prompts, stitches, teacher_stages
 from msdcli.engine.tracking.events import Report, silent
 from msdcli.engine.train import precision
 from msdcli.engine.train.loop import TrainOptions, train
@@ -49,9 +49,11 @@ def provide(
     *,
     group: ProcessGroup = SINGLE_PROCESS,
     meanwhile: Callable[[Report], AbstractContextManager[Report]] = nullcontext,
+    alone: Callable[[], bool] = lambda: True,
 ) -> tuple[Denoiser, str]:
     """Return the frozen teacher and its weights' hash, after loading, importing, reusing or training it; link it into
-    the run. What is to go on `meanwhile` does only where it trains.
+    the run. What is to go on `meanwhile` does only where it trains. A run that has made nothing yet gets another
+    teacher only where nobody else is at work on it: `alone`, which is asked while the run's lock is held.
     """
     if recipe.teacher.path is not None:
         path = hub.resolve(recipe.teacher.path)
@@ -70,62 +72,77 @@ def provide(
     _check_fit(load_model(folder)[0], recipe, data, autoencoders.find(folder))
     folder = teacher_stages.refine(folder, run, recipe, data, device, report, group)
     if folder != run.teacher:
-        group.leader_first(lambda: _take(folder, run, recipe, report))
+        group.leader_first(lambda: _take(folder, run, recipe, alone, report))
     if recipe.has_prompts:
         group.leader_first(lambda: prompts.provide(run, recipe, data, device, report))
     teacher, sha256 = load(run, recipe)
     return teacher.to(device), sha256
 
 
-def _take(folder: Path, run: RunDir, recipe: Recipe, report: Report) -> None:
-    """Link the teacher in a folder into the run. A run that has made something keeps the one that it has: UserError
-    where another was given to it; what another process trained meanwhile, or on another machine, is as good.
+def _take(folder: Path, run: RunDir, recipe: Recipe, alone: Callable[[], bool], report: Report) -> None:
+    """Link the teacher in a folder into the run. UserError, and nothing is changed, where the run was begun with
+    another; of trained ones the run keeps that which it has: what another machine trained meanwhile is as good.
     """
     with lock(run.root, "the run directory", wait=report):
-        if (known := _identity(run.teacher)) is not None and known != _identity(folder):
-            if recipe.teacher.path is None:
+        known = records.run(run.record_file).get("teacher") if run.record_file.is_file() else None
+        if recipe.teacher.path is None:
+            if _is_whole(run.teacher):
                 return
-            if run.begun():
+        elif known is not None and dataset.version_of(run) != 1 and run.begun():
+            if _hash(folder, run, recipe) != known:
+                raise begun_otherwise(run, "teacher")
+        elif is_complete(run.teacher) and _hash(run.teacher, run, recipe) != _hash(folder, run, recipe):
+            if not alone():
                 raise begun_otherwise(run, "teacher")
             discard(run.teacher)
         link(folder, run.teacher)
 
 
-def _identity(folder: Path) -> list[Any] | None:
-    """Return what the predictions of the model in a folder depend on; None where there is none, or a damaged one."""
-    if not is_complete(folder):
-        return None
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder holds a model whose weights are those that it describes."""
     with contextlib.suppress(UserError):
-        description = records.model(folder / MODEL)
-        return [predicts(description), _autoencoder(folder, description), description.get("text_sha256")]
-    return None
+        return is_complete(folder) and load_model(folder) is not None
+    return False
 
 
 def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
-    """Return the run's teacher, guided as the recipe says, and the hash of all that its predictions depend on.
+    """Return the run's teacher, guided as the recipe says, and the hash of all that its predictions depend on."""
+    teacher, _ = load_model(run.teacher)
+    store = prompts.open_store(run.prompts) if teacher.reads_text else None
+    prompts.attach_prompts(teacher, store)
+    guidance, guide = recipe.teacher.guidance, None
+    if guidance is not None and guidance.weaker is not None:
+        guide, _ = load_model(_weaker(run, guidance.weaker))
+        prompts.attach_prompts(guide, store)
+    sha256 = _hash(run.teacher, run, recipe)
+    return teacher if guidance is None else _guided(teacher, recipe, guide), sha256
 
-    Those are, of the teacher and of its guide: weights, and the network and units that they are put into; the
+
+def _hash(folder: Path, run: RunDir, recipe: Recipe) -> str:
+    """Return the hash of all that the predictions of the teacher in a folder depend on in a run.
+
+    That is, of the teacher and of its guide: weights, and the network and units that they are put into; the
     autoencoder; the text encoder, and how its embeddings are rounded; what guidance is. The solver is for
     whoever draws samples to add.
     """
-    teacher, description = load_model(run.teacher)
-    store = prompts.open_store(run.prompts) if teacher.reads_text else None
-    prompts.attach_prompts(teacher, store)
-    guidance, guide, weaker = recipe.teacher.guidance, None, None
-    if guidance is not None and guidance.weaker is not None:
-        guide, weaker = load_model(importing.located(run, hub.resolve(guidance.weaker), silent))
-        prompts.attach_prompts(guide, store)
+    description, guidance = read_json(folder / MODEL), recipe.teacher.guidance
+    weaker = None if guidance is None else guidance.weaker
+    text = description.get("text_sha256")
     said = [
         predicts(description),
-        _autoencoder(run.teacher, description),
-        [description["text_sha256"], getattr(recipe.data, "embeddings", None)] if teacher.reads_text else None,
+        _autoencoder(folder, description),
+        None if text is None else [text, getattr(recipe.data, "embeddings", None)],
         None if guidance is None else guidance.record(),
-        None if weaker is None else predicts(weaker),
+        None if weaker is None else predicts(read_json(_weaker(run, weaker) / MODEL)),
     ]
     if recipe.teacher.stitch is not None:
         said.append(stitches.identity(run, recipe))
-    sha256 = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-    return teacher if guidance is None else _guided(teacher, recipe, guide), sha256
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _weaker(run: RunDir, path: str) -> Path:
+    """Return the folder of the weaker teacher that guides this one."""
+    return importing.located(run, hub.resolve(path), silent)
 
 
 def _autoencoder(model: Path, description: dict[str, Any]) -> str | None:
@@ -143,7 +160,7 @@ def hash_of_version_1(run: RunDir, recipe: Recipe) -> str:
         sha256 = key(sha256, description["text_sha256"])
     if guidance is None:
         return sha256
-    guides = [] if guidance.weaker is None else [importing.located(run, hub.resolve(guidance.weaker), silent)]
+    guides = [] if guidance.weaker is None else [_weaker(run, guidance.weaker)]
     said = [[sha256, *(read_json(guide / MODEL)["sha256"] for guide in guides)], guidance.scale, guidance.interval]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
@@ -247,13 +264,7 @@ def _own(run: RunDir, recipe: Recipe) -> Path | None:
     last, stages = recipe.teacher.training, recipe.teacher.stages
     if not begun or not is_finished(run.teacher, stages[-1] if stages else last):
         return None
-    if not teacher_stages.has_been_through(run.teacher, stages):
-        return None
-    try:
-        load_model(run.teacher)
-    except UserError:
-        return None
-    return run.teacher
+    return run.teacher if teacher_stages.has_been_through(run.teacher, stages) and _is_whole(run.teacher) else None
 
 
 def _place(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> tuple[Path, str]:

@@ -56,8 +56,12 @@ def refine(
     mirrored, its own keys, how the reference is sampled, and seed and threads.
     """
     stages = recipe.teacher.stages
-    if group.broadcast(folder == run.teacher and has_been_through(folder, stages)):
-        return folder  # another folder's may have been through such stages before, and goes through them again
+    if not stages:
+        return folder
+    # The run's own is done. A given one may have been through such stages before: it goes through them again.
+    own = folder == run.teacher or run.begun()
+    if group.broadcast(own and has_been_through(run.teacher, stages)):
+        return run.teacher
     for number in range(len(stages)):
         folder = _after(folder, number, run, recipe, data, device, report, group)
     return folder

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from msdcli.engine.report.facts import RunFacts, group_name, lower_is_better, metrics, numbered, row
-from msdcli.engine.tracking.formatting import hue
+from msdcli.engine.report.facts import RunFacts, group_name, lower_is_better, metrics, row
+from msdcli.engine.tracking.formatting import hue, numbered
 
 POINTS, TABLE_ROWS = 240, 24  # a curve, and its table: means over the lines between
 INK = None  # the colour of what belongs to nobody: teacher, whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,12 +167,6 @@ def main_result(facts: RunFacts) -> dict[str, Any] | None:
     """Return the measurement that the run itself ends with, or else the first."""
     own = [r for r in facts.results if r["metric"] in facts.recipe.own_metrics]
     return next(iter(own or facts.results), None)
-
-
-def numbered(group: str) -> tuple[str, int] | None:
-    """Return (`student` or `class`, number) of such a line; None of the whole, and of a group that a user has named."""
-    found = re.fullmatch(r"(student|class) ([0-9]+)", group)
-    return None if found is None else (found[1], int(found[2]))
 
 
 def group_name(group: str, class_names: Sequence[str]) -> str:

@@ -19,12 +19,11 @@ from msdcli.engine.report.facts import (
     lower_is_better,
     main_result,
     metrics,
-    numbered,
     row,
 )
 from msdcli.engine.tracking import formatting
 from msdcli.engine.tracking.events import Report
-from msdcli.engine.tracking.formatting import counted
+from msdcli.engine.tracking.formatting import counted, numbered
 from msdcli.foreign import versions
 from msdcli.outputs import check_file
 from msdcli.rundir import write_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, numbered, row
+from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, row
 from msdcli.engine.tracking.formatting import (
     counted,
     describe_kept,
@@ -14,6 +14,7 @@ from msdcli.engine.tracking.formatting import (
     evaluations,
     figure,
     flop,
+    numbered,
     plural,
     short,
     size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ def plural(count: int, one: str, many: str | None = None) -> str:
 def counted(count: int, one: str, many: str | None = None) -> str:
     """Return `1 student` or `1,024 students`."""
     return f"{count:,} {plural(count, one, many)}"
+
+
+def numbered(group: str) -> tuple[str, int] | None:
+    """Return (`student` or `class`, number) of such a line; None of the whole, and of a group that a user has named."""
+    found = re.fullmatch(r"(student|class) ([0-9]+)", group)
+    return None if found is None else (found[1], int(found[2]))
 
 
 def named_students(numbers: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from msdcli.engine.tracking.events import Progress, Report
+from msdcli.engine.tracking.formatting import numbered
 from msdcli.engine.tracking.history import METRICS, TrainingHistory, figures, history, teacher_folder
 from msdcli.errors import UserError
 from msdcli.recipe import Recipe
@@ -197,7 +198,7 @@ class Follower:
         values = {
             f"{row['who']}/{row['group']}/{name}".replace(" ", "-"): value
             for row in result["rows"]
-            if not row["group"].startswith("class ")
+            if (numbered(row["group"]) or ("",))[0] != "class"
             for name, value in row["values"].items()
         }
         step = sum(stage.steps for stage in self.recipe.stages)

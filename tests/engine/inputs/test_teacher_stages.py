@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -59,6 +60,11 @@ def test_a_given_teacher_goes_through_its_stages_again(tiny: Path, tmp_path: Pat
     again = load(tiny, [ONE, "pairs.count=16", f"teacher.path={first.teacher}"])
     _, after = teacher.provide(second, again, data, on, silent)
     assert before != after
+    (second.student(0) / "0-dm").mkdir(parents=True)
+    (second.student(0) / "0-dm/metrics.jsonl").touch()  # it has begun
+    shutil.rmtree(second.shared)
+    assert teacher.provide(second, again, data, on, silent)[1] == after, "and goes on with what it has"
+    assert not list(second.shared.glob("teacher-*"))
     assert teacher.provide(second, again, data, on, silent)[1] == after
 
 

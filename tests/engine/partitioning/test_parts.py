@@ -115,12 +115,12 @@ def test_what_looks_at_images_needs_data(tmp_path: Path, words: list[str], said:
 
 def test_decay_that_adam_does_not_decouple_is_refused(tmp_path: Path) -> None:
     stage = {"objective": "dm", "weight_decay": 0.01}
-    with pytest.raises(UserError, match="stage dm: weight_decay is decoupled, which `optimizer: adam` is not"):
+    with pytest.raises(UserError, match="stage dm: `weight_decay` is decoupled, which `optimizer: adam` is not"):
         pipeline.check(recipe(tmp_path, [0, 1, 2, 0], stage))
     pipeline.check(recipe(tmp_path, [0, 1, 2, 0], stage | {"optimizer": "adamw"}))
     of_teacher = recipe(tmp_path, [0, 1, 2, 0], {"objective": "dm"}).teacher.model_dump(mode="json")
     of_teacher["training"]["weight_decay"] = 0.01
-    with pytest.raises(UserError, match="stage edm: weight_decay is decoupled"):
+    with pytest.raises(UserError, match="stage edm: `weight_decay` is decoupled"):
         pipeline.check(recipe(tmp_path, [0, 1, 2, 0], {"objective": "dm"}, teacher=of_teacher))
 
 

@@ -157,7 +157,29 @@ def test_another_teacher_at_the_same_path_never_takes_the_runs_place(finished: P
     refused = msd(*words)
     assert (refused.returncode, "other weights of the teacher" in refused.stderr) == (2, True), refused.stderr
     assert (run.teacher / "model.safetensors").read_bytes() == mine
+    shutil.rmtree(run.teacher)  # what is lost does not come back as another
+    refused = msd(*words)
+    assert refused.returncode == 2 and not (run.teacher / "model.json").exists(), refused.stderr
+    save_model(given, net, {k: v for k, v in described.items() if k == "steps"})
+    assert msd(*words).returncode == 0, "the right one is back"
+    assert (run.teacher / "model.safetensors").read_bytes() == mine
     assert msd("sample", "runs/tiny", "--classes", "0").returncode == 0
+
+
+def test_nobody_gets_another_teacher_while_others_are_at_work(finished: Path, msd: Msd, tiny: Path) -> None:
+    given, run = tiny.parent / "given", RunDir(tiny.parent / "runs/tiny")
+    shutil.copytree(finished / "teacher", given)
+    words = ("distill", "tiny.yaml", f"teacher.path={given}")
+    assert msd(*words, "--teacher").returncode == 0
+    before = (run.teacher / "model.safetensors").read_bytes()
+    net, described = load_model(given)
+    with torch.no_grad():
+        next(net.parameters()).mul_(1.001)
+    save_model(given, net, {k: v for k, v in described.items() if k == "steps"})
+    with attending(run):
+        refused = msd(*words)
+    assert (refused.returncode, "other weights of the teacher" in refused.stderr) == (2, True), refused.stderr
+    assert (run.teacher / "model.safetensors").read_bytes() == before
 
 
 def test_a_checkpoint_in_pieces_is_a_beginning(tmp_path: Path) -> None:
