@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,19 @@ def load_model(folder: Path, base: Callable[[], Denoiser] | None = None) -> tupl
     load_weights(net, load_tensors(weights)[0], weights)
     net.read_from = sha256
     return net.requires_grad_(False).eval(), description | {"sha256": sha256}
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a finished model, whose weights are those that it describes."""
+    with contextlib.suppress(UserError):
+        return is_complete(folder) and load_model(folder) is not None
+    return False
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """Return the description of a model with the hash of its weights, which others' may lack."""
+    found = records.model(folder / MODEL)
+    return found if "sha256" in found else found | {"sha256": file_hash(folder / WEIGHTS)}
 
 
 def predicts(description: dict[str, Any]) -> list[Any]:

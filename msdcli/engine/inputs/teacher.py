@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from msdcli.data.base import Dataset, fingerprint
 from msdcli.diffusion.denoiser import Denoiser
 from msdcli.diffusion.draws import Source
 from msdcli.diffusion.guidance import Guided
-from msdcli.engine.checkpoints.model import MODEL, is_complete, load_model, predicts
+from msdcli.engine.checkpoints.model import MODEL, described, is_complete, is_whole, load_model, predicts
 from msdcli.engine.distributed.group import SINGLE_PROCESS, ProcessGroup
 from msdcli.engine.inputs import autoencoder as autoencoders
 from msdcli.engine.inputs import dataset, hub, importing, prompts, stitches, teacher_stages
@@ -86,7 +85,7 @@ def _take(folder: Path, run: RunDir, recipe: Recipe, alone: Callable[[], bool], 
     with lock(run.root, "the run directory", wait=report):
         known = records.run(run.record_file).get("teacher") if run.record_file.is_file() else None
         if recipe.teacher.path is None:
-            if _is_whole(run.teacher):
+            if is_whole(run.teacher):
                 return
         elif known is not None and dataset.version_of(run) != 1 and run.begun():
             if _hash(folder, run, recipe) != known:
@@ -96,13 +95,6 @@ def _take(folder: Path, run: RunDir, recipe: Recipe, alone: Callable[[], bool], 
                 raise begun_otherwise(run, "teacher")
             discard(run.teacher)
         link(folder, run.teacher)
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder holds a model whose weights are those that it describes."""
-    with contextlib.suppress(UserError):
-        return is_complete(folder) and load_model(folder) is not None
-    return False
 
 
 def load(run: RunDir, recipe: Recipe) -> tuple[Denoiser, str]:
@@ -125,7 +117,7 @@ def _hash(folder: Path, run: RunDir, recipe: Recipe) -> str:
     autoencoder; the text encoder, and how its embeddings are rounded; what guidance is. The solver is for
     whoever draws samples to add.
     """
-    description, guidance = read_json(folder / MODEL), recipe.teacher.guidance
+    description, guidance = described(folder), recipe.teacher.guidance
     weaker = None if guidance is None else guidance.weaker
     text = description.get("text_sha256")
     said = [
@@ -133,7 +125,7 @@ def _hash(folder: Path, run: RunDir, recipe: Recipe) -> str:
         _autoencoder(folder, description),
         None if text is None else [text, getattr(recipe.data, "embeddings", None)],
         None if guidance is None else guidance.record(),
-        None if weaker is None else predicts(read_json(_weaker(run, weaker) / MODEL)),
+        None if weaker is None else predicts(described(_weaker(run, weaker))),
     ]
     if recipe.teacher.stitch is not None:
         said.append(stitches.identity(run, recipe))
@@ -264,7 +256,7 @@ def _own(run: RunDir, recipe: Recipe) -> Path | None:
     last, stages = recipe.teacher.training, recipe.teacher.stages
     if not begun or not is_finished(run.teacher, stages[-1] if stages else last):
         return None
-    return run.teacher if teacher_stages.has_been_through(run.teacher, stages) and _is_whole(run.teacher) else None
+    return run.teacher if teacher_stages.has_been_through(run.teacher, stages) and is_whole(run.teacher) else None
 
 
 def _place(run: RunDir, recipe: Recipe, data: Dataset, device: torch.device, report: Report) -> tuple[Path, str]:
