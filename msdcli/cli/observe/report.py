@@ -16,7 +16,12 @@ def register(app: typer.Typer) -> None:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, finished or not.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Run directories, finished or not; or the folder of a sweep with a frontier."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Where to write; report.html in the first run if absent.")] = None,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Draw samples, which needs the networks.")
@@ -25,14 +30,15 @@ def report(
     dry_run: options.DryRun = False,
 ) -> None:
     """Write one HTML file with figures, curves, samples, partition, cost and recipe; it opens anywhere, offline."""
+    from msdcli.engine.report import frontier
     from msdcli.engine.report.facts import load_runs
     from msdcli.outputs import check_file
 
     target = out or runs[0] / "report.html"
     check_file(target, ".html")
     if dry_run:
-        found = load_runs(runs)
-        labels = [facts.label for facts in found]
+        alone = len(runs) == 1 and frontier.is_at(runs[0])
+        labels = [frontier.load(runs[0])["sweep"]] if alone else [facts.label for facts in load_runs(runs)]
         planned = {"file": str(target), "runs": labels}
         console.outcome(f"would write {target} about {', '.join(labels)}", planned, json_=json_)
         return

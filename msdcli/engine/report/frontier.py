@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msdcli import records
 from msdcli.engine.tracking import formatting
 from msdcli.errors import MissingFileError
+from msdcli.rundir import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +31,11 @@ def load(root: Path) -> dict[str, Any]:
     if not path.is_file():
         raise MissingFileError(f"{root} holds no frontier ({RECORD})", hint="msd sweep NAME --table writes it")
     return records.frontier(path)
+
+
+def is_at(root: Path) -> bool:
+    """Whether a folder is a sweep's that holds a frontier, and no run's."""
+    return (root / RECORD).is_file() and not RunDir(root).recipe_file.is_file()
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -145,7 +151,8 @@ def draw(record: dict[str, Any]) -> Figure:
     compared, title = _compared(record)
     rows = 1 + math.ceil(len(described) / COLUMNS)
     figure = Figure(figsize=(PANEL[0] * COLUMNS, PANEL[1] * rows + 0.4), layout="constrained")
-    kinds = list(dict.fromkeys(kind(line) for line in record["lines"]))
+    ordered = sorted(record["lines"], key=lambda line: (line["devices"] > line["students"], line["devices"]))
+    kinds = list(dict.fromkeys(map(kind, ordered)))  # K by number, then larger batches
     latency = {size["label"]: 1e3 * size["latency"]["request"] for size in described}
     panels: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("ms of a request (batch 1)", lambda line: latency[line["size"]]),
@@ -169,20 +176,21 @@ def draw(record: dict[str, Any]) -> Figure:
         _logarithmic(axes)
         _finish(axes, record, first=i % COLUMNS == 0)
     handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_gid() == "curve"}
-    figure.legend(
-        list(handles.values()), list(map(str, handles)), loc="outside lower center", ncols=min(6, len(handles))
-    )
+    named = [name for name in kinds if name in handles]
+    figure.legend([handles[name] for name in named], named, loc="outside lower center", ncols=min(6, len(named)))
     return figure
 
 
 def _compared(record: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """Return the lines by which sizes are compared, small sizes first, and what to call them: those of the largest
-    budget that all kinds have in all sizes; where there is none, those of the largest that all have in each size.
+    budget that all kinds have in all sizes, as far as every size has them; where there is none, those of the largest
+    that all have in each size.
     """
     of_size = [
         mine for s in record["sizes"] if (mine := [line for line in record["lines"] if line["size"] == s["label"]])
     ]
-    shared = [set.intersection(*_doublings(mine)) for mine in of_size]
+    usual = set.intersection(*({kind(line) for line in mine} for mine in of_size))
+    shared = [set.intersection(*_doublings([x for x in mine if not usual or kind(x) in usual])) for mine in of_size]
     everywhere = set.intersection(*shared) if shared else set()
     chosen = [max(everywhere or common, default=None) for common in shared]
     found = [

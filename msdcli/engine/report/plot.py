@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import math
 import shlex
 from collections.abc import Sequence
@@ -68,6 +69,17 @@ def plot(kind: str, roots: Sequence[Path], out: Path, *, health: bool = False) -
         told = {"Software": MARK} if kind == "png" else {"Creator": MARK}
         with writing(out) as temporary:
             figure.savefig(temporary, format=kind, dpi=300, bbox_inches="tight", metadata=told)
+
+
+def svg_of_frontier(record: dict[str, Any]) -> bytes:
+    """Return the picture of a frontier as SVG."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        file = io.BytesIO()
+        told = {"Creator": MARK, "Date": None}
+        frontier.draw(record).savefig(file, format="svg", bbox_inches="tight", metadata=told)
+    return file.getvalue()
 
 
 def _figure(width: float, height: float, *, layout: Literal["constrained"] | None = "constrained") -> Figure:

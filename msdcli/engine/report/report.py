@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import jinja2
 from markupsafe import Markup
 
 from msdcli import records
-from msdcli.engine.report import charts, words
+from msdcli.engine.report import charts, frontier, plot, words
 from msdcli.engine.report.facts import (
     RunFacts,
     group_name,
@@ -34,8 +35,13 @@ PICTURE_BYTES = 2_600_000  # of all runs' pictures before base64: the file stays
 
 
 def write(roots: Sequence[Path], out: Path, report: Report, *, pictures: bool = True) -> list[RunFacts]:
-    """Write one report of all runs to `out` and return what was read. UserError for what is no run directory."""
+    """Write one report of all runs to `out` and return what was read; or of the frontier in a sweep's folder, which is
+    of no single run. UserError for what is no run directory.
+    """
     check_file(out, ".html")
+    if len(roots) == 1 and frontier.is_at(roots[0]):
+        write_text(out, _frontier_page(frontier.load(roots[0])))
+        return []
     runs = load_runs(roots)
     drawn: list[Any] = [None] * len(runs)
     if pictures:
@@ -50,6 +56,42 @@ def write(roots: Sequence[Path], out: Path, report: Report, *, pictures: bool = 
 
 def render(runs: Sequence[RunFacts], pictures: Sequence[Any]) -> str:
     """Return the page."""
+    sections = [_section(facts, drawn) for facts, drawn in zip(runs, pictures, strict=True)]
+    curves = charts.curve_charts(runs)
+    curves["measured"] += charts.watched_chart(runs)
+    nothing = [chart["title"] for chart in curves.pop("nothing")]
+    comparison = compare(runs) if len(runs) > 1 else None
+    data = {
+        "curves": [chart for group in curves.values() for chart in group],
+        "distances": [c for s in sections for r in s["results"] for c in r["charts"]]
+        + (comparison or {}).get("charts", []),
+        "maps": [s["map"] for s in sections if s["map"]],
+    }
+    return _template("page.html").render(
+        runs=sections,
+        curves=curves,
+        nothing=nothing,
+        comparison=comparison,
+        data=data,
+        curve_table=charts.curve_table,
+        most=charts.POINTS,
+        script=Markup((PAGE / "page.js").read_text(encoding="utf-8")),
+    )
+
+
+def _frontier_page(record: dict[str, Any]) -> str:
+    """Return the page of a sweep's frontier: its picture and tables."""
+    return _template("frontier.html").render(
+        record=record,
+        sizes=frontier.sizes(record),
+        lines=frontier.table(record),
+        notes=frontier.notes(record),
+        picture="data:image/svg+xml;base64," + base64.b64encode(plot.svg_of_frontier(record)).decode("ascii"),
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    """Return a page to be filled, with what all of them show."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE),
         autoescape=True,
@@ -64,30 +106,12 @@ def render(runs: Sequence[RunFacts], pictures: Sequence[Any]) -> str:
         "size": formatting.size,
         "hue": formatting.hue,
     }
-    sections = [_section(facts, drawn) for facts, drawn in zip(runs, pictures, strict=True)]
-    curves = charts.curve_charts(runs)
-    curves["measured"] += charts.watched_chart(runs)
-    nothing = [chart["title"] for chart in curves.pop("nothing")]
-    comparison = compare(runs) if len(runs) > 1 else None
-    data = {
-        "curves": [chart for group in curves.values() for chart in group],
-        "distances": [c for s in sections for r in s["results"] for c in r["charts"]]
-        + (comparison or {}).get("charts", []),
-        "maps": [s["map"] for s in sections if s["map"]],
+    environment.globals |= {
+        "style": Markup((PAGE / "page.css").read_text(encoding="utf-8")),
+        "made": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "version": versions("msdcli")["msdcli"],
     }
-    return environment.get_template("page.html").render(
-        runs=sections,
-        curves=curves,
-        nothing=nothing,
-        comparison=comparison,
-        data=data,
-        curve_table=charts.curve_table,
-        most=charts.POINTS,
-        style=Markup((PAGE / "page.css").read_text(encoding="utf-8")),
-        script=Markup((PAGE / "page.js").read_text(encoding="utf-8")),
-        made=time.strftime("%Y-%m-%d %H:%M %Z"),
-        version=versions("msdcli")["msdcli"],
-    )
+    return environment.get_template(name)
 
 
 def _section(facts: RunFacts, drawn: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import re
@@ -306,6 +307,29 @@ def test_a_damaged_frontier_is_refused(tmp_path: Path, msd: Msd) -> None:
     (tmp_path / "frontier.json").write_text("[1]")
     assert msd("plot", "frontier", ".", "--out", "f.svg").returncode == 2
     assert "holds no frontier" in msd("plot", "frontier", "elsewhere", "--out", "f.svg").stderr
+
+
+def test_sizes_are_compared_at_a_budget_that_they_share() -> None:
+    """A number of students that one size alone has does not keep the others from being compared."""
+    found = example.record()
+    found["lines"].append(example.line("small", 10, 0, [0.3, 0.31]))
+    compared, title = frontier._compared(found)
+    assert title == "sizes, 0.004 TFLOP" and {line["doubling"] for line in compared} == {2}
+    found["lines"] = [line for line in found["lines"] if (line["size"], line["doubling"]) != ("large", 2)]
+    assert frontier._compared(found)[1] == "sizes, 0.002 TFLOP"
+
+
+def test_a_report_shows_a_sweeps_frontier(tmp_path: Path, msd: Msd) -> None:
+    hostile = "<script>1</script>"
+    (tmp_path / "frontier.json").write_text(json.dumps(example.record() | {"sweep": hostile}))
+    assert hostile in msd("report", ".", "--dry-run").stdout
+    done = msd("report", ".")
+    assert done.returncode == 0, done.stderr
+    page = Path("report.html").read_text()
+    assert hostile not in page and page.count("<table>") == 2 and "0.1000 ± 0.0100" in page
+    drawn = base64.b64decode(re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)[0]).decode()
+    assert {"K = 1", "K = 4"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", drawn))
+    assert msd("report", ".").returncode == 0, "its own file is written anew"
 
 
 # Students of different sizes.
