@@ -229,8 +229,7 @@ def prepare(
     on = device.prepare(recipe, shared=group.size > 1)
     meanwhile = ahead.beside_teacher(run, recipe, data, on, group)
     alone = (lambda: False) if claim is None else claim.presence.alone
-    where = run, recipe, data, on, told
-    frozen, teacher_hash = teacher.provide(*where, group=group, meanwhile=meanwhile, alone=alone)
+    frozen, teacher_hash = teacher.provide(run, recipe, data, on, told, group=group, meanwhile=meanwhile, alone=alone)
     seen = latents.provide(run, recipe, data, run.teacher, on, told, always=False)
     if claim is not None:
         version = dataset.version_of(run)

@@ -251,9 +251,9 @@ class Recipe(Section):
         return not self.has_prompts and not isinstance(self.data, NoDataSettings)
 
     @property
-    def own_metrics(self) -> tuple[str, str]:
+    def own_metrics(self) -> tuple[str, ...]:
         """What the first figure of the measurement that a run ends with may be called: of images, or of points."""
-        return f"fd_{self.data.label}", f"l1_{self.data.label}"
+        return (f"fd_{self.data.label}", f"l1_{self.data.label}") if self.has_measure else ()
 
     @property
     def run_dir(self) -> Path:

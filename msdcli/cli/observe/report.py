@@ -37,8 +37,8 @@ def report(
     target = out or runs[0] / "report.html"
     check_file(target, ".html")
     if dry_run:
-        alone = len(runs) == 1 and frontier.is_at(runs[0])
-        labels = [frontier.load(runs[0])["sweep"]] if alone else [facts.label for facts in load_runs(runs)]
+        record = frontier.of_sweep(runs)
+        labels = [facts.label for facts in load_runs(runs)] if record is None else [record["sweep"]]
         planned = {"file": str(target), "runs": labels}
         console.outcome(f"would write {target} about {', '.join(labels)}", planned, json_=json_)
         return

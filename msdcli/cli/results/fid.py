@@ -198,7 +198,7 @@ def show(result: Measurement, *, brief: bool) -> None:
     from msdcli.engine.report.facts import group_name
     from msdcli.engine.tracking.formatting import numbered
 
-    rows = [row for row in result.rows if not (brief and (numbered(row.group) or ("",))[0] == "class")]
+    rows = [row for row in result.rows if not (brief and numbered(row.group)[0] == "class")]
     names = list(dict.fromkeys(name for row in rows for name in row.values))[: 2 if brief else None]
     called: list[str] = result.record.get("class_names", [])
     cells = [

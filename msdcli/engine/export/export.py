@@ -152,8 +152,8 @@ def _distance(source: ExportSource, exported: ExportResult) -> dict[str, Any] | 
     """The run's own distance before and after, from as many samples; None where the run was not measured by it."""
     from msdcli.engine.measure import fid
 
-    stored, recipe = [records.measurement(path) for path in source.run.results()], source.run.recipe()
-    own = next((s for s in stored if recipe.has_measure and s["metric"] in recipe.own_metrics), None)
+    stored, metrics = [records.measurement(path) for path in source.run.results()], source.run.recipe().own_metrics
+    own = next((s for s in stored if s["metric"] in metrics), None)
     count = source.options.samples if source.options.samples is not None else (own or {}).get("samples", 0)
     if own is None or not count:
         return None

@@ -76,13 +76,14 @@ def check_parts(recipe: Recipe, data: Dataset, parts: Partition | None = None) -
     settings, names = recipe.partition, data.class_names
     labels = data.labels(range(len(data)))
     empty = empty_classes(labels.numpy(), len(names))
-    if settings.method == "kmeans" and settings.features == "images" and not has_images(data):
-        raise UserError(
-            "partition: k-means by images needs real ones, and the recipe names no data",
-            hint="partition.features=embedding looks at no pictures",
-        )
-    if empty and settings.method == "kmeans" and settings.features == "images":
-        raise _no_mean(empty, names)
+    if settings.method == "kmeans" and settings.features == "images":
+        if not has_images(data):
+            raise UserError(
+                "partition: k-means by images needs real ones, and the recipe names no data",
+                hint="partition.features=embedding looks at no pictures",
+            )
+        if empty:
+            raise _no_mean(empty, names)
     if parts is None and _goes_on(recipe, names):
         parts = Partition.load(RunDir(recipe.run_dir).partition)
     elif parts is None and settings.method == "confusion":

@@ -131,12 +131,11 @@ def _id(name: str) -> str:
 def distance_chart(facts: RunFacts, result: dict[str, Any], kind: str) -> dict[str, Any]:
     """Return the rows of one measurement whose group is `parts` (whole, students) or `classes`."""
     owner = facts.partition.owner if facts.partition else []
-    found = {group: numbered(group) for group in (r["group"] for r in result["rows"])}
     rows = []
-    for group, of in found.items():
-        if (of is not None and of[0] == "class") != (kind == "classes"):
+    for group in dict.fromkeys(r["group"] for r in result["rows"]):
+        of, member = numbered(group)
+        if (of == "class") != (kind == "classes"):
             continue
-        member = None if of is None else of[1]
         student = owner[member] if kind == "classes" and member is not None and member < len(owner) else member
         marks = [
             _mark(facts.label, who, line, student)

@@ -33,9 +33,10 @@ def load(root: Path) -> dict[str, Any]:
     return records.frontier(path)
 
 
-def is_at(root: Path) -> bool:
-    """Whether a folder is a sweep's that holds a frontier, and no run's."""
-    return (root / RECORD).is_file() and not RunDir(root).recipe_file.is_file()
+def of_sweep(roots: Sequence[Path]) -> dict[str, Any] | None:
+    """Return the frontier in a sweep's folder, where that is all that is named; None of runs."""
+    alone = len(roots) == 1 and (roots[0] / RECORD).is_file() and not RunDir(roots[0]).recipe_file.is_file()
+    return load(roots[0]) if alone else None
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:

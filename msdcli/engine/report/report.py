@@ -13,15 +13,7 @@ from markupsafe import Markup
 
 from msdcli import records
 from msdcli.engine.report import charts, frontier, plot, words
-from msdcli.engine.report.facts import (
-    RunFacts,
-    group_name,
-    load_runs,
-    lower_is_better,
-    main_result,
-    metrics,
-    row,
-)
+from msdcli.engine.report.facts import RunFacts, group_name, load_runs, lower_is_better, main_result, metrics, row
 from msdcli.engine.tracking import formatting
 from msdcli.engine.tracking.events import Report
 from msdcli.engine.tracking.formatting import counted, numbered
@@ -39,8 +31,8 @@ def write(roots: Sequence[Path], out: Path, report: Report, *, pictures: bool = 
     of no single run. UserError for what is no run directory.
     """
     check_file(out, ".html")
-    if len(roots) == 1 and frontier.is_at(roots[0]):
-        write_text(out, _frontier_page(frontier.load(roots[0])))
+    if (record := frontier.of_sweep(roots)) is not None:
+        write_text(out, _frontier_page(record))
         return []
     runs = load_runs(roots)
     drawn: list[Any] = [None] * len(runs)
@@ -68,6 +60,7 @@ def render(runs: Sequence[RunFacts], pictures: Sequence[Any]) -> str:
         "maps": [s["map"] for s in sections if s["map"]],
     }
     return _template("page.html").render(
+        title=", ".join(facts.label for facts in runs),
         runs=sections,
         curves=curves,
         nothing=nothing,
@@ -82,6 +75,7 @@ def render(runs: Sequence[RunFacts], pictures: Sequence[Any]) -> str:
 def _frontier_page(record: dict[str, Any]) -> str:
     """Return the page of a sweep's frontier: its picture and tables."""
     return _template("frontier.html").render(
+        title=record["sweep"],
         record=record,
         sizes=frontier.sizes(record),
         lines=frontier.table(record),
@@ -167,7 +161,7 @@ def _result(facts: RunFacts, result: dict[str, Any]) -> dict[str, Any]:
         {
             "who": r["who"],
             "group": group_name(r["group"], facts.class_names),
-            "single": (numbered(r["group"]) or ("",))[0] == "class",
+            "single": numbered(r["group"])[0] == "class",
             "samples": r["samples"],
             "reference": r["reference"],
             "cells": [(r["values"].get(name), r["intervals"].get(name)) for name in names],

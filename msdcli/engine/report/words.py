@@ -182,7 +182,7 @@ def collapse(result: dict[str, Any]) -> list[str]:
             lost.append(f"{name} {mine:.3f} against {theirs:.3f}")
     if not lost:
         return []
-    parts = [r for r in result["rows"] if r["who"] == "students" and (numbered(r["group"]) or ("",))[0] == "student"]
+    parts = [r for r in result["rows"] if r["who"] == "students" and numbered(r["group"])[0] == "student"]
     worst = [
         r["group"]
         for r in parts
@@ -216,7 +216,7 @@ def _worst(facts: RunFacts, result: dict[str, Any]) -> list[str]:
         rows = [
             r
             for r in result["rows"]
-            if r["who"] == "students" and (numbered(r["group"]) or ("",))[0] == kind and metric in r["values"]
+            if r["who"] == "students" and numbered(r["group"])[0] == kind and metric in r["values"]
         ]
         if len(rows) < 3:  # of two, the table says the same
             continue

@@ -31,10 +31,10 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {plural(count, one, many)}"
 
 
-def numbered(group: str) -> tuple[str, int] | None:
-    """Return (`student` or `class`, number) of such a line; None of the whole, and of a group that a user has named."""
+def numbered(group: str) -> tuple[str, int | None]:
+    """Return (`student` or `class`, number) of such a line; ("", None) of the whole and of what a user has named."""
     found = re.fullmatch(r"(student|class) ([0-9]+)", group)
-    return None if found is None else (found[1], int(found[2]))
+    return ("", None) if found is None else (found[1], int(found[2]))
 
 
 def named_students(numbers: Sequence[int]) -> str:

@@ -198,7 +198,7 @@ class Follower:
         values = {
             f"{row['who']}/{row['group']}/{name}".replace(" ", "-"): value
             for row in result["rows"]
-            if (numbered(row["group"]) or ("",))[0] != "class"
+            if numbered(row["group"])[0] != "class"
             for name, value in row["values"].items()
         }
         step = sum(stage.steps for stage in self.recipe.stages)
